@@ -1,0 +1,55 @@
+"""Packaging. Lower bounds are the versions that the tests pass on."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "xmodal_jax/__init__.py").read_text())[1]
+JAX = "0.10.2"
+
+setuptools.setup(
+  name="xmodal_jax",
+  version=VERSION,
+  description="Image-text retrieval in JAX: CLIP, ZeroVL, TEAM, TGDT and HAT",
+  long_description=(ROOT / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["xmodal_jax", "xmodal_jax.*"]),
+  package_data={"xmodal_jax": ["vocab/*"]},
+  install_requires=[
+    "absl-py>=2.5",
+    "clu>=0.0.12",
+    "etils[epath]>=1.15",
+    "flax>=0.12.8",
+    "ftfy>=6.3.1",
+    "google-crc32c>=1.9",
+    f"jax>={JAX}",
+    "ml_collections>=1.1",
+    "ml_dtypes>=0.5",
+    "numpy>=2.4",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=13.0",
+    "regex>=2026.11",
+    "tensorboard>=2.21",  # clu imports it, and TensorFlow no longer brings it
+    "tensorflow>=2.21",
+    "tensorflow-datasets>=4.9.10",
+    "tensorflow-text>=2.21",
+  ],
+  extras_require={
+    "tpu": [f"jax[tpu]>={JAX}"],
+    "cuda12": [f"jax[cuda12]>={JAX}"],
+    "cuda13": [f"jax[cuda13]>={JAX}"],
+    "beam": ["apache-beam>=2.77"],
+    "test": [
+      "eccv_caption>=0.1.0",
+      "matplotlib>=3.9",
+      "pytest>=9.2",
+      "ruff>=0.17",
+      "safetensors>=0.8",
+    ],
+  },
+)

@@ -1,0 +1,22 @@
+"""Eight host devices for every test, fixed before any device is touched."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """Photographs and split ids that do not travel with the project; skips where they are absent."""
+  root = os.environ.get("XMODAL_SHARED")
+  root = pathlib.Path(root) if root else pathlib.Path(__file__).parents[2] / "shared"
+  if not (root / "data").is_dir():
+    pytest.skip(f"needs the shared photographs: no folder {root / 'data'} (set XMODAL_SHARED)")
+  return root / "data"

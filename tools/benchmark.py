@@ -1,0 +1,261 @@
+"""Measures the pieces: ranks, the input pipeline, both towers forward, and a training step.
+
+  python tools/benchmark.py ranks --data DIR [--against eccv_caption]
+  python tools/benchmark.py data --data_dir DIR --split train
+  python tools/benchmark.py encode --model vit_b32 --batch 32 [--against torch]
+  python tools/benchmark.py step --model vit_b32 --batch 32 [--against torch]
+
+Every side runs in a process of its own that stays alive, on the same cores with the same number of
+threads. Sides take turns (ours, theirs, ours, ...), so that a busy machine is as busy for both, and
+the ratio is reported pair by pair. The waiting side sleeps; its CPU time is reported to prove it.
+Of several forms of the other side (attention, memory format, compilation) the fastest counts.
+"""
+
+import argparse
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+# Side -> the file beside this one with its `forms(args)`: name -> function that prepares that form
+# and returns (run, info). `run()` does the work once and waits for it.
+SIDES = {"ours": "benchmark_ours", "torch": "benchmark_torch", "eccv_caption": "benchmark_ranks"}
+PACKAGES = ("jax", "jaxlib", "numpy", "tensorflow", "torch", "transformers", "eccv_caption")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  common = argparse.ArgumentParser(add_help=False)
+  common.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+  common.add_argument("--repeats", type=int, default=7, help="timed runs (pairs) after warm-up")
+  common.add_argument("--warmup", type=int, default=2, help="runs before the timed ones")
+  common.add_argument("--json", help="write the result here")
+  common.add_argument("--serve", help=argparse.SUPPRESS)
+  commands = parser.add_subparsers(dest="command", required=True)
+  ranks = commands.add_parser("ranks", parents=[common], help="COCO 5K, 1K, CxC and ECCV Caption")
+  ranks.add_argument("--data", required=True, help="folder with coco_splits/")
+  ranks.add_argument("--against", choices=["eccv_caption"])
+  data = commands.add_parser("data", parents=[common], help="host examples/s of the input pipeline")
+  data.add_argument("--data_dir", required=True)
+  data.add_argument("--split", default="train")
+  data.add_argument("--size", type=int, default=224, help="side of the pictures")
+  data.add_argument("--batch", type=int, default=32)
+  data.add_argument("--batches", type=int, default=20, help="batches per timed run")
+  for name, text in (("encode", "both towers forward"), ("step", "a training step")):
+    command = commands.add_parser(name, parents=[common], help=text)
+    command.add_argument("--model", default="vit_b32", help="a preset of the clip system")
+    command.add_argument("--batch", type=int, default=32)
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    command.add_argument("--unroll", type=int, default=1, help="layers per scan iteration (ours)")
+    command.add_argument("--remat", default="", help="a jax.checkpoint policy (ours)")
+    command.add_argument("--against", choices=["torch"])
+    command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+  args = parser.parse_args(argv)
+  if "against" not in args:
+    args.against = None
+  if args.command == "ranks":
+    args.repeats, args.warmup = 1, 0
+  return args
+
+
+class Side:
+  """A process that measures one side when asked."""
+
+  def __init__(self, name: str):
+    # Set before any library starts: thread pools are sized once, from these or from the affinity.
+    threads = str(ARGS.threads)
+    env = os.environ | {
+      "NPROC": threads,
+      "OMP_NUM_THREADS": threads,
+      "MKL_NUM_THREADS": threads,
+      "OPENBLAS_NUM_THREADS": threads,
+      "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--serve", name]
+    self.name = name
+    self.process = subprocess.Popen(
+      command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    self.form_names = self._read()["forms"]
+
+  def ask(self, form: str) -> dict[str, Any]:
+    """Runs `form` once; the first time after another form, prepares it and warms up before."""
+    self.process.stdin.write(json.dumps({"form": form}) + "\n")
+    self.process.stdin.flush()
+    return self._read()
+
+  def _read(self) -> dict[str, Any]:
+    line = self.process.stdout.readline()
+    if not line:
+      raise SystemExit(f"benchmark: the process of {self.name} ended with {self.process.wait()}")
+    return json.loads(line)
+
+  def cpu_seconds(self) -> float:
+    fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+  def close(self) -> None:
+    self.process.stdin.close()
+    self.process.wait()
+
+
+def serve(side: str) -> None:
+  """The other end of `Side`: a request per line on stdin, an answer per line on stdout."""
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: ARGS.threads])
+  # Libraries print where they like: answers keep the real stdout, everything else goes to stderr.
+  answers = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
+  cpu = lambda: sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+  reply = lambda **kw: print(json.dumps(kw), file=answers, flush=True)
+  forms = importlib.import_module(SIDES[side]).forms(ARGS)
+  reply(forms=list(forms))
+  current, run, info = None, None, {}
+  for line in sys.stdin:
+    form = json.loads(line)["form"]
+    try:
+      if form != current:
+        current = run = None
+        gc.collect()  # one form's weights at a time
+        run, info = forms[form]()
+        for _ in range(ARGS.warmup):
+          run()
+        current = form
+      cpu_start, start = cpu(), time.perf_counter()
+      run()
+      wall, used = time.perf_counter() - start, cpu() - cpu_start
+    except Exception as error:
+      if side == "ours":
+        raise
+      current = run = None
+      reply(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+      continue
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    reply(wall=wall, cpu=used, peak_gb=peak, info=info)
+
+
+def environment() -> dict[str, Any]:
+  cpu = next(
+    (
+      line.partition(":")[2].strip()
+      for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+      if line.startswith("model name")
+    ),
+    "unknown CPU",
+  )
+  versions = {}
+  for name in PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = "absent"
+  cores = len(os.sched_getaffinity(0))
+  return {"cpu": cpu, "cores": cores, "threads": ARGS.threads, "load": os.getloadavg()[0]} | versions
+
+
+def choose(theirs: Side) -> tuple[str, dict[str, Any]]:
+  """Median seconds of every form of the other side, and the fastest."""
+  measured = {}
+  for form in theirs.form_names:
+    first = theirs.ask(form)
+    if "error" in first:
+      measured[form] = first
+      print(f"  {theirs.name} {form}: {first['error']}", flush=True)
+      continue
+    walls = [first["wall"]] + [theirs.ask(form)["wall"] for _ in range(2)]
+    measured[form] = {"wall": statistics.median(walls)}
+    print(f"  {theirs.name} {form}: {statistics.median(walls) * 1e3:.1f} ms", flush=True)
+  working = [form for form in measured if "wall" in measured[form]]
+  if not working:
+    raise SystemExit(f"benchmark: no form of {theirs.name} works")
+  return min(working, key=lambda form: measured[form]["wall"]), measured
+
+
+def main() -> None:
+  result: dict[str, Any] = {"args": vars(ARGS), "environment": environment()}
+  print(", ".join(f"{k} {v}" for k, v in result["environment"].items()), flush=True)
+  sides, form = {"ours": Side("ours")}, {}
+  form["ours"] = sides["ours"].form_names[0]
+  if ARGS.against:
+    theirs = sides[ARGS.against] = Side(ARGS.against)
+    form[ARGS.against] = theirs.form_names[0]
+    if len(theirs.form_names) > 1:
+      form[ARGS.against], result["forms"] = choose(theirs)
+  runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+  # One run of each is thrown away: it is where a side prepares its form.
+  for turn in range(-1 if ARGS.warmup else 0, ARGS.repeats):
+    for name, side in sides.items():
+      waiting = {other: s.cpu_seconds() for other, s in sides.items() if other != name}
+      answer = side.ask(form[name])
+      if "error" in answer:
+        raise SystemExit(f"benchmark: {name} {form[name]}: {answer['error']}")
+      answer["idle_cpu"] = sum(sides[o].cpu_seconds() - before for o, before in waiting.items())
+      if turn >= 0:
+        runs[name].append(answer)
+      time.sleep(0.05)  # thread pools spin for a moment after work; not on the other side's time
+  for side in sides.values():
+    side.close()
+  result["sides"] = {name: describe(name, form[name], answers) for name, answers in runs.items()}
+  if ARGS.against:
+    pairs = [t["wall"] / o["wall"] for o, t in zip(runs["ours"], runs[ARGS.against], strict=True)]
+    result["ratio"] = dict(median=statistics.median(pairs), min=min(pairs), max=max(pairs))
+    result["pairs"] = pairs
+    print(f"{ARGS.against} / ours, {len(pairs)} pairs: " + numbers(result["ratio"], "x"))
+    compare(result)
+  if ARGS.json:
+    pathlib.Path(ARGS.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
+  """Medians of a side's runs, printed and returned, with what the work amounts to per second."""
+  median = lambda key: statistics.median(answer[key] for answer in answers)
+  info = dict(answers[-1]["info"])
+  out = {"form": form, "wall": median("wall"), "cpu": median("cpu"), "info": info}
+  out |= {"peak_gb": max(a["peak_gb"] for a in answers), "idle_cpu": median("idle_cpu")}
+  out["walls"] = [answer["wall"] for answer in answers]
+  line = f"{name:>13} {form:<22} {out['wall'] * 1e3:9.1f} ms  {out['cpu']:7.2f} CPU s"
+  line += f"  peak {out['peak_gb']:.2f} GB  other side idle {out['idle_cpu']:.2f} CPU s"
+  if "examples" in info:
+    out["examples_per_s"] = info["examples"] / out["wall"]
+    line += f"  {out['examples_per_s']:.1f} examples/s"
+  if "flops" in info:
+    out["gflops_per_s"] = info["flops"] / out["wall"] / 1e9
+    line += f"  {out['gflops_per_s']:.1f} GFLOP/s"
+    if info.get("peak_gflops_per_s"):
+      out["peak_share"] = out["gflops_per_s"] / info["peak_gflops_per_s"]
+      line += f" ({100 * out['peak_share']:.0f} % of a matmul's {info['peak_gflops_per_s']:.0f})"
+  print(line, flush=True)
+  return out
+
+
+def compare(result: dict[str, Any]) -> None:
+  """Says whether both sides did the same: metrics of `ranks`, parameters of the models."""
+  ours, theirs = (result["sides"][name]["info"] for name in ("ours", ARGS.against))
+  if "metrics" in theirs:
+    off = {k: abs(v - ours["metrics"][k]) for k, v in theirs["metrics"].items()}
+    result["largest_difference"] = max(off.values())
+    print(f"{len(off)} metrics in common, largest difference {max(off.values()):.1e} of 100")
+  if "parameters" in theirs:
+    result["same_parameters"] = ours["parameters"] == theirs["parameters"]
+    print(f"parameters: ours {ours['parameters']:,}, theirs {theirs['parameters']:,}")
+
+
+def numbers(values: dict[str, float], unit: str) -> str:
+  return ", ".join(f"{name} {value:.2f}{unit}" for name, value in values.items())
+
+
+if __name__ == "__main__":
+  ARGS = parse()
+  if ARGS.serve:
+    serve(ARGS.serve)
+  else:
+    main()

@@ -1,0 +1,159 @@
+"""Our side of tools/benchmark.py."""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Form = tuple[Callable[[], None], dict[str, Any]]
+
+
+def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
+  """The one form of a sub-command: name -> function that prepares it."""
+  if args.command == "ranks":
+    import benchmark_ranks
+
+    return {"coco_protocol": lambda: benchmark_ranks.ours(args)}
+  prepare = {"data": pipeline, "encode": encode, "step": train_step}[args.command]
+  return {args.command: lambda: prepare(args)}
+
+
+def pipeline(args: argparse.Namespace) -> Form:
+  """Batches from disk to numpy: read, decode, resize, crop, tokenize. No device."""
+  from xmodal_jax.data import image, pipeline, records, text
+
+  split = records.open_split(args.data_dir, args.split)
+  stream = pipeline.train_batches(
+    split,
+    batch_size=args.batch,
+    image_transform=image.Transform(args.size),
+    tokenizer=text.clip(),
+    text_length=77,
+    seed=0,
+    step=0,
+    threads=args.threads,
+  )
+
+  def run():
+    for _ in range(args.batches):
+      next(stream)
+
+  return run, {"examples": args.batch * args.batches}
+
+
+def inputs(args: argparse.Namespace, size: int, vocab: int) -> dict[str, np.ndarray]:
+  """A batch of noise: image float32 [B, S, S, 3], text_ids int32 [B, 77] with the end at 40."""
+  rng = np.random.default_rng(0)
+  ids = rng.integers(1, vocab - 2, (args.batch, 77), np.int32)
+  ids[:, 0], ids[:, 40], ids[:, 41:] = vocab - 2, vocab - 1, 0
+  return {
+    "image": rng.standard_normal((args.batch, size, size, 3), np.float32),
+    "text_ids": ids,
+  }
+
+
+def matmul_peak() -> float:
+  """GFLOP/s of a float32 matmul of 2048 x 2048: the best of a few runs."""
+  import jax
+
+  n = 2048
+  a = jax.random.normal(jax.random.key(0), (n, n))
+  dot = jax.jit(lambda a: a @ a)
+  best = 0.0
+  for _ in range(6):
+    start = time.perf_counter()
+    dot(a).block_until_ready()
+    best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e9)
+  return best
+
+
+def model_config(args: argparse.Namespace) -> dict[str, Any]:
+  from xmodal_jax.models import clip_itm
+
+  return clip_itm.preset(args.model) | {"remat": args.remat, "unroll": args.unroll}
+
+
+def build(args: argparse.Namespace):
+  """() -> the model, with random weights from a fixed seed."""
+  import jax
+  from flax import nnx
+
+  from xmodal_jax.models import clip_itm
+
+  config = model_config(args)
+  return lambda: clip_itm.build(config, dtype=args.dtype, rngs=nnx.Rngs(jax.random.key(0)))
+
+
+def size_of(params: Any) -> int:
+  import jax
+
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
+def encode(args: argparse.Namespace) -> Form:
+  """Both towers, pooled, projected and normalised, through the embed steps of evaluation."""
+  import jax
+  from flax import nnx
+
+  from xmodal_jax import flops, step
+
+  config = model_config(args)
+  graphdef, params, stats = step.split(jax.jit(build(args))())
+  params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+  batch = jax.device_put(inputs(args, config["image"]["size"], config["text"]["vocab"]))
+  steps = [step.make_embed_step(graphdef, side) for side in ("image", "text")]
+  sides = [{"image": batch["image"]}, {"text_ids": batch["text_ids"]}]
+
+  def run():
+    jax.block_until_ready([f(params, stats, b) for f, b in zip(steps, sides, strict=True)])
+
+  count = sum(
+    flops.count(jax.make_jaxpr(f)(params, stats, b)) for f, b in zip(steps, sides, strict=True)
+  )
+  return run, {
+    "examples": args.batch,
+    "parameters": size_of(params),
+    "flops": count,
+    "peak_gflops_per_s": matmul_peak(),
+  }
+
+
+def train_step(args: argparse.Namespace) -> Form:
+  """The step of training: both towers, InfoNCE, gradient, AdamW, metrics; the state is donated."""
+  import jax
+  from flax import nnx
+
+  from xmodal_jax import config, flops, optim, sharding, step
+
+  model = model_config(args)
+  settings = config.base().optim
+  make = build(args)
+  graphdef, abstract, _ = step.split(nnx.eval_shape(make))
+  run_length = optim.Run(samples=args.batch * 1000, batch_size=args.batch, total="1 epochs")
+  schedule = optim.make_schedule(settings, run_length)
+  tx = optim.make_optimizer(settings, schedule, nnx.to_pure_dict(abstract))
+  mesh = sharding.make_mesh((("data", -1),))
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  init = lambda: step.init_state(make, tx)
+  shardings = jax.tree.map(lambda _: replicated, jax.eval_shape(init))
+  state = jax.jit(init, out_shardings=shardings)()
+  train = step.make_train_step(graphdef, tx, jax.random.key(1), shardings, schedule)
+  batch = inputs(args, model["image"]["size"], model["text"]["vocab"])
+  batch = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+  info = {
+    "examples": args.batch,
+    "parameters": size_of(state.params),
+    "flops": flops.count(jax.make_jaxpr(train)(state, batch)),
+    "peak_gflops_per_s": matmul_peak(),
+  }
+  held = [state]
+  del state
+
+  def run():
+    held[0], metrics = train(held[0], batch)
+    jax.block_until_ready((held[0], metrics))
+    info["loss"] = float(metrics["loss"])
+
+  return run, info

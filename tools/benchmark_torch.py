@@ -1,0 +1,149 @@
+"""The other side of tools/benchmark.py: transformers' CLIPModel on torch, random weights."""
+
+import argparse
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import benchmark_ours
+import torch
+import transformers
+
+from xmodal_jax.models import clip_itm
+
+Form = tuple[Callable[[], None], dict[str, Any]]
+
+
+def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
+  """Every combination worth measuring: name -> function that prepares it.
+
+  AdamW is fused or foreach in training. channels_last only concerns the patch convolution.
+  """
+  torch.set_num_threads(args.threads)
+  attentions, optimizers = ("sdpa", "eager"), ("fused", "foreach")
+  layouts, compiled = ("", "channels_last"), ("", "compile")[: 1 if args.no_compile else 2]
+  prepare = {"encode": encode, "step": train_step}[args.command]
+  if args.command == "encode":
+    optimizers = ("",)
+  out = {}
+  for names in itertools.product(compiled, attentions, layouts, optimizers):
+    # The fastest optimizer of the plain form is as fast in the others; compiling each twice is not
+    # worth the minutes. The memory format of one convolution is measured with sdpa alone.
+    if ("compile" in names and "foreach" in names) or {"eager", "channels_last"} <= set(names):
+      continue
+    out[" ".join(filter(None, names))] = lambda names=names: prepare(args, names)
+  return out
+
+
+def build(args: argparse.Namespace, names: tuple[str, ...]) -> transformers.CLIPModel:
+  """CLIPModel of the size of one of our ViT presets."""
+  ours = clip_itm.preset(args.model)
+  image, text = ours["image"], ours["text"]
+  if image["kind"] != "vit":
+    raise SystemExit(f"benchmark: transformers has no CLIP with the image tower of {args.model}")
+  vision = dict(
+    hidden_size=image["width"],
+    intermediate_size=4 * image["width"],
+    num_hidden_layers=image["depth"],
+    num_attention_heads=image["heads"],
+    image_size=image["size"],
+    patch_size=image["patch"],
+  )
+  words = dict(
+    hidden_size=text["width"],
+    intermediate_size=4 * text["width"],
+    num_hidden_layers=text["depth"],
+    num_attention_heads=text["heads"],
+    vocab_size=text["vocab"],
+    max_position_embeddings=text["context"],
+    eos_token_id=text["vocab"] - 1,
+  )
+  config = transformers.CLIPConfig(
+    vision_config=vision, text_config=words, projection_dim=ours["embed"]
+  )
+  config._attn_implementation = "eager" if "eager" in names else "sdpa"
+  torch.manual_seed(0)
+  model = transformers.CLIPModel(config)
+  assert model.vision_model.config._attn_implementation == config._attn_implementation
+  if "channels_last" in names:
+    model = model.to(memory_format=torch.channels_last)
+  return model
+
+
+def batch_of(args: argparse.Namespace, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+  """pixels float32 [B, 3, S, S] and ids int64 [B, 77]: the batch of our side."""
+  ours = clip_itm.preset(args.model)
+  batch = benchmark_ours.inputs(args, ours["image"]["size"], ours["text"]["vocab"])
+  pixels = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).contiguous()
+  if "channels_last" in names:
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+  return pixels, torch.from_numpy(batch["text_ids"]).long()
+
+
+def embed(model: transformers.CLIPModel, pixels: torch.Tensor, ids: torch.Tensor):
+  """Unit rows [B, E] of both towers."""
+  images = model.get_image_features(pixel_values=pixels).pooler_output
+  texts = model.get_text_features(input_ids=ids).pooler_output
+  normalize = torch.nn.functional.normalize
+  return normalize(images, dim=-1), normalize(texts, dim=-1)
+
+
+def maybe_compile(function: Callable, names: tuple[str, ...]) -> Callable:
+  return torch.compile(function) if "compile" in names else function
+
+
+def autocast(args: argparse.Namespace):
+  if args.dtype == "float32":
+    return contextlib.nullcontext()
+  return torch.autocast("cpu", dtype=getattr(torch, args.dtype))
+
+
+def info_of(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
+  return {"examples": args.batch, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def encode(args: argparse.Namespace, names: tuple[str, ...]) -> Form:
+  model, (pixels, ids) = build(args, names).eval(), batch_of(args, names)
+  forward = maybe_compile(lambda pixels, ids: embed(model, pixels, ids), names)
+
+  def run():
+    with torch.inference_mode(), autocast(args):
+      forward(pixels, ids)
+
+  return run, info_of(args, model)
+
+
+def train_step(args: argparse.Namespace, names: tuple[str, ...]) -> Form:
+  """Both towers, symmetric InfoNCE, gradient, AdamW as in our default recipe."""
+  model, (pixels, ids) = build(args, names).train(), batch_of(args, names)
+  kernels = [p for p in model.parameters() if p.ndim > 1]
+  others = [p for p in model.parameters() if p.ndim <= 1]
+  optimizer = torch.optim.AdamW(
+    [{"params": kernels, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}],
+    lr=1e-5,
+    betas=(0.9, 0.98),
+    eps=1e-6,
+    fused="fused" in names,
+    foreach="foreach" in names,
+  )
+  labels = torch.arange(args.batch)
+
+  def loss_fn(pixels, ids):
+    images, texts = embed(model, pixels, ids)
+    logits = model.logit_scale.exp() * images.float() @ texts.float().T
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
+  loss_fn = maybe_compile(loss_fn, names)
+  info = info_of(args, model)
+
+  def run():
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(args):
+      loss = loss_fn(pixels, ids)
+    loss.backward()
+    optimizer.step()
+    info["loss"] = loss.item()
+
+  return run, info

@@ -1,0 +1,61 @@
+"""From a config to a mesh, an abstract model and its shardings: what training and evaluation share."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xmodal_jax import models, optim, sharding
+from xmodal_jax import step as step_lib
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+  """"auto" is bfloat16 on accelerators and float32 on CPU, where bfloat16 is emulated."""
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(name)
+
+
+class Built:
+  """mesh; graphdef; params, stats: abstract nnx.States; *_shardings: nested dicts like them."""
+
+  def __init__(self, config: Any):
+    if config.precision != "default":
+      jax.config.update("jax_default_matmul_precision", config.precision)
+    self.config = config
+    self.mesh = sharding.make_mesh(config.mesh)
+    self.module = models.system_module(config.model.system)
+    self.graphdef, self.params, self.stats = step_lib.split(nnx.eval_shape(self.model))
+    place = functools.partial(
+      sharding.param_shardings, mesh=self.mesh, rules=config.rules, min_size=config.min_shard
+    )
+    self.params_shardings, self.stats_shardings = place(self.params), place(self.stats)
+    self.replicated = NamedSharding(self.mesh, P())
+
+  def model(self) -> nnx.Module:
+    """The model with fresh parameters, drawn from config.seed."""
+    config = self.config.model.to_dict()
+    dtype = compute_dtype(self.config.dtype)
+    return self.module.build(config, dtype=dtype, rngs=nnx.Rngs(self.config.seed))
+
+  def optimizer(self, schedule: optim.Schedule):
+    return optim.make_optimizer(self.config.optim, schedule, nnx.to_pure_dict(self.params))
+
+  def state_shardings(self, tx) -> step_lib.TrainState:
+    params = nnx.to_pure_dict(self.params)
+    opt = sharding.opt_shardings(tx, params, self.params_shardings, self.mesh)
+    return step_lib.TrainState(
+      self.replicated, self.params_shardings, self.stats_shardings, opt
+    )
+
+  def want_model(self) -> dict[str, Any]:
+    """What `Checkpoints.restore_model` wants: abstract params and stats with their shardings."""
+    one = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return {
+      "params": jax.tree.map(one, nnx.to_pure_dict(self.params), self.params_shardings),
+      "stats": jax.tree.map(one, nnx.to_pure_dict(self.stats), self.stats_shardings),
+    }

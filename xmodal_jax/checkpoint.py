@@ -1,0 +1,126 @@
+"""Checkpoints: Orbax, behind four verbs. Nothing else in the package imports it.
+
+A training checkpoint is `checkpoints/<step>/` with three items: `model` (params and stats), `train`
+(step and optimizer state) and `meta` (json). A converted directory is the item `model` alone beside
+a `meta.json`, so that parameters are read the same way from both.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from xmodal_jax import step as step_lib
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that is missing, damaged, or of another model."""
+
+
+class Checkpoints:
+  """The checkpoints of one workdir: the latest `keep`, and the best by `metric` (higher is better).
+
+  Saving is asynchronous; a failure to write surfaces at the next save, wait or close.
+  """
+
+  def __init__(self, workdir: epath.PathLike, *, keep: int, metric: str):
+    policy = ocp.checkpoint_managers
+    self.metric = metric
+    best = policy.BestN(
+      get_metric_fn=lambda m: m[metric], n=1, keep_checkpoints_without_metrics=False
+    )
+    self.manager = ocp.CheckpointManager(
+      epath.Path(workdir) / "checkpoints",
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(keep), best]),
+        # The loop decides when to save; the manager only keeps and forgets.
+        save_decision_policy=policy.FixedIntervalPolicy(1),
+        enable_async_checkpointing=True,
+      ),
+    )
+
+  def save(
+    self,
+    step: int,
+    state: step_lib.TrainState,
+    meta: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Starts to write `state`; metrics are those of an evaluation of this very state."""
+    if step in self.manager.all_steps():
+      return
+    args = ocp.args.Composite(
+      model=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
+      train=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+      meta=ocp.args.JsonSave(dict(meta)),
+    )
+    self.manager.save(step, args=args, metrics=dict(metrics) if metrics else None)
+
+  def latest(self) -> int | None:
+    return self.manager.latest_step()
+
+  def best(self) -> int | None:
+    """The step with the best metric; the latest one where none was evaluated."""
+    scored = {s: self.metrics(s) for s in self.manager.all_steps()}
+    scored = {s: m[self.metric] for s, m in scored.items() if m and self.metric in m}
+    return max(scored, key=lambda s: (scored[s], s)) if scored else self.latest()
+
+  def metrics(self, step: int) -> dict[str, float] | None:
+    path = self.manager.directory / str(step) / "metrics" / "metrics"
+    return json.loads(path.read_text()) if path.exists() else None
+
+  def meta(self, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return self.manager.restore(step, args=args)["meta"]
+
+  def restore(self, step: int, want: step_lib.TrainState) -> step_lib.TrainState:
+    """want: ShapeDtypeStructs with shardings, of any mesh, not only the one it was saved on."""
+    args = ocp.args.Composite(
+      model=ocp.args.StandardRestore({"params": want.params, "stats": want.stats}),
+      train=ocp.args.StandardRestore({"step": want.step, "opt_state": want.opt_state}),
+    )
+    out = self.manager.restore(step, args=args)
+    return step_lib.TrainState(
+      out["train"]["step"],
+      out["model"]["params"],
+      out["model"].get("stats") or {},
+      out["train"]["opt_state"],
+    )
+
+  def restore_model(self, step: int, want: Mapping[str, Any]) -> dict[str, Any]:
+    """Only the item `model`. want: {"params": ..., "stats": ...} of ShapeDtypeStructs."""
+    args = ocp.args.Composite(model=ocp.args.StandardRestore(dict(want)))
+    return self.manager.restore(step, args=args)["model"]
+
+  def wait(self) -> None:
+    self.manager.wait_until_finished()
+
+  def close(self) -> None:
+    self.manager.close()
+
+
+def abstract_state(shapes: Any, shardings: Any) -> Any:
+  """ShapeDtypeStructs with shardings: what `restore` wants."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def save_model(
+  path: epath.PathLike, params: Mapping[str, Any], stats: Mapping[str, Any], meta: Mapping
+) -> None:
+  """Writes a converted directory: item `model` and meta.json. Arrays keep their dtypes."""
+  path = epath.Path(path)
+  with ocp.StandardCheckpointer() as writer:
+    writer.save(path.absolute() / "model", {"params": dict(params), "stats": dict(stats)})
+  (path / "meta.json").write_text(json.dumps(dict(meta), indent=1))
+
+
+def load_model(path: epath.PathLike, want: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """The item `model` under `path`, as `want` says, else as numpy arrays in the stored dtypes."""
+  path = epath.Path(path).absolute() / "model"
+  with ocp.StandardCheckpointer() as reader:
+    return reader.restore(path, dict(want) if want is not None else None)

@@ -1,0 +1,331 @@
+"""Batches of host arrays from a split, read, decoded and tokenised on tf.data's threads.
+
+tf.data supplies the thread pool, the buffers and their order; what a batch holds is decided by
+`order` from (seed, epoch, position), so neither threads nor restarts change it. Ids are positions
+in the split. Python functions never raise into tf.data, which would turn any error into one of its
+own: they hand over a flag, and the consumer raises the error itself.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from xmodal_jax.data import image as image_lib
+from xmodal_jax.data import order as order_lib
+from xmodal_jax.data.records import BadRecordError, Record, Split
+from xmodal_jax.data.text import Tokenizer
+
+Batch = dict[str, np.ndarray]
+Transform = Callable[[Image.Image], np.ndarray]
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 5  # bad records whose names an error message lists
+_ATTEMPTS = 1000  # stand-ins tried for one sample; reached only if nearly every record is bad
+
+
+class DataError(RuntimeError):
+  """The split cannot be used as it is."""
+
+
+class Ledger:
+  """The distinct bad records of a split, and the error that ends the stream, if any. Thread-safe.
+
+  on_bad(record, reason) is called once per bad record, after it was logged.
+  """
+
+  def __init__(
+    self, split: Split, max_bad_fraction: float, on_bad: Callable[[int, str], None] | None = None
+  ):
+    self.split, self.max_bad_fraction, self.on_bad = split, max_bad_fraction, on_bad
+    self.bad: dict[int, str] = {}
+    self.failure: Exception | None = None
+    self._lock = threading.Lock()
+
+  def add(self, record: int, error: Exception, filename: str = "") -> None:
+    """Counts a record once. DataError if that makes them too many."""
+    reason = str(error)
+    if not isinstance(error, BadRecordError):  # whose text already names the record
+      reason = f"record {record} ({filename}) of split {self.split.name!r}: {reason}"
+    with self._lock:
+      if record in self.bad:
+        return
+      self.bad[record] = reason
+      bad = list(self.bad.values())
+    logger.warning("bad %s", reason)
+    if self.on_bad:
+      self.on_bad(record, reason)
+    if len(bad) > self.max_bad_fraction * len(self.split):
+      names = "".join(f"\n  {name}" for name in bad[:_NAMED]) + "\n  ..." * (len(bad) > _NAMED)
+      raise DataError(
+        f"{len(bad)} of the {len(self.split)} records of split {self.split.name!r} are bad, more "
+        f"than max_bad_fraction = {self.max_bad_fraction:g} allows:{names}"
+      )
+
+  def call(self, function: Callable, inputs: list, blanks: list) -> list:
+    """`function` as a tf.data op: tensors in, one tensor like each of `blanks` out, and a flag.
+
+    The flag is false, and the tensors are the blanks, if it raised; `failure` is then set.
+    """
+
+    def guarded(*args):
+      try:
+        if self.failure is None:
+          return (*function(*args), True)
+      except Exception as e:
+        self.failure = self.failure or e
+      return (*blanks, False)
+
+    blanks = [np.asarray(b, object) if isinstance(b, bytes) else b for b in blanks]
+    types = [tf.string if b.dtype == object else tf.as_dtype(b.dtype) for b in blanks]
+    out = tf.numpy_function(guarded, inputs, [*types, tf.bool])
+    for tensor, blank in zip(out, [*blanks, np.True_], strict=True):
+      tensor.set_shape(np.shape(blank))
+    return out
+
+  def consume(self, dataset: tf.data.Dataset) -> Iterator[Batch]:
+    """The dataset's batches without their flag `ok`; raises `failure` at the first false one."""
+    for batch in dataset.as_numpy_iterator():
+      if not batch.pop("ok").all():
+        raise self.failure
+      yield batch
+
+
+def _local_batch(batch_size: int, process_index: int, process_count: int) -> int:
+  if batch_size % process_count or not 0 <= process_index < process_count:
+    raise ValueError(
+      f"batch size {batch_size} over {process_count} processes, of which this is {process_index}"
+    )
+  return batch_size // process_count
+
+
+def _offsets(split: Split) -> np.ndarray:
+  """Position of each record's first caption [N + 1]; ids are int32, so they must fit."""
+  offsets = order_lib.caption_offsets(split.captions_per_record)
+  if max(offsets[-1], len(split)) >= 2**31:
+    raise ValueError(f"split {split.name!r} has more pictures or captions than int32 counts")
+  return offsets
+
+
+def _options(dataset: tf.data.Dataset, threads: int | None) -> tf.data.Dataset:
+  options = tf.data.Options()
+  options.deterministic = True
+  options.autotune.enabled = threads is None
+  if threads is not None:
+    options.threading.private_threadpool_size = threads
+  return dataset.prefetch(2).with_options(options)
+
+
+def train_batches(
+  split: Split,
+  *,
+  batch_size: int,
+  image_transform: Transform | None,
+  tokenizer: Tokenizer,
+  text_length: int,
+  captions: order_lib.Captions = "all",
+  seed: int,
+  step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  max_bad_fraction: float = 1e-4,
+  order: Callable[[int], np.ndarray] | None = None,
+  augment: image_lib.Augment | None = None,
+  on_bad: Callable[[int, str], None] | None = None,
+  threads: int | None = None,
+) -> Iterator[Batch]:
+  """This process's rows of global batches step, step + 1, ... without end.
+
+  Fields, with b = batch_size / process_count: image uint8 [b, H, W, 3], text_ids int32 [b, L],
+  text_mask bool [b, L], image_id int32 [b], caption_id int32 [b].
+
+  batch_size: global; process p has rows p b to (p + 1) b. captions: see `order.samples_per_epoch`.
+  augment: (picture, generator) -> uint8 [H, W, 3], in place of image_transform. order: epoch ->
+  sample indices, in place of the shuffle; the same number in every epoch. A bad record is replaced
+  by another sample that its place in the epoch determines; DataError if more than max_bad_fraction
+  of the split's records were found bad by this process. on_bad: called with (record, reason) for
+  each. threads: of reading and decoding; None: tf.data decides.
+  """
+  local = _local_batch(batch_size, process_index, process_count)
+  offsets, ledger = _offsets(split), Ledger(split, max_bad_fraction, on_bad)
+  samples = order_lib.samples_per_epoch(split.captions_per_record, captions)
+  per_epoch = order_lib.steps_per_epoch(samples if order is None else len(order(0)), batch_size)
+  transform = augment or (lambda image, rng: image_transform(image))
+
+  @functools.lru_cache(maxsize=256)  # far more batches than are under way at a time
+  def plan(step: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Epoch, first position, and the records and captions of this process's rows of a batch."""
+    epoch, done = divmod(step, per_epoch)
+    first = done * batch_size + process_index * local
+    if order is None:
+      chosen = order_lib.permute(np.arange(first, first + local), samples, seed, epoch)
+    else:
+      chosen = np.asarray(order(epoch))[first : first + local]
+    return epoch, first, *order_lib.locate(chosen, offsets, captions, seed, epoch)
+
+  def example(i: np.ndarray):
+    """Row i of this process, counted over all steps -> pixels, caption, record, caption id."""
+    this_step, row = divmod(int(i), local)
+    epoch, first, records, texts = plan(this_step)
+    position, record, text = first + row, int(records[row]), int(texts[row])
+    for attempt in range(_ATTEMPTS):
+      content = _read(split, ledger, record)
+      if content is not None:
+        rng = augment and order_lib.generator(position, seed, epoch)
+        pixels = _pixels(content, lambda image: transform(image, rng), ledger, record)
+        if pixels is not None:
+          return pixels, content.captions[text].encode(), record, offsets[record] + text
+      stand_in = order_lib.replacement(position, attempt, samples, seed, epoch)
+      found = order_lib.locate(np.array([stand_in]), offsets, captions, seed, epoch)
+      record, text = int(found[0][0]), int(found[1][0])
+    raise DataError(f"split {split.name!r}: {_ATTEMPTS} samples in a row are bad")
+
+  blank = _blank(lambda image: transform(image, order_lib.generator(0, seed, 0)))
+  example_blanks = [blank, b"", np.int64(0), np.int64(0)]
+
+  def tokens(texts: np.ndarray):
+    return tokenizer([text.decode() for text in texts], text_length)
+
+  token_blanks = [np.zeros((local, text_length), t) for t in (np.int32, bool)]
+
+  def assemble(image, texts, record, caption, ok):
+    ids, mask, tokens_ok = ledger.call(tokens, [texts], token_blanks)
+    int32 = lambda x: tf.cast(x, tf.int32)
+    return {
+      "image": image,
+      "text_ids": ids,
+      "text_mask": mask,
+      "image_id": int32(record),
+      "caption_id": int32(caption),
+      "ok": tf.reduce_all(ok) & tokens_ok,
+    }
+
+  dataset = tf.data.Dataset.range(step * local, 2**63 - 1).map(
+    lambda i: tuple(ledger.call(example, [i], example_blanks)),
+    num_parallel_calls=threads or tf.data.AUTOTUNE,
+  )
+  dataset = dataset.batch(local, drop_remainder=True).map(assemble)
+  return ledger.consume(_options(dataset, threads))
+
+
+def _read(split: Split, ledger: Ledger, record: int) -> Record | None:
+  """A record, or None if it is bad."""
+  try:
+    return split.read(record)
+  except BadRecordError as e:
+    ledger.add(record, e)
+    return None
+
+
+def _pixels(
+  content: Record, transform: Transform, ledger: Ledger, record: int
+) -> np.ndarray | None:
+  """uint8 [H, W, 3], or None if the picture does not decode."""
+  try:
+    return image_lib.load(content.image, transform)
+  except image_lib.DecodeError as e:
+    ledger.add(record, e, content.filename)
+    return None
+
+
+def _blank(transform: Transform) -> np.ndarray:
+  """Zeros of the shape and type that the transform gives."""
+  return np.zeros_like(transform(Image.new("RGB", (64, 64))))
+
+
+def eval_images(
+  split: Split,
+  *,
+  batch_size: int,
+  image_transform: Transform,
+  process_index: int = 0,
+  process_count: int = 1,
+  max_bad_fraction: float = 0.0,
+  on_bad: Callable[[int, str], None] | None = None,
+  threads: int | None = None,
+) -> Iterator[Batch]:
+  """Every picture once, in order: this process's rows of each global batch.
+
+  Fields: image uint8 [b, H, W, 3], image_id int32 [b], valid bool [b]. The last batch is filled up
+  with rows that are not valid, of image_id -1. A bad picture is not valid either but keeps its id;
+  DataError if more than max_bad_fraction of the split are bad.
+  """
+  local = _local_batch(batch_size, process_index, process_count)
+  ledger, blank = Ledger(split, max_bad_fraction, on_bad), _blank(image_transform)
+
+  def example(i: np.ndarray):
+    this_step, row = divmod(int(i), local)
+    record = this_step * batch_size + process_index * local + row
+    if record >= len(split):
+      return blank, np.int32(-1), False
+    content = _read(split, ledger, record)
+    pixels = content and _pixels(content, image_transform, ledger, record)
+    if pixels is None:
+      return blank, np.int32(record), False
+    return pixels, np.int32(record), True
+
+  blanks = [blank, np.int32(0), np.False_]
+  steps = -(-len(split) // batch_size)
+  dataset = tf.data.Dataset.range(steps * local).map(
+    lambda i: tuple(ledger.call(example, [i], blanks)),
+    num_parallel_calls=threads or tf.data.AUTOTUNE,
+  )
+  dataset = dataset.batch(local, drop_remainder=True)
+  fields = ("image", "image_id", "valid", "ok")
+  dataset = dataset.map(lambda *x: dict(zip(fields, x, strict=True)))
+  return ledger.consume(_options(dataset, threads))
+
+
+def eval_texts(
+  split: Split,
+  *,
+  batch_size: int,
+  tokenizer: Tokenizer,
+  text_length: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  max_bad_fraction: float = 0.0,
+  on_bad: Callable[[int, str], None] | None = None,
+  threads: int | None = None,
+) -> Iterator[Batch]:
+  """Every caption once, in order: this process's rows of each global batch.
+
+  Fields: text_ids int32 [b, L], text_mask bool [b, L], caption_id int32 [b], image_id int32 [b] of
+  the caption's picture, valid bool [b]. Rows that are not valid hold the empty caption, so that no
+  mask is empty; those that fill up the last batch have ids -1, those of a bad record keep theirs.
+  """
+  local = _local_batch(batch_size, process_index, process_count)
+  ledger, offsets = Ledger(split, max_bad_fraction, on_bad), _offsets(split)
+
+  def rows(step: np.ndarray):
+    caption = int(step) * batch_size + process_index * local + np.arange(local)  # [b]
+    valid = caption < offsets[-1]
+    caption = np.where(valid, caption, -1)
+    record = np.full(local, -1)
+    record[valid], j = order_lib.locate(caption[valid], offsets, "all", 0, 0)
+    texts = [""] * local
+    # A whole batch at a time: neighbouring captions share a record, which is read once.
+    for i in np.unique(record[valid]):
+      mine = np.flatnonzero(record == i)
+      content = _read(split, ledger, int(i))
+      if content is None:
+        valid[mine] = False
+        continue
+      for row in mine:
+        texts[row] = content.captions[j[row]]
+    ids, mask = tokenizer(texts, text_length)
+    return ids, mask, caption.astype(np.int32), record.astype(np.int32), valid
+
+  blanks = [np.zeros((local, text_length), t) for t in (np.int32, bool)]
+  blanks += [np.zeros(local, t) for t in (np.int32, np.int32, bool)]
+  fields = ("text_ids", "text_mask", "caption_id", "image_id", "valid", "ok")
+  dataset = tf.data.Dataset.range(-(-int(offsets[-1]) // batch_size)).map(
+    lambda step: dict(zip(fields, ledger.call(rows, [step], blanks), strict=True)),
+    num_parallel_calls=threads or tf.data.AUTOTUNE,
+  )
+  return ledger.consume(_options(dataset, threads))

@@ -1,0 +1,264 @@
+"""Random access to the pictures and captions of TFRecord data sets that TFDS can read.
+
+`open_split` opens data sets of `builder` (tools/prepare_data.py), `open_tfds` those of TFDS itself;
+both read any record by its number from any thread, by the offset index of `tfrecord`.
+"""
+
+import bisect
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from etils import epath
+
+from xmodal_jax.data import tfrecord
+from xmodal_jax.data.tfrecord import DatasetError
+
+_KEPT_FDS = 512  # below the usual limit of 1024 per process; further shards are opened per read
+
+# The names of a field in the data sets of `builder` and in those that TFDS itself writes.
+_FIELDS = {
+  "image": ("image",),
+  "image_id": ("image_id", "image/id"),
+  "filename": ("filename", "image/filename", "file_name"),
+  "captions": ("captions", "captions/text"),
+  "caption_ids": ("caption_ids", "captions/id"),
+  "caption_positions": ("caption_positions",),
+  "regions": ("regions",),
+  "boxes": ("boxes",),
+}
+
+
+class BadRecordError(Exception):
+  """One record that cannot be read; the records around it can."""
+
+  def __init__(self, split: str, index: int, shard: str, reason: str):
+    super().__init__(split, index, shard, reason)
+    self.split, self.index, self.shard, self.reason = split, index, shard, reason
+
+  def __str__(self) -> str:
+    return f"record {self.index} of split {self.split!r} in {self.shard}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One picture with its captions. image: encoded bytes as stored, empty where only regions are."""
+
+  image: bytes
+  image_id: int  # of the annotation file, may exceed 32 bits; -1 where there is none
+  filename: str
+  captions: tuple[str, ...]
+  caption_ids: tuple[int, ...]  # of the annotation file; empty where there are none
+  regions: np.ndarray | None = None  # float32 [R, F]
+  boxes: np.ndarray | None = None  # float32 [R, 4], x1 y1 x2 y2 in pixels
+
+
+@functools.cache
+def _example_class() -> type:
+  # Deferred: the import is TensorFlow's (2 s). The parser is C (upb): 3 us for a record of 50 kB.
+  from tensorflow.core.example import example_pb2
+
+  return example_pb2.Example
+
+
+def _features(payload: bytes) -> dict:
+  feature = _example_class().FromString(payload).features.feature
+  found = ((k, next((n for n in names if n in feature), None)) for k, names in _FIELDS.items())
+  return {k: feature[n] for k, n in found if n is not None}
+
+
+def count_captions(payload: bytes) -> tuple[int, Sequence[int]]:
+  """A serialised example -> (captions in it, their places in the split's order or nothing)."""
+  f = _features(payload)
+  places = f["caption_positions"].int64_list.value if "caption_positions" in f else ()
+  return len(f["captions"].bytes_list.value) if "captions" in f else 0, places
+
+
+def parse(payload: bytes, region_dim: int | None = None) -> Record:
+  """A serialised tf.train.Example -> Record. region_dim: F of regions. Raises on any damage."""
+  f = _features(payload)
+  ints = lambda name: tuple(f[name].int64_list.value) if name in f else ()
+  texts = lambda name: tuple(v.decode() for v in f[name].bytes_list.value) if name in f else ()
+
+  def floats(name: str, width: int | None) -> np.ndarray | None:
+    if name not in f:
+      return None
+    if not width:
+      raise ValueError(f"{name} of unknown width: the data set's features.json gives none")
+    raw = f[name].bytes_list.value  # one string of little-endian floats, or a list of floats
+    flat = np.frombuffer(raw[0], "<f4") if raw else np.array(f[name].float_list.value, np.float32)
+    return flat.reshape(-1, width)
+
+  image = f["image"].bytes_list.value if "image" in f else ()
+  return Record(
+    image=image[0] if image else b"",
+    image_id=(ints("image_id") or (-1,))[0],
+    filename=(texts("filename") or ("",))[0],
+    captions=texts("captions"),
+    caption_ids=ints("caption_ids"),
+    regions=floats("regions", region_dim),
+    boxes=floats("boxes", 4),
+  )
+
+
+class _Files:
+  """Positioned reads from a list of files, from any number of threads at once."""
+
+  def __init__(self, paths: list[epath.Path]):
+    self._paths = [os.fspath(p) for p in paths]
+    self._fds: dict[int, int] = {}
+    self._lock = threading.Lock()
+
+  def read(self, i: int, offset: int, size: int) -> bytes:
+    path = self._paths[i]
+    if "://" in path:  # a file object has one position for all threads, so each read has its own
+      import tensorflow as tf
+
+      with tf.io.gfile.GFile(path, "rb") as f:
+        f.seek(offset)
+        return f.read(size)
+    with self._lock:
+      if i not in self._fds and len(self._fds) < _KEPT_FDS:
+        self._fds[i] = os.open(path, os.O_RDONLY)
+    if i in self._fds:
+      return os.pread(self._fds[i], size, offset)
+    with open(path, "rb") as f:
+      f.seek(offset)
+      return f.read(size)
+
+  def __del__(self):
+    for fd in self._fds.values():
+      os.close(fd)
+
+
+class Split:
+  """A split, or several after one another: `len` pictures, each read by its number.
+
+  captions_per_record: int32 [N].
+  fingerprint: sha256 of shard names and sizes and of the extents and crcs of all records.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    parts: Sequence[Sequence[tuple[epath.PathLike, int]]],
+    region_dim: int | None = None,
+  ):
+    """parts: for each split joined, its shards and the number of records of each."""
+    self.name, self._region_dim = name, region_dim
+    shards = [(epath.Path(path), n) for part in parts for path, n in part]
+    load = lambda shard: tfrecord.load_index(*shard, count_captions)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote indices arrive together
+      self._indices = list(pool.map(load, shards))
+    self._paths = [path for path, _ in shards]
+    self._part_sizes = [len(part) for part in parts]
+    self._files = _Files(self._paths)
+    self._starts = np.cumsum([0, *map(len, self._indices)]).tolist()
+    self.captions_per_record = np.concatenate([x.captions for x in self._indices])
+    digest = hashlib.sha256()
+    for path, x in zip(self._paths, self._indices, strict=True):
+      digest.update(f"{path.name}\n{x.shard_bytes}\n{len(x)}\n".encode())
+      for array in (x.offsets, x.lengths, x.crcs, x.captions):
+        digest.update(np.ascontiguousarray(array))
+    self.fingerprint = digest.hexdigest()
+
+  @functools.cached_property
+  def caption_positions(self) -> np.ndarray:
+    """int64 [C], record after record: the place of each caption in the order of the source's list.
+
+    0..C-1 unless the source lists captions of one picture apart from one another. Splits that are
+    joined follow one another here too.
+    """
+    out, base, indices = [], 0, iter(self._indices)
+    for size in self._part_sizes:
+      part = [next(indices) for _ in range(size)]
+      count = sum(int(x.captions.sum()) for x in part)
+      given = [x.positions for x in part if x.captions.any()]
+      own = np.arange(count) if any(p is None for p in given) else np.concatenate(given)
+      out.append(base + own)
+      base += count
+    return np.concatenate(out)
+
+  def __len__(self) -> int:
+    return self._starts[-1]
+
+  def read(self, i: int) -> Record:
+    """Record i, checked. Raises BadRecordError if its bytes are damaged or do not parse."""
+    if not 0 <= i < len(self):
+      raise IndexError(f"record {i} of {len(self)} in split {self.name!r}")
+    shard = bisect.bisect_right(self._starts, i) - 1
+    index, j = self._indices[shard], int(i) - self._starts[shard]
+    offset, length = int(index.offsets[j]), int(index.lengths[j])
+    data = self._files.read(
+      shard, offset, tfrecord.OVERHEAD + length
+    )  # a lost disk is no bad record
+    try:
+      return parse(tfrecord.unframe(data, length, int(index.crcs[j])), self._region_dim)
+    except Exception as e:
+      raise BadRecordError(self.name, int(i), os.fspath(self._paths[shard]), str(e)) from e
+
+  def __iter__(self) -> Iterator[Record]:
+    return (self.read(i) for i in range(len(self)))
+
+
+def _find_dataset(data_dir: epath.PathLike) -> epath.Path:
+  root, marker = epath.Path(data_dir), "dataset_info.json"
+  remedy = "write one with `python tools/prepare_data.py SOURCE --out DIR` (sources: --help)"
+  if not root.exists():
+    raise DatasetError(f"{root}: no such data set folder; {remedy}")
+  if (root / marker).exists():
+    return root
+  below = sorted({p.parent for g in (f"*/{marker}", f"*/*/{marker}") for p in root.glob(g)})
+  below = [p for p in below if not any(n.startswith(".") for n in p.parts[len(root.parts) :])]
+  if not below:
+    raise DatasetError(f"{root}: no {marker} in it or in a name/version folder below; {remedy}")
+  if len(below) > 1:
+    listing = "".join(f"\n  {p}" for p in below)
+    raise DatasetError(f"{root} holds {len(below)} data sets; give the folder of one:{listing}")
+  return below[0]
+
+
+def _open(builder, split: str) -> Split:
+  """builder: a tfds builder whose data are on disk."""
+  info, where = builder.info, builder.data_path
+  if info.file_format.value != "tfrecord":
+    raise DatasetError(f"{where}: {info.file_format.value} files, expected tfrecord; prepare it so")
+  parts = []
+  for name in (p.strip() for p in split.split("+")):
+    if name not in info.splits:
+      have = f"there are {sorted(info.splits)} (join several as train+restval)"
+      raise DatasetError(f"{where}: no split {name!r}; {have}")
+    counts = info.splits[name].shard_lengths
+    if not sum(counts):
+      raise DatasetError(f"{where}: split {name!r} is empty; prepare it from data that has it")
+    parts.append(list(zip(info.splits[name].filepaths, counts, strict=True)))
+  regions = dict(info.features).get("regions")
+  return Split(split, parts, regions.shape[-1] if regions is not None else None)
+
+
+def open_split(data_dir: epath.PathLike, split: str) -> Split:
+  """Opens a split of a data set written by `builder` or by TFDS.
+
+  data_dir: a local or gs:// folder that `tfds.builder_from_directory` can read, or one with exactly
+  one such folder (name/version) below it. split: a name, or several joined as "train+restval".
+  """
+  import tensorflow_datasets as tfds
+
+  return _open(tfds.builder_from_directory(_find_dataset(data_dir)), split)
+
+
+def open_tfds(name: str, split: str, data_dir: epath.PathLike | None = None) -> Split:
+  """Opens a split of a data set that TFDS itself has prepared, e.g. "coco_captions"."""
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir))
+  where = epath.Path(builder.data_path)
+  if not (where / "dataset_info.json").exists():
+    command = f"tfds build {name}" + (f" --data_dir={os.fspath(data_dir)}" if data_dir else "")
+    raise DatasetError(f"{where}: data set {name!r} of TFDS is not prepared; run `{command}`")
+  return _open(builder, split)

@@ -1,0 +1,330 @@
+"""Readers of the annotation files that image-text data sets come in.
+
+Each returns {split: [Picture]} in the order of its file, having checked what it read; `examples`
+turns the pictures of a split into what `builder.write_dataset` takes.
+"""
+
+import collections
+import concurrent.futures
+import csv
+import dataclasses
+import functools
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from etils import epath
+
+from xmodal_jax.data.builder import Example
+from xmodal_jax.data.tfrecord import DatasetError
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A picture file and its captions; positions: their places in the split's list, if it has one."""
+
+  filename: str
+  path: epath.Path
+  image_id: int
+  captions: tuple[str, ...]
+  caption_ids: tuple[int, ...] | None = None
+  caption_positions: tuple[int, ...] | None = None
+
+
+Splits = dict[str, list[Picture]]
+
+
+def examples(pictures: Iterable[Picture]) -> Iterator[Example]:
+  """Pictures -> examples of `builder`, reading each file as it comes."""
+  return map(example, pictures)
+
+
+def example(picture: Picture) -> Example:
+  given = {"caption_ids": picture.caption_ids, "caption_positions": picture.caption_positions}
+  return {
+    "image": picture.path.read_bytes(),
+    "image_id": picture.image_id,
+    "filename": picture.filename,
+    "captions": picture.captions,
+    **{k: v for k, v in given.items() if v is not None},
+  }
+
+
+def check_pictures(splits: Splits, decode: bool = False) -> None:
+  """Checks that every picture file exists and, if asked, that Pillow decodes it; lists failures."""
+  pictures = [p for split in splits.values() for p in split]
+  _report(pictures, lambda p: None if p.path.exists() else "", "missing", "check --images")
+  if decode:
+    _report(pictures, _decode_error, "broken", "replace them, or take them out of the annotations")
+
+
+def _report(pictures: list[Picture], fault: Callable, what: str, remedy: str) -> None:
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # threads for folders far away
+    faults = list(pool.map(fault, pictures))
+  bad = [
+    f"\n  {p.path} {f}".rstrip() for p, f in zip(pictures, faults, strict=True) if f is not None
+  ]
+  if bad:
+    more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise DatasetError(
+      f"{len(bad)} of {len(pictures)} pictures are {what}; {remedy}:{''.join(bad[:5])}{more}"
+    )
+
+
+def _decode_error(picture: Picture) -> str | None:
+  from PIL import Image
+
+  try:
+    with Image.open(io.BytesIO(picture.path.read_bytes())) as image:
+      image.load()
+  except Exception as e:  # Pillow raises what its decoders raise
+    return f"({e})"
+  return None
+
+
+def checksums(annotations: epath.PathLike) -> dict[str, str]:
+  """{file name: sha256} of an annotation file, or of the files of an annotation folder."""
+  path = epath.Path(annotations)
+  files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+  return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def _text(path: epath.Path) -> str:
+  if not path.exists():
+    raise DatasetError(f"{path}: no such file; check --annotations")
+  data = path.read_bytes()
+  try:
+    return (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8-sig")
+  except (OSError, EOFError, UnicodeDecodeError) as e:
+    raise DatasetError(f"{path}: neither UTF-8 text nor gzip of it ({e}); fetch it again") from e
+
+
+def _json(path: epath.Path) -> dict:
+  try:
+    return json.loads(_text(path))
+  except json.JSONDecodeError as e:
+    raise DatasetError(f"{path}: not JSON ({e}); fetch the file again") from e
+
+
+def _keys(where: str, item: object, keys: tuple[str, ...], layout: str) -> None:
+  missing = [k for k in keys if not isinstance(item, dict) or k not in item]
+  if missing:
+    raise DatasetError(f"{where}: no key {missing[0]!r}; expected {layout}")
+
+
+def read_karpathy(
+  annotations: epath.PathLike, images: epath.PathLike, captions_per_image: int | None = 5
+) -> Splits:
+  """Karpathy's dataset_*.json (plain or .gz) with all its splits.
+
+  The picture is images/filename, else images/filepath/filename. captions_per_image: the first so
+  many of each picture, 5 as in the COCO protocol; None for all.
+  """
+  file, images = epath.Path(annotations), epath.Path(images)
+  if captions_per_image is not None and captions_per_image < 1:
+    raise DatasetError(f"captions_per_image {captions_per_image}: expected 1 or more, or all")
+  layout = (
+    "Karpathy's layout, {'images': [{'filename', 'imgid' or 'cocoid', 'split', "
+    "'sentences': [{'raw', 'sentid'}]}]}; for other layouts see the other sources (--help)"
+  )
+  data = _json(file)
+  _keys(f"{file}", data, ("images",), layout)
+  splits = collections.defaultdict(list)
+  for i, item in enumerate(data["images"]):
+    where = f"{file}: images[{i}]"
+    _keys(where, item, ("filename", "split", "sentences"), layout)
+    if "cocoid" not in item:
+      _keys(where, item, ("imgid",), layout)
+    for j, sentence in enumerate(item["sentences"]):
+      _keys(f"{where}.sentences[{j}]", sentence, ("raw", "sentid"), layout)
+    sentences = item["sentences"][:captions_per_image]
+    if not sentences:
+      raise DatasetError(f"{where} ({item['filename']}) has no captions; add some or take it out")
+    path = images / item["filename"]
+    if item.get("filepath") and not path.exists():
+      path = images / item["filepath"] / item["filename"]
+    splits[item["split"]].append(
+      Picture(
+        item["filename"],
+        path,
+        int(item.get("cocoid", item.get("imgid"))),
+        tuple(s["raw"] for s in sentences),
+        tuple(int(s["sentid"]) for s in sentences),
+      )
+    )
+  if not splits:
+    raise DatasetError(f"{file}: the list 'images' is empty; fetch the file again")
+  return dict(splits)
+
+
+def read_coco(annotations: epath.PathLike, images: epath.PathLike) -> Splits:
+  """The layout of VSE++: captions_{train,val}2014.json and coco_{train,restval,dev,test}_ids.npy.
+
+  annotations: the folder of these files. One picture for all captions of an image, in the order of
+  the first of them in the id list; each caption keeps its place in the list. dev becomes "val".
+  """
+  folder, images = epath.Path(annotations), epath.Path(images)
+  layout = (
+    "COCO's {'images': [{'id', 'file_name'}], 'annotations': [{'id', 'image_id', 'caption'}]}"
+  )
+  names, captions = {}, {}
+  for file in (folder / "captions_train2014.json", folder / "captions_val2014.json"):
+    data = _json(file)
+    _keys(f"{file}", data, ("images", "annotations"), layout)
+    for i, item in enumerate(data["images"]):
+      _keys(f"{file}: images[{i}]", item, ("id", "file_name"), layout)
+      names[item["id"]] = item["file_name"]
+    for i, item in enumerate(data["annotations"]):
+      _keys(f"{file}: annotations[{i}]", item, ("id", "image_id", "caption"), layout)
+      if item["image_id"] not in names:
+        raise DatasetError(
+          f"{file}: annotations[{i}] is of image {item['image_id']}, not in 'images'"
+        )
+      captions[item["id"]] = item["image_id"], item["caption"]
+  splits, owner = {}, {}
+  for stem, split in (("train", "train"), ("restval", "restval"), ("dev", "val"), ("test", "test")):
+    file = folder / f"coco_{stem}_ids.npy"
+    places = collections.defaultdict(list)  # image -> positions of its captions
+    ids = _id_list(file, captions)
+    for position, caption in enumerate(ids):
+      places[captions[caption][0]].append(position)
+    if twice := [i for i in places if owner.setdefault(i, split) != split]:
+      raise DatasetError(
+        f"{file}: image {twice[0]} is also in split {owner[twice[0]]!r} ({len(twice)} such "
+        "images); the id lists must not share images"
+      )
+    splits[split] = [
+      Picture(
+        names[image],
+        images / names[image],
+        int(image),
+        tuple(captions[ids[p]][1] for p in positions),
+        tuple(ids[p] for p in positions),
+        tuple(positions),
+      )
+      for image, positions in places.items()
+    ]
+  return splits
+
+
+def _id_list(file: epath.Path, captions: dict) -> list[int]:
+  """file: an npy of caption ids [C], of which each is a key of `captions`."""
+  remedy = "expected an integer array [C] of distinct caption ids; take the file of the release"
+  if not file.exists():
+    raise DatasetError(f"{file}: no such file; {remedy}")
+  try:
+    ids = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+  except Exception as e:  # NumPy raises ValueError, EOFError and others
+    raise DatasetError(f"{file}: not an npy file ({e}); {remedy}") from e
+  if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
+    raise DatasetError(f"{file}: has shape {ids.shape} of {ids.dtype}; {remedy}")
+  values, counts = np.unique(ids, return_counts=True)
+  if (counts > 1).any():
+    raise DatasetError(f"{file}: id {values[counts > 1][0]} occurs twice or more; {remedy}")
+  ids = ids.tolist()
+  if unknown := [i for i in ids if i not in captions]:
+    raise DatasetError(
+      f"{file}: {len(unknown)} of {len(ids)} ids are in neither captions_train2014.json nor "
+      f"captions_val2014.json, first {unknown[:5]}; {remedy}"
+    )
+  return ids
+
+
+def read_pairs(
+  table: epath.PathLike,
+  images: epath.PathLike,
+  *,
+  image_column: str = "image",
+  caption_column: str = "caption",
+  id_column: str = "image_id",
+  split_column: str = "split",
+  val_fraction: float = 0.0,
+  test_fraction: float = 0.0,
+) -> Splits:
+  """A .csv, .tsv or .jsonl file (or .gz of one) with a row per caption.
+
+  Rows of one picture are put together. id_column and split_column may be absent: then ids count
+  from 0, and a split is "train", or drawn by a hash of the picture's path by the two fractions.
+  """
+  file, images = epath.Path(table), epath.Path(images)
+  if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+    raise DatasetError(
+      f"val_fraction {val_fraction} and test_fraction {test_fraction}: expected two numbers of at "
+      "least 0, together below 1"
+    )
+  drawn = functools.partial(_drawn_split, val=val_fraction, test=test_fraction)
+  found: dict[str, dict] = {}
+  for where, row in _rows(file):
+    if missing := [c for c in (image_column, caption_column) if not row.get(c)]:
+      raise DatasetError(
+        f"{where}: nothing in column {missing[0]!r}; the columns are {list(row)} "
+        "(name others with --image_column, --caption_column)"
+      )
+    if row.get(split_column) and val_fraction + test_fraction:
+      raise DatasetError(
+        f"{where}: column {split_column!r} says the split, so leave out --val_fraction and "
+        "--test_fraction, or name another --split_column"
+      )
+    name = row[image_column]
+    new = {"split": row.get(split_column) or drawn(name), "id": row.get(id_column), "captions": []}
+    entry = found.setdefault(name, new)
+    for key in ("split", "id"):
+      if entry[key] != new[key]:
+        raise DatasetError(
+          f"{where}: picture {name} has {key} {new[key]!r}, but {entry[key]!r} in an earlier row; "
+          "all rows of a picture must agree"
+        )
+    entry["captions"].append(row[caption_column])
+  if not found:
+    raise DatasetError(f"{file}: no rows; expected a row per caption after a line of column names")
+  splits = collections.defaultdict(list)
+  for i, (name, entry) in enumerate(found.items()):
+    try:
+      image_id = int(entry["id"] if entry["id"] is not None else i)
+    except ValueError as e:
+      raise DatasetError(
+        f"{file}: picture {name} has the id {entry['id']!r}, expected an integer; name another "
+        "--id_column, or a column that is not there to count from 0"
+      ) from e
+    splits[entry["split"]].append(Picture(name, images / name, image_id, tuple(entry["captions"])))
+  asked = ["train"] + ["val"] * bool(val_fraction) + ["test"] * bool(test_fraction)
+  if val_fraction + test_fraction:
+    splits = {s: splits[s] for s in asked}  # an empty one is then an error when it is written
+  return dict(splits)
+
+
+def _drawn_split(name: str, val: float, test: float) -> str:
+  u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+  return "val" if u < val else "test" if u < val + test else "train"
+
+
+def _rows(file: epath.Path) -> Iterator[tuple[str, dict]]:
+  """(file and line, for messages; the row)."""
+  kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+  if kind not in ("csv", "tsv", "jsonl"):
+    raise DatasetError(f"{file}: expected a file .csv, .tsv or .jsonl (or .gz of one)")
+  text = _text(file)
+  if kind == "jsonl":
+    for i, line in enumerate(text.splitlines(), 1):
+      if line.strip():
+        try:
+          row = json.loads(line)
+        except json.JSONDecodeError as e:
+          raise DatasetError(f"{file}:{i}: not JSON ({e}); expected an object per line") from e
+        if not isinstance(row, dict):
+          raise DatasetError(f"{file}:{i}: expected a JSON object, got {line[:40]!r}")
+        yield f"{file}:{i}", row
+    return
+  # A .tsv quotes nothing as a rule: a caption may begin with a quotation mark.
+  form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
+  reader = csv.DictReader(io.StringIO(text, newline=""), **form)
+  for row in reader:
+    if None in row:
+      raise DatasetError(
+        f"{file}:{reader.line_num}: {len(row) - 1 + len(row[None])} fields, expected "
+        f"{len(row) - 1} ({list(row)[:-1]}); quote fields that hold the separator"
+      )
+    yield f"{file}:{reader.line_num}", row

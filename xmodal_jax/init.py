@@ -1,0 +1,124 @@
+"""config.init: parameters from a converted directory, a workdir, or a PyTorch file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from xmodal_jax import checkpoint, convert, models, torch_files
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested dicts -> {"image/blocks/q/kernel": leaf}."""
+  out: dict[str, Any] = {}
+  for key, value in tree.items():
+    out |= flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+  return out
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `flat`."""
+  out: dict[str, Any] = {}
+  for path, value in leaves.items():
+    *parents, last = path.split("/")
+    node = out
+    for name in parents:
+      node = node.setdefault(name, {})
+    node[last] = value
+  return out
+
+
+def load(
+  source: str, system: str, params: nnx.State, stats: nnx.State
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+  """Reads `source` into parameters like the abstract states `params` and `stats`.
+
+  Returns (params, stats, info): nested dicts of host arrays, float32, and where they came from.
+  Position tables of another resolution are resized as the system does it. Raises CheckpointError
+  for a file of another system or size, listing every key that does not fit.
+  """
+  want = flat(nnx.to_pure_dict(params)) | flat(nnx.to_pure_dict(stats))
+  path = epath.Path(source).expanduser()
+  if not path.exists():
+    raise checkpoint.CheckpointError(
+      f"config.init: {path} does not exist; expected a converted directory, a workdir or a file"
+    )
+  if path.is_dir():
+    have, info = _read_directory(path, system)
+  else:
+    have, info = _read_file(path, system, want)
+  module = models.system_module(system)
+  have = {k: module.resize(k, v, want[k].shape) if k in want else v for k, v in have.items()}
+  _check(path, have, want)
+  logging.info("parameters from %s (%s)", path, info["kind"])
+  have = {k: np.asarray(v, np.float32) for k, v in have.items()}
+  names = flat(nnx.to_pure_dict(params)).keys()
+  return (
+    nested({k: have[k] for k in names}),
+    nested({k: v for k, v in have.items() if k not in names}),
+    info,
+  )
+
+
+def _read_directory(path: epath.Path, system: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  if (path / "meta.json").exists():
+    meta = convert.read_meta(path)
+    if meta["system"] != system:
+      raise checkpoint.CheckpointError(
+        f"{path} holds a {meta['system']} model, but config.model.system is {system}"
+      )
+    tree = checkpoint.load_model(path)
+    info = dict(kind="converted directory", source=meta["source"], sha256=meta["sha256"])
+  elif (path / "checkpoints").is_dir():
+    checkpoints = checkpoint.Checkpoints(path, keep=1, metric="", read_only=True)
+    step = checkpoints.best()
+    if step is None:
+      raise checkpoint.CheckpointError(f"{path}/checkpoints is empty: nothing to start from")
+    if (have := checkpoints.meta(step)["system"]) != system:
+      raise checkpoint.CheckpointError(
+        f"{path} holds a {have} model, but config.model.system is {system}"
+      )
+    tree = checkpoints.restore_model(step)
+    info = dict(kind="checkpoint", source=str(path), step=step)
+  else:
+    raise checkpoint.CheckpointError(
+      f"{path}: expected meta.json (a converted directory) or checkpoints/ (a workdir) in it"
+    )
+  return flat(tree["params"]) | flat(tree.get("stats") or {}), info
+
+
+def _read_file(
+  path: epath.Path, system: str, want: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  state, file_info = torch_files.state_dict(path)
+  module = models.system_module(system)
+  module.infer_config({k: v.shape for k, v in state.items()})  # refuses other systems by name
+  # The file's own shapes: tables of another resolution are resized afterwards.
+  leaves, _ = convert.to_jax(state, module.RULES, want, check_shapes=False)
+  info = dict(kind=file_info["format"], source=path.name, sha256=torch_files.sha256(path))
+  return leaves, info
+
+
+def _check(path: epath.Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+  problems = [f"missing {k} {want[k].shape}" for k in sorted(want.keys() - have.keys())]
+  problems += [f"unknown {k} {have[k].shape}" for k in sorted(have.keys() - want.keys())]
+  problems += [
+    f"{k}: {tuple(have[k].shape)} in the file, {want[k].shape} in config.model"
+    for k in sorted(have.keys() & want.keys())
+    if tuple(have[k].shape) != tuple(want[k].shape)
+  ]
+  if problems:
+    shown = "\n  ".join(problems[:20])
+    more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+    raise checkpoint.CheckpointError(
+      f"{path} does not fit config.model (another variant or size?):\n  {shown}{more}"
+    )
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Host arrays -> device arrays, an explicit transfer."""
+  return jax.tree.map(jax.device_put, tree, shardings)

@@ -1,0 +1,48 @@
+"""python -m xmodal_jax.main --config configs/coco_ft.py[:variant] --workdir DIR [--mode eval]"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from xmodal_jax import config as config_lib
+from xmodal_jax import logs
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and results; local or gs://.")
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "train",
+  ["train", "eval"],
+  "train: train, evaluate, test; the same command again goes on. eval: only test config.init, or "
+  "the workdir's best checkpoint.",
+)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+  import tensorflow as tf
+
+  # TensorFlow only reads data; it must not take the accelerator's memory.
+  tf.config.set_visible_devices([], "GPU")
+  tf.config.set_visible_devices([], "TPU")
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
+  logs.setup()
+  from xmodal_jax import evaluate, train
+
+  overrides = config_flags.get_override_values(flags.FLAGS["config"])
+  config = config_lib.resolve(_CONFIG.value, overrides)
+  logging.info("devices: %s", jax.devices())
+  run = train.train if _MODE.value == "train" else evaluate.evaluate
+  run(config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  app.run(main)

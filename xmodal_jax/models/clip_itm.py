@@ -1,0 +1,120 @@
+"""CLIP (Radford et al., 2021) and its fine-tuning for retrieval, CLIP_ITM: towers, loss, presets."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xmodal_jax.losses import contrastive
+from xmodal_jax.models import resnet, system, text, vit
+
+Array = jax.Array
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _vit(size, patch, width, depth):
+  return dict(kind="vit", size=size, patch=patch, width=width, depth=depth, heads=width // 64)
+
+
+def _resnet(size, width, depths):
+  return dict(kind="resnet", size=size, width=width, depths=depths)
+
+
+def _preset(embed: int, image: dict, text_width: int, **text_kw) -> dict[str, Any]:
+  txt = dict(vocab=49408, context=77, width=text_width, depth=12, heads=text_width // 64)
+  return dict(system="clip", embed=embed, image=image, text=txt | text_kw)
+
+
+# Table of CLIP's released models: embed, image tower, text width.
+PRESETS = {
+  "rn50": _preset(1024, _resnet(224, 64, (3, 4, 6, 3)), 512),
+  "rn101": _preset(512, _resnet(224, 64, (3, 4, 23, 3)), 512),
+  "rn50x4": _preset(640, _resnet(288, 80, (4, 6, 10, 6)), 640),
+  "rn50x16": _preset(768, _resnet(384, 96, (6, 8, 18, 8)), 768),
+  "rn50x64": _preset(1024, _resnet(448, 128, (3, 15, 36, 10)), 1024),
+  "vit_b32": _preset(512, _vit(224, 32, 768, 12), 512),
+  "vit_b16": _preset(512, _vit(224, 16, 768, 12), 512),
+  "vit_l14": _preset(768, _vit(224, 14, 1024, 24), 768),
+  "vit_l14_336": _preset(768, _vit(336, 14, 1024, 24), 768),
+  # Not a released model: from scratch on two CPU cores.
+  "tiny": _preset(128, _vit(112, 16, 192, 4) | {"heads": 3}, 192, depth=3, heads=3),
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+  """The model section of a config for one of PRESETS, as a fresh nested dict."""
+  if name not in PRESETS:
+    raise ValueError(f"clip has no variant {name!r}; there are {', '.join(PRESETS)}")
+  return copy.deepcopy(PRESETS[name])
+
+
+class CLIP(system.System):
+  """Two towers, pooled and projected, compared by scaled cosine.
+
+  batch: image [B, S, S, 3], text_ids int [B, L]. Features: embed float32 [B, E], unit rows.
+  """
+
+  mean, std = MEAN, STD
+
+  def __init__(
+    self,
+    *,
+    embed: int,
+    image: Mapping[str, Any],
+    text: Mapping[str, Any],
+    dtype: Any = jnp.float32,
+    remat: str = "",
+    unroll: int = 1,
+    rngs: nnx.Rngs,
+  ):
+    loop = dict(dtype=dtype, remat=remat, unroll=unroll)
+    self.image = build_image_tower(image, embed, rngs=rngs, **loop)
+    self.text = build_text_tower(text, embed, rngs=rngs, **loop)
+    self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)), axes=())
+
+  def encode_image(self, batch, key=None):
+    images = self.pixels(batch["image"])
+    if isinstance(self.image, vit.ViT):
+      x = self.image.pool(self.image(images))
+    else:
+      x = self.image(images, train=key is not None)
+    return {"embed": system.l2_normalize(x)}
+
+  def encode_text(self, batch, key=None):
+    ids = batch["text_ids"]
+    return {"embed": system.l2_normalize(self.text.pool(self.text(ids), ids))}
+
+  def score(self, images, texts):
+    """Cosine [I, T]: exp(logit_scale) does not change an order."""
+    return jnp.dot(images["embed"], texts["embed"].T, precision="highest")
+
+  def align(self, images, texts, batch, key):
+    scale = jnp.exp(self.logit_scale[...])
+    loss, metrics = contrastive.infonce(images["embed"], texts["embed"], scale)
+    return loss, metrics | {"logit_scale": scale}
+
+
+def build_image_tower(config: Mapping[str, Any], embed: int, *, remat, unroll, **kw) -> nnx.Module:
+  config = dict(config)
+  kind = config.pop("kind")
+  if kind == "vit":
+    kw |= dict(act="quick_gelu", eps=1e-5, ln_pre=True, patch_bias=False)
+    return vit.ViT(embed=embed, remat=remat, unroll=unroll, **config, **kw)
+  if kind == "resnet":
+    return resnet.ModifiedResNet(embed=embed, **config, **kw)
+  raise ValueError(f"model.image.kind is {kind!r}; clip has 'vit' and 'resnet'")
+
+
+def build_text_tower(config: Mapping[str, Any], embed: int, **kw) -> text.TextTransformer:
+  return text.TextTransformer(embed=embed, **config, **kw)
+
+
+def build(config: Mapping[str, Any], *, dtype=jnp.float32, rngs: nnx.Rngs) -> CLIP:
+  """A CLIP from the model section of a config (see PRESETS; optional keys remat, unroll)."""
+  config = {k: v for k, v in config.items() if k != "system"}
+  return CLIP(**config, dtype=dtype, rngs=rngs)

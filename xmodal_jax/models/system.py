@@ -1,0 +1,61 @@
+"""The contract of a system: see docs/architecture.md."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+Features = dict[str, Array]
+
+
+class System(nnx.Module):
+  """Base of every system. Subclasses define `encode_image`, `encode_text`, `score` and `align`.
+
+  `mean`, `std` (three floats each) are the pixel statistics that the system was trained with.
+  """
+
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+
+  def pixels(self, image: Array) -> Array:
+    """uint8 [B, H, W, 3] -> normalised float32; floats are taken as already normalised."""
+    if jnp.issubdtype(image.dtype, jnp.floating):
+      return image
+    return (image.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
+
+  def prepare(self, batch: Batch, key: Array) -> Batch:
+    """What has to see pixels or ids before the towers do (mixup); the identity here."""
+    del key
+    return batch
+
+  def encode_image(self, batch: Batch, key: Array | None = None) -> Features:
+    raise NotImplementedError(f"{type(self).__name__} has no image tower")
+
+  def encode_text(self, batch: Batch, key: Array | None = None) -> Features:
+    raise NotImplementedError(f"{type(self).__name__} has no text tower")
+
+  def score(self, images: Features, texts: Features) -> Array:
+    """First-stage scores of all pairs -> float32 [I, T]."""
+    raise NotImplementedError(f"{type(self).__name__} has no first stage")
+
+  def align(
+    self, images: Features, texts: Features, batch: Batch, key: Array
+  ) -> tuple[Array, dict[str, Array]]:
+    """The objective on encoded features over the global batch -> (scalar, dict of scalars)."""
+    raise NotImplementedError(f"{type(self).__name__} has no objective")
+
+  def loss(self, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+    """The training loss of a global batch, written as if on one device -> (scalar, metrics)."""
+    k_prepare, k_image, k_text, k_align = jax.random.split(key, 4)
+    batch = self.prepare(batch, k_prepare)
+    images, texts = self.encode_image(batch, k_image), self.encode_text(batch, k_text)
+    return self.align(images, texts, batch, k_align)
+
+
+def l2_normalize(x: Array) -> Array:
+  """x / |x| over the last axis in float32, without an epsilon. [..., E] -> float32 [..., E]."""
+  x = x.astype(jnp.float32)
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

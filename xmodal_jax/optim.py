@@ -1,0 +1,189 @@
+"""Durations, schedules, masks and optax chains from the `optim` section of a config.
+
+Masks and multipliers are ordered (regex, value) lists over paths such as `image/blocks/q/kernel`:
+the first match wins and a path without a match is an error.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Schedule = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The length of a run: what durations and schedules are measured against."""
+
+  samples: int  # training samples per epoch
+  batch_size: int
+  total: str  # e.g. "5 epochs"
+
+  @property
+  def steps_per_epoch(self) -> int:
+    return self.samples // self.batch_size
+
+  @property
+  def total_steps(self) -> int:
+    return steps(self.total, self.steps_per_epoch)
+
+
+def steps(duration: str, steps_per_epoch: int) -> int:
+  """"500 steps" -> 500; "2.5 epochs" -> 2.5 * steps_per_epoch, rounded. Raises ValueError."""
+  m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?)\s*", duration)
+  if not m:
+    raise ValueError(f"duration {duration!r}: expected e.g. '500 steps' or '5 epochs'")
+  number = float(m[1])
+  return round(number * steps_per_epoch if m[2].startswith("epoch") else number)
+
+
+def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
+  """Learning rate as a function of the 0-based step; `schedule(step, xp=np)` is the float64 form.
+
+  cosine:    linear warm-up from lr / warmup, then half a cosine down to `end` * lr at the last step.
+  constant:  warm-up, then lr.
+  clip_itm:  the staircase of CLIP_ITM: the cosine is followed in captions, not in batches, so that
+             the position jumps by an epoch of captions at each epoch and hardly moves inside one.
+  """
+  lr, warmup = config["lr"], steps(config["warmup"], run.steps_per_epoch)
+  end, name, total = config["end"], config["schedule"], run.total_steps
+  per_epoch, samples = run.steps_per_epoch, run.samples
+  if name not in ("cosine", "constant", "clip_itm"):
+    raise ValueError(f"optim.schedule is {name!r}; there are cosine, constant, clip_itm")
+
+  def schedule(step, xp=jnp):
+    s, t = step, total
+    if name == "clip_itm":
+      s = samples * (step // per_epoch) + step % per_epoch
+      t = samples * steps(run.total, 1)
+    warm = (s + 1) / max(warmup, 1)
+    if name == "constant":
+      rest = 1.0
+    else:
+      progress = xp.clip((s - warmup) / max(t - warmup, 1), 0, 1)
+      rest = end + (1 - end) * 0.5 * (1 + xp.cos(xp.pi * progress))
+    return lr * xp.where(s < warmup, warm, rest)
+
+  return schedule
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+  """A jax key path of nested dicts -> "image/blocks/q/kernel"."""
+  return "/".join(str(k.key) for k in key_path)
+
+
+def first_match(what: str, rules: Sequence[tuple[str, float]], path: str) -> float:
+  """Value of the first rule whose regex is found in `path`. Raises ValueError without one."""
+  for pattern, value in rules:
+    if re.search(pattern, path):
+      return value
+  raise ValueError(
+    f"{what}: no rule matches parameter {path}; end the list with ('.*', value) to say what the "
+    "rest gets"
+  )
+
+
+def per_param(what: str, rules: Sequence[tuple[str, float]], params: Any) -> Any:
+  """Nested dict like `params` of the value of the first rule that matches each path."""
+  return jax.tree_util.tree_map_with_path(
+    lambda p, _: float(first_match(what, rules, path_of(p))), params
+  )
+
+
+def add_decay(weights: Any) -> optax.GradientTransformation:
+  """Adds weight * parameter, weight per parameter: decoupled weight decay."""
+  return optax.stateless(lambda u, p: jax.tree.map(lambda u, p, w: u + w * p, u, p, weights))
+
+
+def scale_per_param(factors: Any) -> optax.GradientTransformation:
+  return optax.stateless(lambda u, _: jax.tree.map(lambda u, f: u * f, u, factors))
+
+
+def adjust(fn: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransformation:
+  """Makes the updated parameter fn(path, p + u); last of a chain."""
+
+  def one(path, u, p):
+    new = p + u
+    to = fn(path_of(path), new)
+    return u if to is new else to - p
+
+  return optax.stateless(lambda u, p: jax.tree_util.tree_map_with_path(one, u, p))
+
+
+def bound(bounds: Sequence[tuple[str, float, float]]) -> optax.GradientTransformation:
+  """Keeps every parameter whose path matches (regex, low, high) inside [low, high]."""
+
+  def fn(path, x):
+    for pattern, low, high in bounds:
+      if re.search(pattern, path):
+        return jnp.clip(x, low, high)
+    return x
+
+  return adjust(fn)
+
+
+def round_trip(dtype: str, patterns: Sequence[str]) -> optax.GradientTransformation:
+  """Rounds parameters whose path matches to `dtype` after every update: no float32 master copy."""
+  regex = re.compile("|".join(patterns))
+  fn = lambda path, x: x.astype(dtype).astype(x.dtype) if regex.search(path) else x
+  return adjust(fn)
+
+
+def make_optimizer(
+  config: Mapping[str, Any], schedule: Schedule, params: Any
+) -> optax.GradientTransformation:
+  """The optax chain of the `optim` section, for parameters like `params` (shapes suffice)."""
+  if config["name"] != "adamw":
+    raise ValueError(f"optim.name is {config['name']!r}; there is adamw")
+  decay = per_param("optim.decay", config["decay"], params)
+  decay = jax.tree.map(lambda m: m * config["weight_decay"], decay)
+  chain = []
+  if config["grad_clip"]:
+    chain.append(optax.clip_by_global_norm(config["grad_clip"]))
+  chain += [
+    optax.scale_by_adam(config["b1"], config["b2"], config["eps"]),
+    add_decay(decay),
+    scale_per_param(per_param("optim.lr_mult", config["lr_mult"], params)),
+    optax.scale_by_learning_rate(schedule),
+  ]
+  if config["bounds"]:
+    chain.append(bound(config["bounds"]))
+  if config["round_to"]:
+    chain.append(round_trip(config["round_to"], config["round_paths"]))
+  return optax.chain(*chain)
+
+
+def table(config: Mapping[str, Any], abstract: Any, shardings: Any) -> str:
+  """One line per parameter: path, shape, logical axes, sharding, decay, lr multiple.
+
+  abstract: nnx.State of variables with `axes` metadata; shardings: nested dict like it.
+  """
+  rows = [("parameter", "shape", "axes", "sharding", "decay", "lr")]
+  is_variable = lambda v: hasattr(v, "get_metadata")
+  leaves, _ = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_variable)
+  shardings = dict(jax.tree_util.tree_flatten_with_path(shardings)[0])
+  shardings = {path_of(k): v for k, v in shardings.items()}
+  total = 0
+  for key_path, v in leaves:
+    path = path_of(key_path)
+    total += int(np.prod(v.shape, dtype=np.int64))
+    decay = config["weight_decay"] * first_match("optim.decay", config["decay"], path)
+    rows.append(
+      (
+        path,
+        "x".join(map(str, v.shape)) or "scalar",
+        ",".join(a or "-" for a in v.get_metadata().get("axes", ())),
+        ",".join(a or "-" for a in shardings[path].spec) or "replicated",
+        f"{decay:g}",
+        f"{first_match('optim.lr_mult', config['lr_mult'], path):g}",
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+  return "\n".join([*lines, f"{total:,} parameters"])

@@ -1,0 +1,92 @@
+"""TrainState, and the jitted steps of training and evaluation, written once for every system."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that training changes, as plain arrays: no module, no key, no iterator."""
+
+  step: Array  # int32 []
+  params: dict[str, Any]  # float32, nested by attribute name
+  stats: dict[str, Any]  # running statistics; {} where a system has none
+  opt_state: optax.OptState
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """(graphdef, parameters, running statistics) of a model, concrete or abstract."""
+  return nnx.split(model, nnx.Param, nnx.BatchStat)
+
+
+def init_state(build: Callable[[], nnx.Module], tx: optax.GradientTransformation) -> TrainState:
+  """A first state. Run it under `jax.jit(..., out_shardings=...)`, so that it is born sharded."""
+  _, params, stats = split(build())
+  params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+  return TrainState(jnp.int32(0), params, stats, tx.init(params))
+
+
+def make_train_step(
+  graphdef: nnx.GraphDef,
+  tx: optax.GradientTransformation,
+  rng: Array,
+  shardings: TrainState,
+  schedule: Callable[[Array], Array],
+) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
+  """The step: loss over the global batch, gradient, update. The state is donated.
+
+  rng is a key of the run; a resumed run draws the same keys, because they depend on the step alone.
+  Metrics are float32 scalars: loss, grad_norm, lr, and those of the system.
+  """
+
+  def train_step(state: TrainState, batch: Mapping[str, Array]):
+    key = jax.random.fold_in(rng, state.step)
+
+    def loss_fn(params):
+      model = nnx.merge(graphdef, params, state.stats)
+      loss, metrics = model.loss(batch, key)
+      return loss, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+    (loss, (aux, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+      "loss": loss,
+      "grad_norm": optax.tree_utils.tree_norm(grads),
+      "lr": schedule(state.step),
+      **aux,
+    }
+    return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_embed_step(graphdef: nnx.GraphDef, side: str, out_sharding: Any) -> Callable[..., Any]:
+  """jitted (params, stats, batch) -> features of `side` ("image" or "text") in inference.
+
+  `valid` and `image_id` of the batch come back with the features, from every process's rows.
+  """
+
+  def embed_step(params, stats, batch):
+    model = nnx.merge(graphdef, params, stats)
+    features = getattr(model, f"encode_{side}")(batch)
+    return features | {k: batch[k] for k in ("valid", "image_id")}
+
+  return jax.jit(embed_step, out_shardings=out_sharding)
+
+
+def make_score_step(graphdef: nnx.GraphDef, out_sharding: Any) -> Callable[..., Array]:
+  """jitted (params, stats, image features, text features) -> float32 [I, T]."""
+
+  def score_step(params, stats, images, texts):
+    return nnx.merge(graphdef, params, stats).score(images, texts).astype(jnp.float32)
+
+  return jax.jit(score_step, out_shardings=out_sharding)

@@ -1,0 +1,193 @@
+"""The training loop. A workdir is its own state: the same command again goes on where it was."""
+
+import functools
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from clu import periodic_actions
+
+from xmodal_jax import build as build_lib
+from xmodal_jax import checkpoint, flops, init, logs, optim, sharding
+from xmodal_jax import evaluate as evaluate_lib
+from xmodal_jax import inputs as inputs_lib
+from xmodal_jax import step as step_lib
+from xmodal_jax import workdir as workdir_lib
+
+
+class NonFiniteLossError(ValueError):
+  """The loss or the gradient is NaN or infinite; nothing was saved since the last finite step."""
+
+
+class Preemption:
+  """Turns SIGTERM into a question that the loop asks after every step."""
+
+  def __init__(self):
+    self.asked = False
+    signal.signal(signal.SIGTERM, self._note)
+
+  def _note(self, signum, frame):
+    del signum, frame
+    self.asked = True
+
+  def __call__(self) -> bool:
+    return self.asked
+
+
+def check_finite(metrics: Mapping[str, np.ndarray], last: int, step: int) -> Mapping[str, Any]:
+  """metrics of `step`; `last` is the last step known to be finite. Raises NonFiniteLossError."""
+  bad = [k for k in ("loss", "grad_norm") if not np.isfinite(metrics[k])]
+  if bad:
+    raise NonFiniteLossError(
+      f"{' and '.join(bad)} not finite at step {step}; the first bad step is one of "
+      f"{last + 1}..{step}. Checkpoints up to step {last} are untouched. Lower config.optim.lr, "
+      "lengthen config.optim.warmup, or set config.optim.grad_clip, and run again"
+    )
+  return metrics
+
+
+def train(config: Any, workdir: str) -> dict[str, Any] | None:
+  """Trains, evaluates and writes results.json. Returns the results, None when asked to stop."""
+  stop = Preemption()
+  workdir = workdir_lib.claim(workdir, config)
+  built = build_lib.Built(config)
+  inputs = inputs_lib.Inputs(config)
+  run = optim.Run(inputs.samples(), config.batch_size, config.total)
+  if run.steps_per_epoch < 1:
+    raise ValueError(f"config.batch_size is {run.batch_size}, the split has {run.samples} samples")
+  total, due = run.total_steps, functools.partial(_due, run=run)
+  schedule = optim.make_schedule(config.optim, run)
+  tx = built.optimizer(schedule)
+  shardings = built.state_shardings(tx)
+  logging.info("\n%s", optim.table(config.optim, built.params, built.params_shardings))
+  checkpoints = checkpoint.Checkpoints(
+    workdir, keep=config.checkpoint.keep, metric=config.eval.metric
+  )
+  meta = dict(
+    system=config.model.system, seed=config.seed, fingerprint=inputs.fingerprint(), pending=False
+  )
+  state, start, pending = _first_state(config, built, tx, shardings, checkpoints, meta)
+  evaluator = evaluate_lib.Evaluator(config, inputs, built.graphdef, built.mesh, stop)
+  writer = logs.Writer(workdir)
+  writer.jsonl.resume(start, kind="val" if pending else None)
+  rng = jax.device_put(jax.random.key(config.seed), built.replicated)
+  train_step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
+  rows = sharding.batch_sharding(built.mesh)
+  clock, last_good = logs.Clock(), start
+  peak = flops.device_peak(jax.devices()[0].device_kind)
+  hooks = []
+  if config.profile.first_step:
+    hooks.append(
+      periodic_actions.Profile(
+        logdir=workdir,
+        first_profile=config.profile.first_step,
+        num_profile_steps=config.profile.steps,
+        every_secs=None,
+      )
+    )
+
+  def finish(step, state, evaluate, save):
+    """Evaluation and checkpoint of a step. False when asked to stop."""
+    report, interrupted = None, False
+    if evaluate:
+      try:
+        report = evaluator(state, _select_key(config))
+        writer.scalars(step, "val", report)
+        evaluate_lib.log_table(f"step {step}", report)
+      except evaluate_lib.Interrupted:
+        interrupted = True
+    if save or report or interrupted or stop():
+      checkpoints.save(step, state, meta | {"pending": interrupted}, report)
+    return not (interrupted or stop())
+
+  going = not pending or finish(start, state, True, True)
+  per_step = None
+  stream = inputs.train(start) if going and start < total else ()
+  for step, host_batch in zip(range(start + 1, total + 1), stream, strict=False):
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      batch = sharding.put_batch(host_batch, rows)
+      if peak and per_step is None:
+        per_step = flops.count(train_step.trace(state, batch).jaxpr)
+      state, metrics = train_step(state, batch)
+    clock.tick()
+    for hook in hooks:
+      hook(step)
+    evaluate = due(config.eval.every, step=step) or step == total
+    save = due(config.checkpoint.every, step=step) or step == total
+    log = step % config.log_every == 0 or step == total
+    if log or evaluate or save or stop():
+      host = check_finite(jax.device_get(metrics), last_good, step)  # the only wait in the loop
+      last_good = step
+    if log:
+      seconds = clock.lap()
+      mfu = per_step / seconds / jax.device_count() / peak if peak and seconds else None
+      speed = {"examples_per_second": config.batch_size / seconds} if seconds else {}
+      writer.scalars(step, "train", {k: float(v) for k, v in host.items()} | speed)
+      line = logs.progress_line(step, total, float(host["loss"]), run.batch_size, seconds, mfu)
+      logging.info("%s", line)
+    if evaluate or save or stop():
+      with clock.paused():
+        going = finish(step, state, evaluate, save)
+    if not going:
+      break
+  checkpoints.wait()
+  results = None
+  if not going:
+    logging.info("asked to stop: saved at step %d", checkpoints.latest())
+  elif config.eval.test:
+    results = _test(config, built, evaluator, checkpoints, state, writer, workdir)
+  checkpoints.close()
+  writer.close()
+  return results
+
+
+def _due(duration: str, *, run: optim.Run, step: int) -> bool:
+  every = optim.steps(duration, run.steps_per_epoch)
+  return every > 0 and step % every == 0
+
+
+def _select_key(config: Any) -> str:
+  return config.eval.select
+
+
+def _first_state(config, built, tx, shardings, checkpoints, meta):
+  """(state, its step, whether its evaluation is still to be done): restored, from init, or new."""
+  new = functools.partial(step_lib.init_state, built.model, tx)
+  latest = checkpoints.latest()
+  if latest is not None:
+    saved = checkpoints.meta(latest)
+    if saved["fingerprint"] != meta["fingerprint"]:
+      raise checkpoint.CheckpointError(
+        f"the training data changed since step {latest}: fingerprint {saved['fingerprint'][:12]} "
+        f"then, {meta['fingerprint'][:12]} now. Use the same data, or a new --workdir"
+      )
+    want = checkpoint.abstract_state(jax.eval_shape(new), shardings)
+    logging.info("going on from step %d", latest)
+    return checkpoints.restore(latest, want), latest, saved["pending"]
+  if not config.init:
+    return jax.jit(new, out_shardings=shardings)(), 0, False
+  params, stats, _ = init.load(config.init, config.model.system, built.params, built.stats)
+  params = init.put(params, built.params_shardings)
+  opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
+  step = jax.device_put(np.int32(0), built.replicated)
+  stats = init.put(stats, built.stats_shardings)
+  return step_lib.TrainState(step, params, stats, opt_state), 0, False
+
+
+def _test(config, built, evaluator, checkpoints, state, writer, workdir) -> dict[str, Any] | None:
+  """The test split once, with the best checkpoint."""
+  best, last = checkpoints.best(), checkpoints.latest()
+  if best != last:
+    model = checkpoints.restore_model(best, built.want_model())
+    state = state.replace(params=model["params"], stats=model.get("stats") or {})
+  try:
+    report = evaluator(state, "test")
+  except evaluate_lib.Interrupted:
+    return None
+  writer.scalars(last, "test", report)
+  evaluate_lib.log_table(f"test, step {best}", report)
+  source = dict(kind="checkpoint", source=str(workdir), step=best)
+  return workdir_lib.write_results(workdir, config, evaluator.inputs, report, source)

@@ -1,0 +1,83 @@
+"""What a workdir says about itself: config.json when it starts, results.json when it is done."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from xmodal_jax import __version__, logs
+from xmodal_jax import config as config_lib
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
+
+
+class WorkdirError(ValueError):
+  """A workdir that another config made."""
+
+
+def _versions() -> dict[str, str]:
+  out = {"xmodal_jax": __version__}
+  for name in _PACKAGES:
+    try:
+      out[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      out[name] = "absent"
+  return out
+
+
+def claim(workdir: epath.PathLike, config: Any) -> epath.Path:
+  """Makes the folder and writes config.json, or checks that it is of the same config.
+
+  Raises WorkdirError listing the keys that differ; those in config.FREE may.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  # Orbax and TensorBoard take absolute paths only.
+  workdir = workdir if "://" in str(workdir) else workdir.resolve()
+  workdir.mkdir(parents=True, exist_ok=True)
+  flat = config_lib.flatten(config)
+  path = workdir / "config.json"
+  if path.exists():
+    changed = config_lib.difference(json.loads(path.read_text())["config"], json_like(flat))
+    if changed:
+      listing = "\n  ".join(changed)
+      raise WorkdirError(
+        f"{workdir} was made by another config; it differs in\n  {listing}\n"
+        "Use the config it was made with, or a new --workdir"
+      )
+  else:
+    devices = dict(kind=jax.devices()[0].device_kind, count=jax.device_count())
+    logs.write_json(path, dict(config=flat, versions=_versions(), devices=devices))
+  return workdir
+
+
+def json_like(value: Any) -> Any:
+  """What json gives back for `value`."""
+  return json.loads(json.dumps(value, default=str))
+
+
+def write_results(
+  workdir: epath.Path, config: Any, inputs: Any, report: Mapping[str, float], source: Mapping
+) -> dict[str, Any]:
+  """results.json: numbers, protocol, data set fingerprint, where the parameters came from."""
+  split = inputs.split("test")
+  e = config.eval
+  results = dict(
+    test=dict(report),
+    protocol=dict(
+      split=config.data.test,
+      images=len(split),
+      captions=int(split.captions_per_record.sum()),
+      folds=e.folds,
+      score_dtype=e.score_dtype,
+      eccv_caption=bool(e.eccv_dir),
+      ties="lower index first",
+    ),
+    data=dict(name=config.data.tfds or str(config.data.dir), fingerprint=split.fingerprint),
+    checkpoint=dict(source),
+    versions=_versions(),
+  )
+  logs.write_json(workdir / "results.json", results)
+  return results
