@@ -20,3 +20,11 @@ def shared_data() -> pathlib.Path:
   if not (root / "data").is_dir():
     pytest.skip(f"needs the shared photographs: no folder {root / 'data'} (set XMODAL_SHARED)")
   return root / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> str:
+  """The folder of a small embedded data set."""
+  import tiny
+
+  return tiny.data(tmp_path_factory.mktemp("data"))

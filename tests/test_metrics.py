@@ -97,7 +97,10 @@ def test_recalls_by_hand():
 def test_summary_sums_both_directions():
   scores, caption_image = random_scores(20, 100), captions_of(20, "five")
   i2t, t2i = metrics.retrieval_ranks(scores, caption_image)
-  got, parts = metrics.summarise(scores, caption_image), (metrics.recalls(i2t), metrics.recalls(t2i))
+  got, parts = (
+    metrics.summarise(scores, caption_image),
+    (metrics.recalls(i2t), metrics.recalls(t2i)),
+  )
   assert (got["i2t_r5"], got["t2i_r5"]) == (parts[0]["r5"], parts[1]["r5"])
   assert got["rsum"] == pytest.approx(sum(p[f"r{k}"] for p in parts for k in (1, 5, 10)))
   assert got["mean_r"] == pytest.approx(got["rsum"] / 6)

@@ -1,9 +1,12 @@
 """Random access, its index, and what damage costs."""
 
+import functools
 import io
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,10 +64,20 @@ def test_round_trip(tmp_path):
     split.read(-1)
 
 
+def test_equal_examples_give_equal_bytes():
+  """Also in another process, where the hash tables of protobuf have another order."""
+  given = {"image_id": 1, "filename": "f", "captions": ["a"], "caption_ids": [2]}
+  given |= {"image": b"i", "caption_positions": [0]}
+  code = f"from xmodal_jax.data import builder; print(builder.encode({given}).hex())"
+  root = pathlib.Path(__file__).parents[1]
+  run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
+  assert run([sys.executable, "-c", code]).stdout.strip() == builder.encode(given).hex()
+
+
 def test_tfds_reads_the_same(tmp_path):
   import tensorflow_datasets as tfds
 
-  found = tfds.builder_from_directory(write(tmp_path)).as_dataset(split="train", read_config=None)
+  found = tfds.builder_from_directory(write(tmp_path)).as_dataset(split="train")
   found = {int(e["image_id"]): e for e in tfds.as_numpy(found)}
   assert len(found) == 20
   for i in range(20):
@@ -187,7 +200,7 @@ def test_index_of_a_read_only_folder_is_cached(tmp_path, monkeypatch):
 
 
 def test_unparsable_record_is_met_when_the_index_is_made(tmp_path):
-  """Its captions cannot be counted; a count of one lets reading meet it, rather than pass it over."""
+  """Its captions cannot be counted; a count of one makes reading meet it and not pass it over."""
   folder = write(tmp_path)
   (shard,) = folder.glob("toy-train.tfrecord-00000-of-00001")
   index = tfrecord.ShardIndex.from_bytes(tfrecord.index_path(shard).read_bytes())
@@ -231,8 +244,14 @@ def damaged(folder: pathlib.Path, how: str) -> str:
 
 @pytest.mark.parametrize(
   "how",
-  ["truncated", "truncated, no index", "broken chain, no index", "cut index", "shard lost"]
-  + ["of another data set"],
+  [
+    "truncated",
+    "truncated, no index",
+    "broken chain, no index",
+    "cut index",
+    "shard lost",
+    "of another data set",
+  ],
 )
 def test_damaged_shard(tmp_path, how):
   folder = write(tmp_path)

@@ -55,6 +55,11 @@ def test_plain_text_is_what_clean_up_leaves_alone():
       assert text.clean(caption) == " ".join(caption.lower().split())
 
 
+def test_clean_up():
+  # ftfy leaves entities alone where it sees a tag, so these show the two rounds of unescaping.
+  assert text.clean("<b> A &amp;lt; &amp;amp;lt; \u3000\u201cB\u201d\n") == '<b> a < &lt; "b"'
+
+
 @pytest.mark.parametrize(
   ("caption", "ids"),
   [

@@ -28,7 +28,8 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 # Side -> the file beside this one with its `forms(args)`: name -> function that prepares that form
-# and returns (run, info). `run()` does the work once and waits for it.
+# and returns (run, info). `run()` does the work once and waits for it; what is callable in info is
+# called after every run, outside of its time.
 SIDES = {"ours": "benchmark_ours", "torch": "benchmark_torch", "eccv_caption": "benchmark_ranks"}
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorflow", "torch", "transformers", "eccv_caption")
 
@@ -140,7 +141,8 @@ def serve(side: str) -> None:
       reply(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
       continue
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    reply(wall=wall, cpu=used, peak_gb=peak, info=info)
+    extra = {key: value() if callable(value) else value for key, value in info.items()}
+    reply(wall=wall, cpu=used, peak_gb=peak, info=extra)
 
 
 def environment() -> dict[str, Any]:
@@ -159,25 +161,39 @@ def environment() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
       versions[name] = "absent"
   cores = len(os.sched_getaffinity(0))
-  return {"cpu": cpu, "cores": cores, "threads": ARGS.threads, "load": os.getloadavg()[0]} | versions
+  return {
+    "cpu": cpu,
+    "cores": cores,
+    "threads": ARGS.threads,
+    "load": os.getloadavg()[0],
+  } | versions
 
 
-def choose(theirs: Side) -> tuple[str, dict[str, Any]]:
-  """Median seconds of every form of the other side, and the fastest."""
-  measured = {}
+def choose(ours: Side, theirs: Side) -> tuple[str, dict[str, Any]]:
+  """The fastest form of the other side, and what was measured of each.
+
+  Forms are measured minutes apart, on a machine that may be busier for one than for another: they
+  are ranked by their time over ours, in pairs.
+  """
+  measured: dict[str, Any] = {}
   for form in theirs.form_names:
-    first = theirs.ask(form)
-    if "error" in first:
-      measured[form] = first
-      print(f"  {theirs.name} {form}: {first['error']}", flush=True)
+    pairs = []
+    for _ in range(3):
+      answer = theirs.ask(form)
+      if "error" in answer:
+        break
+      pairs.append((answer["wall"], answer["wall"] / ours.ask(ours.form_names[0])["wall"]))
+    if len(pairs) < 3:
+      measured[form] = answer
+      print(f"  {theirs.name} {form}: {answer['error']}", flush=True)
       continue
-    walls = [first["wall"]] + [theirs.ask(form)["wall"] for _ in range(2)]
-    measured[form] = {"wall": statistics.median(walls)}
-    print(f"  {theirs.name} {form}: {statistics.median(walls) * 1e3:.1f} ms", flush=True)
-  working = [form for form in measured if "wall" in measured[form]]
+    wall, ratio = (statistics.median(values) for values in zip(*pairs, strict=True))
+    measured[form] = {"wall": wall, "ratio": ratio}
+    print(f"  {theirs.name} {form}: {wall * 1e3:.1f} ms, {ratio:.2f}x ours", flush=True)
+  working = [form for form in measured if "ratio" in measured[form]]
   if not working:
     raise SystemExit(f"benchmark: no form of {theirs.name} works")
-  return min(working, key=lambda form: measured[form]["wall"]), measured
+  return min(working, key=lambda form: measured[form]["ratio"]), measured
 
 
 def main() -> None:
@@ -189,7 +205,7 @@ def main() -> None:
     theirs = sides[ARGS.against] = Side(ARGS.against)
     form[ARGS.against] = theirs.form_names[0]
     if len(theirs.form_names) > 1:
-      form[ARGS.against], result["forms"] = choose(theirs)
+      form[ARGS.against], result["forms"] = choose(sides["ours"], theirs)
   runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
   # One run of each is thrown away: it is where a side prepares its form.
   for turn in range(-1 if ARGS.warmup else 0, ARGS.repeats):
@@ -206,10 +222,12 @@ def main() -> None:
     side.close()
   result["sides"] = {name: describe(name, form[name], answers) for name, answers in runs.items()}
   if ARGS.against:
-    pairs = [t["wall"] / o["wall"] for o, t in zip(runs["ours"], runs[ARGS.against], strict=True)]
-    result["ratio"] = dict(median=statistics.median(pairs), min=min(pairs), max=max(pairs))
-    result["pairs"] = pairs
-    print(f"{ARGS.against} / ours, {len(pairs)} pairs: " + numbers(result["ratio"], "x"))
+    # Both clocks: other work on the machine takes wall time from either side, but not CPU time.
+    for clock in ("wall", "cpu"):
+      pairs = [t[clock] / o[clock] for o, t in zip(runs["ours"], runs[ARGS.against], strict=True)]
+      ratio = dict(median=statistics.median(pairs), min=min(pairs), max=max(pairs))
+      result[f"{clock}_ratio"] = ratio | {"pairs": pairs}
+      print(f"{clock} time of {ARGS.against} / ours, {len(pairs)} pairs: {numbers(ratio, 'x')}")
     compare(result)
   if ARGS.json:
     pathlib.Path(ARGS.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -219,6 +237,8 @@ def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, A
   """Medians of a side's runs, printed and returned, with what the work amounts to per second."""
   median = lambda key: statistics.median(answer[key] for answer in answers)
   info = dict(answers[-1]["info"])
+  if "peak_gflops_per_s" in info:
+    info["peak_gflops_per_s"] = max(answer["info"]["peak_gflops_per_s"] for answer in answers)
   out = {"form": form, "wall": median("wall"), "cpu": median("cpu"), "info": info}
   out |= {"peak_gb": max(a["peak_gb"] for a in answers), "idle_cpu": median("idle_cpu")}
   out["walls"] = [answer["wall"] for answer in answers]

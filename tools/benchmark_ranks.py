@@ -1,4 +1,4 @@
-"""The COCO protocol on a [5000, 25000] float32 matrix, by xmodal_jax.metrics and by eccv_caption."""
+"""The COCO protocol on a [5000, 25000] float32 matrix, by our metrics and by eccv_caption."""
 
 import argparse
 import gzip

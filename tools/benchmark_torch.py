@@ -18,25 +18,28 @@ Form = tuple[Callable[[], None], dict[str, Any]]
 def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
   """Every combination worth measuring: name -> function that prepares it.
 
-  AdamW is fused or foreach in training. channels_last only concerns the patch convolution.
+  "freeze" is inductor's freezing: the weights become constants, prepacked for oneDNN, which only
+  inference allows. channels_last concerns the patch convolution. AdamW is fused or foreach.
   """
   torch.set_num_threads(args.threads)
-  attentions, optimizers = ("sdpa", "eager"), ("fused", "foreach")
-  layouts, compiled = ("", "channels_last"), ("", "compile")[: 1 if args.no_compile else 2]
-  prepare = {"encode": encode, "step": train_step}[args.command]
+  attentions, layouts = ("sdpa", "eager"), ("", "channels_last")
   if args.command == "encode":
-    optimizers = ("",)
+    prepare, compiled, optimizers = encode, ("", "compile", "compile freeze"), ("",)
+  else:
+    prepare, compiled, optimizers = train_step, ("", "compile"), ("fused", "foreach")
   out = {}
-  for names in itertools.product(compiled, attentions, layouts, optimizers):
-    # The fastest optimizer of the plain form is as fast in the others; compiling each twice is not
-    # worth the minutes. The memory format of one convolution is measured with sdpa alone.
-    if ("compile" in names and "foreach" in names) or {"eager", "channels_last"} <= set(names):
+  for names in itertools.product(
+    compiled[: 1 if args.no_compile else None], attentions, layouts, optimizers
+  ):
+    # One convolution and one optimizer say the same in every form: measured where it is cheap.
+    chosen = frozenset(" ".join(names).split())
+    if chosen >= {"eager", "channels_last"} or chosen >= {"compile", "foreach"}:
       continue
-    out[" ".join(filter(None, names))] = lambda names=names: prepare(args, names)
+    out[" ".join(filter(None, names))] = lambda names=chosen: prepare(args, names)
   return out
 
 
-def build(args: argparse.Namespace, names: tuple[str, ...]) -> transformers.CLIPModel:
+def build(args: argparse.Namespace, names: frozenset[str]) -> transformers.CLIPModel:
   """CLIPModel of the size of one of our ViT presets."""
   ours = clip_itm.preset(args.model)
   image, text = ours["image"], ours["text"]
@@ -71,7 +74,7 @@ def build(args: argparse.Namespace, names: tuple[str, ...]) -> transformers.CLIP
   return model
 
 
-def batch_of(args: argparse.Namespace, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(args: argparse.Namespace, names: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
   """pixels float32 [B, 3, S, S] and ids int64 [B, 77]: the batch of our side."""
   ours = clip_itm.preset(args.model)
   batch = benchmark_ours.inputs(args, ours["image"]["size"], ours["text"]["vocab"])
@@ -89,8 +92,11 @@ def embed(model: transformers.CLIPModel, pixels: torch.Tensor, ids: torch.Tensor
   return normalize(images, dim=-1), normalize(texts, dim=-1)
 
 
-def maybe_compile(function: Callable, names: tuple[str, ...]) -> Callable:
-  return torch.compile(function) if "compile" in names else function
+def maybe_compile(function: Callable, names: frozenset[str]) -> Callable:
+  if "compile" not in names:
+    return function
+  torch._dynamo.reset()
+  return torch.compile(function, options={"freezing": "freeze" in names})
 
 
 def autocast(args: argparse.Namespace):
@@ -103,7 +109,7 @@ def info_of(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
   return {"examples": args.batch, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def encode(args: argparse.Namespace, names: tuple[str, ...]) -> Form:
+def encode(args: argparse.Namespace, names: frozenset[str]) -> Form:
   model, (pixels, ids) = build(args, names).eval(), batch_of(args, names)
   forward = maybe_compile(lambda pixels, ids: embed(model, pixels, ids), names)
 
@@ -114,7 +120,7 @@ def encode(args: argparse.Namespace, names: tuple[str, ...]) -> Form:
   return run, info_of(args, model)
 
 
-def train_step(args: argparse.Namespace, names: tuple[str, ...]) -> Form:
+def train_step(args: argparse.Namespace, names: frozenset[str]) -> Form:
   """Both towers, symmetric InfoNCE, gradient, AdamW as in our default recipe."""
   model, (pixels, ids) = build(args, names).train(), batch_of(args, names)
   kernels = [p for p in model.parameters() if p.ndim > 1]

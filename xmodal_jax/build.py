@@ -1,6 +1,7 @@
 """From a config to a mesh, an abstract model and its shardings: what training and evaluation share."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,15 +24,15 @@ def compute_dtype(name: str) -> jnp.dtype:
 class Built:
   """mesh; graphdef; params, stats: abstract nnx.States; *_shardings: nested dicts like them."""
 
-  def __init__(self, config: Any):
+  def __init__(self, config: Any, devices: Sequence[jax.Device] | None = None):
     if config.precision != "default":
       jax.config.update("jax_default_matmul_precision", config.precision)
     self.config = config
-    self.mesh = sharding.make_mesh(config.mesh)
+    self.mesh = sharding.make_mesh(config.mesh, devices)
     self.module = models.system_module(config.model.system)
     self.graphdef, self.params, self.stats = step_lib.split(nnx.eval_shape(self.model))
     place = functools.partial(
-      sharding.param_shardings, mesh=self.mesh, rules=config.rules, min_size=config.min_shard
+      sharding.param_shardings, mesh=self.mesh, rules=config.rules.to_dict(), min_size=config.min_shard
     )
     self.params_shardings, self.stats_shardings = place(self.params), place(self.stats)
     self.replicated = NamedSharding(self.mesh, P())

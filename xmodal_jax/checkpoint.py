@@ -5,8 +5,9 @@ A training checkpoint is `checkpoints/<step>/` with three items: `model` (params
 a `meta.json`, so that parameters are read the same way from both.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +27,9 @@ class Checkpoints:
   Saving is asynchronous; a failure to write surfaces at the next save, wait or close.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, keep: int, metric: str):
+  def __init__(
+    self, workdir: epath.PathLike, *, keep: int, metric: str, read_only: bool = False
+  ):
     policy = ocp.checkpoint_managers
     self.metric = metric
     best = policy.BestN(
@@ -36,9 +39,10 @@ class Checkpoints:
       epath.Path(workdir) / "checkpoints",
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(keep), best]),
+        best_fn=lambda m: m[metric],  # without one, Orbax does not write metrics down
         # The loop decides when to save; the manager only keeps and forgets.
         save_decision_policy=policy.FixedIntervalPolicy(1),
-        enable_async_checkpointing=True,
+        read_only=read_only,
       ),
     )
 
@@ -51,13 +55,14 @@ class Checkpoints:
   ) -> None:
     """Starts to write `state`; metrics are those of an evaluation of this very state."""
     if step in self.manager.all_steps():
-      return
+      return  # saved before an evaluation that has now been done: only its metrics are new
     args = ocp.args.Composite(
       model=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
       train=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
       meta=ocp.args.JsonSave(dict(meta)),
     )
-    self.manager.save(step, args=args, metrics=dict(metrics) if metrics else None)
+    with self._writing():
+      self.manager.save(step, args=args, metrics=dict(metrics) if metrics else None)
 
   def latest(self) -> int | None:
     return self.manager.latest_step()
@@ -90,16 +95,32 @@ class Checkpoints:
       out["train"]["opt_state"],
     )
 
-  def restore_model(self, step: int, want: Mapping[str, Any]) -> dict[str, Any]:
-    """Only the item `model`. want: {"params": ..., "stats": ...} of ShapeDtypeStructs."""
-    args = ocp.args.Composite(model=ocp.args.StandardRestore(dict(want)))
+  def restore_model(self, step: int, want: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Only the item `model`. want: {"params": ..., "stats": ...} of ShapeDtypeStructs; without it
+    arrays come as they were saved."""
+    args = ocp.args.Composite(model=ocp.args.StandardRestore(want))
     return self.manager.restore(step, args=args)["model"]
 
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as e:
+      raise CheckpointError(
+        f"could not write a checkpoint to {self.manager.directory} ({type(e).__name__}: {e}). "
+        f"Those before are untouched, the latest is of step {self.latest()}: make room or mend the "
+        "storage, and run the same command again"
+      ) from e
+
   def wait(self) -> None:
-    self.manager.wait_until_finished()
+    """Until everything is written. Raises CheckpointError where it could not be."""
+    with self._writing():
+      self.manager.wait_until_finished()
+      self.manager.check_for_errors()
 
   def close(self) -> None:
-    self.manager.close()
+    with self._writing():
+      self.manager.close()
 
 
 def abstract_state(shapes: Any, shardings: Any) -> Any:

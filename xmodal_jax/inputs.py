@@ -1,5 +1,6 @@
 """From the `data` and `text` sections of a config to splits, tokenizer and batches."""
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from xmodal_jax.data import image, order, pipeline, records, shapes, text
+from xmodal_jax.data.tfrecord import DatasetError
 
 
 def data_home() -> epath.Path:
@@ -29,6 +31,7 @@ class Inputs:
       path=config.text.vocab or None,
       max_merges=config.text.max_merges or None,
     )
+    self.tokenize = functools.partial(self.tokenizer, truncate=config.text.truncate)
     vocab = config.model.text.vocab
     if self.tokenizer.vocab_size > vocab:
       raise ValueError(
@@ -48,10 +51,10 @@ class Inputs:
 
   def _open(self, split: str) -> records.Split:
     data = self.config.data
-    if data.tfds:
-      return records.open_tfds(data.tfds, split, data.dir or None)
+    if not data.dir and data.tfds:
+      return records.open_tfds(data.tfds, split)
     if not data.dir:
-      raise records.DatasetError(
+      raise DatasetError(
         "config.data.dir is empty: name the folder of a data set written by tools/prepare_data.py, "
         "or set config.data.tfds to the name of a TFDS data set"
       )
@@ -90,14 +93,13 @@ class Inputs:
       batch_size=c.batch_size,
       image_transform=self.transform,
       augment=self._augment(),
-      tokenizer=self.tokenizer,
+      tokenizer=self.tokenize,
       text_length=c.text.length,
-      truncate=c.text.truncate,
       captions=c.data.captions,
       seed=c.seed,
       step=step,
       max_bad_fraction=c.data.max_bad_fraction,
-      threads=c.data.threads,
+      threads=c.data.threads or None,
       **_process(),
     )
 
@@ -107,7 +109,7 @@ class Inputs:
       batch_size=self.config.eval.batch_size,
       image_transform=self.transform,
       max_bad_fraction=self.config.data.eval_max_bad_fraction,
-      threads=self.config.data.threads,
+      threads=self.config.data.threads or None,
       **_process(),
     )
 
@@ -115,9 +117,8 @@ class Inputs:
     return pipeline.eval_texts(
       split,
       batch_size=self.config.eval.batch_size,
-      tokenizer=self.tokenizer,
+      tokenizer=self.tokenize,
       text_length=self.config.text.length,
-      truncate=self.config.text.truncate,
       **_process(),
     )
 

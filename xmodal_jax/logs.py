@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging as py_logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -129,7 +130,18 @@ def write_json(path: epath.PathLike, value: Any) -> None:
   temporary.rename(path)
 
 
+_CHATTY = ("orbax", "tensorflow_datasets", "logging_writer.py", "jax/_src")
+
+
+class _Quiet(py_logging.Filter):
+  """Drops informational lines of libraries; their warnings pass."""
+
+  def filter(self, record: py_logging.LogRecord) -> bool:
+    return record.levelno > py_logging.INFO or not any(c in record.pathname for c in _CHATTY)
+
+
 def setup() -> None:
   """absl logging at INFO on the first process, warnings elsewhere."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+  logging.get_absl_handler().addFilter(_Quiet())

@@ -67,7 +67,7 @@ def retrieval_ranks(scores: np.ndarray, caption_image: np.ndarray) -> tuple[np.n
       least one caption, in any number and order.
 
   Returns:
-    int64 [I], the best rank among an image's captions, and int64 [T], the rank of a caption's image.
+    int64 [I], the best rank of each image's captions, and int64 [T], that of each caption's image.
   """
   scores, caption_image = _checked(scores, caption_image)
   (i2t,), (t2i,) = _count_ahead(scores, *_own_targets(scores, caption_image))
@@ -98,9 +98,7 @@ def summarise(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, float]
   return _summary(*retrieval_ranks(scores, caption_image))
 
 
-def folds(
-  scores: np.ndarray, caption_image: np.ndarray, n_folds: int = 5
-) -> dict[str, float]:
+def folds(scores: np.ndarray, caption_image: np.ndarray, n_folds: int = 5) -> dict[str, float]:
   """`summarise` averaged over `n_folds` consecutive blocks of images with their own captions.
 
   On the 5,000 COCO test images in the order of the ids this is the 1K protocol (Karpathy and
@@ -142,7 +140,10 @@ def read_positives(
       f"{name}: {len(unknown)} of {len(table)} queries are not in the test set (ids {unknown[:5]})"
     )
   pairs = [
-    (n, item_at[item]) for n, items in enumerate(table.values()) for item in items if item in item_at
+    (n, item_at[item])
+    for n, items in enumerate(table.values())
+    for item in items
+    if item in item_at
   ]
   pair, item = np.array(pairs, np.int64).reshape(-1, 2).T
   query = np.array([query_at[x] for x in table], np.int64)

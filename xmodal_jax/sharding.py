@@ -13,19 +13,24 @@ from jax.sharding import PartitionSpec as P
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(axes: Sequence[tuple[str, int]]) -> jax.sharding.Mesh:
+def make_mesh(
+  axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
   """axes: (("data", -1), ("fsdp", 1), ("model", 1)); one size may be -1, what is left.
+
+  devices: all of them by default.
 
   Axis types are Auto: jax.make_mesh defaults to Explicit, where `z @ z.T` over a sharded batch is
   an error. Raises ValueError if the sizes do not multiply to the number of devices.
   """
   names, sizes = zip(*axes, strict=True)
-  count = jax.device_count()
+  count = len(devices or jax.devices())
   try:
     sizes = np.arange(count).reshape(sizes).shape
   except ValueError as e:
     raise ValueError(f"mesh {tuple(map(tuple, axes))} does not fit {count} devices") from e
-  return jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+  types = (jax.sharding.AxisType.Auto,) * len(names)
+  return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
 
 
 def spec(

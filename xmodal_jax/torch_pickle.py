@@ -36,7 +36,7 @@ class Unpickler:
     self.marks: list[int] = []
     self.memo: dict[int, Any] = {}
     self.names: dict[tuple[str, str], Name] = {}
-    self.budget = 4 * (self.end - pos) + (1 << 20)
+    self.budget = min(4 * (self.end - pos), 1 << 28) + (1 << 20)
 
   def load(self) -> Any:
     data, ops = self.data, _OPS

@@ -6,9 +6,11 @@ in the split. Python functions never raise into tf.data, which would turn any er
 own: they hand over a flag, and the consumer raises the error itself.
 """
 
+import atexit
 import functools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -45,6 +47,7 @@ class Ledger:
     self.split, self.max_bad_fraction, self.on_bad = split, max_bad_fraction, on_bad
     self.bad: dict[int, str] = {}
     self.failure: Exception | None = None
+    self.closed = False
     self._lock = threading.Lock()
 
   def add(self, record: int, error: Exception, filename: str = "") -> None:
@@ -70,12 +73,13 @@ class Ledger:
   def call(self, function: Callable, inputs: list, blanks: list) -> list:
     """`function` as a tf.data op: tensors in, one tensor like each of `blanks` out, and a flag.
 
-    The flag is false, and the tensors are the blanks, if it raised; `failure` is then set.
+    The flag is false, and the tensors are the blanks, if it raised (`failure` is then set) or if
+    the stream was closed.
     """
 
     def guarded(*args):
       try:
-        if self.failure is None:
+        if self.failure is None and not self.closed:
           return (*function(*args), True)
       except Exception as e:
         self.failure = self.failure or e
@@ -88,12 +92,49 @@ class Ledger:
       tensor.set_shape(np.shape(blank))
     return out
 
-  def consume(self, dataset: tf.data.Dataset) -> Iterator[Batch]:
-    """The dataset's batches without their flag `ok`; raises `failure` at the first false one."""
-    for batch in dataset.as_numpy_iterator():
-      if not batch.pop("ok").all():
-        raise self.failure
-      yield batch
+
+_OPEN: "weakref.WeakSet[Stream]" = weakref.WeakSet()
+
+
+class Stream(Iterator[Batch]):
+  """The batches of a dataset without their flag `ok`; raises the failure at the first false one.
+
+  It may be left at any time, by `close` or by dropping it, and read from any thread.
+  """
+
+  def __init__(self, dataset: tf.data.Dataset, ledger: Ledger):
+    self._ledger, self._lock = ledger, threading.RLock()
+    self._batches = dataset.as_numpy_iterator()
+    _OPEN.add(self)
+
+  def __next__(self) -> Batch:
+    with self._lock:
+      if self._batches is None:
+        raise StopIteration
+      batch = next(self._batches, None)
+      if batch is not None and batch.pop("ok").all():
+        return batch
+      self.close()
+      if batch is not None and self._ledger.failure is not None:
+        raise self._ledger.failure
+      raise StopIteration
+
+  def close(self) -> None:
+    """Ends the stream. What its threads have begun is finished, nothing further is read."""
+    self._ledger.closed = True  # first: it lets a `next` under way in another thread return
+    with self._lock:
+      self._batches = None
+
+  def __del__(self):
+    if hasattr(self, "_lock"):
+      self.close()
+
+
+@atexit.register
+def _close_all() -> None:
+  # tf.data's threads would wait for ever for the lock of an interpreter that is gone.
+  for stream in list(_OPEN):
+    stream.close()
 
 
 def _local_batch(batch_size: int, process_index: int, process_count: int) -> int:
@@ -138,7 +179,7 @@ def train_batches(
   augment: image_lib.Augment | None = None,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
-) -> Iterator[Batch]:
+) -> Stream:
   """This process's rows of global batches step, step + 1, ... without end.
 
   Fields, with b = batch_size / process_count: image uint8 [b, H, W, 3], text_ids int32 [b, L],
@@ -210,7 +251,7 @@ def train_batches(
     num_parallel_calls=threads or tf.data.AUTOTUNE,
   )
   dataset = dataset.batch(local, drop_remainder=True).map(assemble)
-  return ledger.consume(_options(dataset, threads))
+  return Stream(_options(dataset, threads), ledger)
 
 
 def _read(split: Split, ledger: Ledger, record: int) -> Record | None:
@@ -248,7 +289,7 @@ def eval_images(
   max_bad_fraction: float = 0.0,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
-) -> Iterator[Batch]:
+) -> Stream:
   """Every picture once, in order: this process's rows of each global batch.
 
   Fields: image uint8 [b, H, W, 3], image_id int32 [b], valid bool [b]. The last batch is filled up
@@ -278,7 +319,7 @@ def eval_images(
   dataset = dataset.batch(local, drop_remainder=True)
   fields = ("image", "image_id", "valid", "ok")
   dataset = dataset.map(lambda *x: dict(zip(fields, x, strict=True)))
-  return ledger.consume(_options(dataset, threads))
+  return Stream(_options(dataset, threads), ledger)
 
 
 def eval_texts(
@@ -292,7 +333,7 @@ def eval_texts(
   max_bad_fraction: float = 0.0,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
-) -> Iterator[Batch]:
+) -> Stream:
   """Every caption once, in order: this process's rows of each global batch.
 
   Fields: text_ids int32 [b, L], text_mask bool [b, L], caption_id int32 [b], image_id int32 [b] of
@@ -328,4 +369,4 @@ def eval_texts(
     lambda step: dict(zip(fields, ledger.call(rows, [step], blanks), strict=True)),
     num_parallel_calls=threads or tf.data.AUTOTUNE,
   )
-  return ledger.consume(_options(dataset, threads))
+  return Stream(_options(dataset, threads), ledger)

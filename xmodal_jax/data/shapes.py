@@ -1,10 +1,10 @@
 """The embedded `shapes` data set: rendered scenes of coloured shapes with paraphrased captions.
 
 A scene has 2 or 3 objects, each of one of 8 colours, 5 shapes and 2 sizes in one of 9 places, no
-two in the same place. All scenes of all splits differ. Each has five captions of different wordings and
-with objects in differing order; some leave out sizes, or give relations in place of places. Beside
-the picture stand region features of its objects, as a detector would give them. Everything is a
-function of the seed.
+two in the same place. All scenes of all splits differ. Each has five captions of different wordings
+and with objects in differing order; some leave out sizes, or give relations in place of places.
+Beside the picture stand region features of its objects, as a detector would give them. Everything
+is a function of the seed.
 """
 
 import io
@@ -94,7 +94,7 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, np.ndar
   image = Image.fromarray(pixels).resize((WIDTH * _SCALE,) * 2, Image.Resampling.NEAREST)
   draw, boxes = ImageDraw.Draw(image), []
   for colour, shape, size, cell in scene:
-    radius = _RADIUS[size] * float(uniform(0.88, 1.12))
+    radius = _RADIUS[size] * float(uniform(0.92, 1.08))
     play = max(_CELL / 2 - radius - 1, 0.0)
     centre = np.array([cell % 3, cell // 3]) * _CELL + _CELL / 2 + uniform(-play, play, 2)
     fill = tuple(int(v) for v in np.clip(_COLOURS[colour] + uniform(-18, 18, 3), 0, 255))

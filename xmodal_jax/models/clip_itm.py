@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., 2021) and its fine-tuning for retrieval, CLIP_ITM: towers, loss, presets."""
+"""CLIP (Radford et al., 2021) and its fine-tuning for retrieval, CLIP_ITM."""
 
 import copy
 from collections.abc import Mapping
@@ -6,15 +6,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from xmodal_jax import positions
 from xmodal_jax.losses import contrastive
 from xmodal_jax.models import resnet, system, text, vit
+from xmodal_jax.models.clip_torch_rules import RULES, infer_config
 
 Array = jax.Array
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Parameters that the released files and CLIP_ITM's training hold in fp16: convolutions, dense layers
+# and projections. Embeddings, positions, norms and the scale are float32.
+HALF_PATHS = (
+  r"(^|/)(patch|conv\d|down_conv|q|k|v|c|out|wi|wo|proj)/kernel$",
+  r"(^|/)(q|k|v|c|out|wi|wo)/bias$",
+)
 
 
 def _vit(size, patch, width, depth):
@@ -77,17 +87,22 @@ class CLIP(system.System):
     self.text = build_text_tower(text, embed, rngs=rngs, **loop)
     self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)), axes=())
 
-  def encode_image(self, batch, key=None):
-    images = self.pixels(batch["image"])
+  def image_features(self, images: Array, train: bool = False) -> Array:
+    """Normalised pixels [B, S, S, 3] -> [B, E] before the L2 norm."""
     if isinstance(self.image, vit.ViT):
-      x = self.image.pool(self.image(images))
-    else:
-      x = self.image(images, train=key is not None)
+      return self.image.pool(self.image(images))
+    return self.image(images, train=train)
+
+  def text_features(self, ids: Array) -> Array:
+    """ids int [B, L] -> [B, E] before the L2 norm."""
+    return self.text.pool(self.text(ids), ids)
+
+  def encode_image(self, batch, key=None):
+    x = self.image_features(self.pixels(batch["image"]), train=key is not None)
     return {"embed": system.l2_normalize(x)}
 
   def encode_text(self, batch, key=None):
-    ids = batch["text_ids"]
-    return {"embed": system.l2_normalize(self.text.pool(self.text(ids), ids))}
+    return {"embed": system.l2_normalize(self.text_features(batch["text_ids"]))}
 
   def score(self, images, texts):
     """Cosine [I, T]: exp(logit_scale) does not change an order."""
@@ -118,3 +133,10 @@ def build(config: Mapping[str, Any], *, dtype=jnp.float32, rngs: nnx.Rngs) -> CL
   """A CLIP from the model section of a config (see PRESETS; optional keys remat, unroll)."""
   config = {k: v for k, v in config.items() if k != "system"}
   return CLIP(**config, dtype=dtype, rngs=rngs)
+
+
+def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Image positions of another resolution are resized; everything else is left as it is."""
+  if path == "image/pos" and value.shape != shape:
+    return positions.resize_table(value, shape[0])
+  return value

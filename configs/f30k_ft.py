@@ -1,0 +1,25 @@
+"""Fine-tuning CLIP on Flickr30K with the recipe of configs/coco_ft.py.
+
+  python tools/prepare_data.py karpathy --annotations dataset_flickr30k.json --images DIR --out DATA
+  python -m xmodal_jax.main --config configs/f30k_ft.py:vit_b32 --workdir DIR \
+    --config.data.dir=DATA --config.init=ViT-B-32.pt
+
+CLIP_ITM has no published row on Flickr30K: 29,000 / 1,014 / 1,000 pictures, 5 captions each.
+Steps are short next to COCO's, so the warm-up is.
+"""
+
+import importlib.util
+import pathlib
+
+
+def get_config(variant=None):
+  path = pathlib.Path(__file__).with_name("coco_ft.py")
+  spec = importlib.util.spec_from_file_location("coco_ft", path)
+  coco_ft = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(coco_ft)
+  c = coco_ft.get_config(variant)
+  c.data.tfds = ""
+  c.data.train = "train"
+  c.eval.folds = 0
+  c.optim.warmup = "200 steps"
+  return c

@@ -1,0 +1,206 @@
+"""The loop: resuming, meshes, compilation, transfers, and what stops a run."""
+
+import json
+import logging
+import pathlib
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from xmodal_jax import build, checkpoint, init, inputs, optim, sharding, train, workdir
+from xmodal_jax import step as step_lib
+from xmodal_jax.evaluate import Evaluator
+
+TIMINGS = ("examples_per_second",)
+
+
+def lines(folder: pathlib.Path, kind: str | None = None) -> list[dict]:
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  rows = [r for r in rows if kind in (None, r["kind"])]
+  return [{k: v for k, v in r.items() if k not in TIMINGS} for r in rows]
+
+
+def test_run_writes_its_workdir(tiny_data, tmp_path):
+  results = train.train(tiny.config(tiny_data), tmp_path)
+  rows = lines(tmp_path, "train")
+  assert [r["step"] for r in rows] == list(range(1, 11))
+  assert rows[-1]["loss"] < rows[0]["loss"]
+  assert [r["step"] for r in lines(tmp_path, "val")] == [5, 10]
+  saved = json.loads((tmp_path / "results.json").read_text())
+  assert saved["test"] == results["test"] and saved["protocol"]["images"] == tiny.SIZES["test"]
+  assert json.loads((tmp_path / "config.json").read_text())["config"]["optim.lr"] == 1e-2
+  assert list(tmp_path.glob("events.out.tfevents*"))
+  # latest two, and the best by RSUM among the evaluated
+  steps = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+  best = max(lines(tmp_path, "val"), key=lambda r: (r["rsum"], r["step"]))["step"]
+  assert steps == {9, 10, best}
+  assert results["checkpoint"]["step"] == best
+
+
+def test_run_again_changes_nothing(tiny_data, tmp_path):
+  c = tiny.config(tiny_data, total="4 steps", eval__every="2 steps")
+  first = train.train(c, tmp_path)
+  before = lines(tmp_path)
+  assert train.train(c, tmp_path)["test"] == first["test"]
+  assert lines(tmp_path)[: len(before) - 1] == before[:-1]
+
+
+def test_resume_on_another_mesh(tiny_data, tmp_path):
+  """Six steps on one mesh and four on another are ten on one, to rounding."""
+  straight = tmp_path / "straight"
+  train.train(tiny.config(tiny_data, eval__test=False), straight)
+  moved = tmp_path / "moved"
+  short = tiny.config(tiny_data, total="6 steps", optim__schedule="constant", eval__test=False)
+  train.train(short, moved)
+  # total is part of what a run computes: say so in the workdir, as a user would not have to
+  path = moved / "config.json"
+  saved = json.loads(path.read_text())
+  saved["config"]["total"] = "10 steps"
+  path.write_text(json.dumps(saved))
+  mesh = (("data", 2), ("fsdp", 2), ("model", 2))
+  long = tiny.config(tiny_data, optim__schedule="constant", eval__test=False, mesh=mesh)
+  train.train(long, moved)
+  constant = tmp_path / "constant"
+  train.train(tiny.config(tiny_data, optim__schedule="constant", eval__test=False), constant)
+  ours = [r["loss"] for r in lines(moved, "train")]
+  theirs = [r["loss"] for r in lines(constant, "train")]
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+  assert ours != [r["loss"] for r in lines(straight, "train")]
+
+
+def steps_on(config, count, devices):
+  """(losses, gathered parameters) of `count` steps."""
+  built = build.Built(config, devices)
+  read = inputs.Inputs(config)
+  schedule = optim.make_schedule(config.optim, optim.Run(48, config.batch_size, config.total))
+  tx = built.optimizer(schedule)
+  shardings = built.state_shardings(tx)
+  state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
+  step = step_lib.make_train_step(built.graphdef, tx, jax.random.key(0), shardings, schedule)
+  rows, losses = sharding.batch_sharding(built.mesh), []
+  for _, batch in zip(range(count), read.train(0), strict=False):
+    state, metrics = step(state, sharding.put_batch(batch, rows))
+    losses.append(float(metrics["loss"]))
+  return losses, jax.device_get(state.params), state
+
+
+def test_one_device_is_eight(tiny_data):
+  one, params_one, _ = steps_on(tiny.config(tiny_data), 10, jax.devices()[:1])
+  mesh = (("data", 2), ("fsdp", 2), ("model", 2))
+  eight, params_eight, state = steps_on(tiny.config(tiny_data, mesh=mesh), 10, jax.devices())
+  np.testing.assert_allclose(one, eight, rtol=0, atol=1e-5)
+  flat_one, flat_eight = init.flat(params_one), init.flat(params_eight)
+  for key, value in flat_one.items():
+    if not key.endswith("k/bias"):  # zero gradient in exact arithmetic; AdamW amplifies rounding
+      np.testing.assert_allclose(flat_eight[key], value, rtol=0, atol=1e-4, err_msg=key)
+  kernel = state.params["image"]["blocks"]["wi"]["kernel"]
+  assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "model")
+  moments = state.opt_state[0].mu["image"]["blocks"]["wi"]["kernel"]
+  assert moments.sharding == kernel.sharding
+
+
+class Compilations(logging.Handler):
+  def __init__(self):
+    super().__init__()
+    self.names = []
+
+  def emit(self, record):
+    message = record.getMessage()
+    if message.startswith("Compiling"):
+      self.names.append(message.split()[1])
+
+
+def test_no_recompilation_and_no_implicit_transfer(tiny_data):
+  config = tiny.config(tiny_data)
+  built, read = build.Built(config), inputs.Inputs(config)
+  schedule = optim.make_schedule(config.optim, optim.Run(48, config.batch_size, config.total))
+  tx = built.optimizer(schedule)
+  shardings = built.state_shardings(tx)
+  state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
+  rng = jax.device_put(jax.random.key(0), built.replicated)
+  step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
+  evaluator = Evaluator(config, read, built.graphdef, built.mesh)
+  rows = sharding.batch_sharding(built.mesh)
+  stream = read.train(0)
+  state, _ = step(state, sharding.put_batch(next(stream), rows))
+  evaluator(state, "val")
+  handler = Compilations()
+  logger = logging.getLogger("jax")
+  logger.addHandler(handler)
+  try:
+    with jax.log_compiles(True), jax.transfer_guard("disallow"):
+      for _ in range(3):
+        state, metrics = step(state, sharding.put_batch(next(stream), rows))
+        jax.device_get(metrics)
+      evaluator(state, "val")
+      evaluator(state, "test")
+    assert not handler.names
+    with jax.log_compiles(True):  # the handler does hear compilations
+      jax.jit(lambda x: x * 3.14159)(jnp.ones(3))
+    assert handler.names
+  finally:
+    logger.removeHandler(handler)
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny_data, tmp_path):
+  c = tiny.config(tiny_data, total="40 steps", optim__lr=1e18, optim__warmup="0 steps", log_every=2)
+  c.optim.schedule, c.checkpoint.every, c.eval.every = "constant", "1 steps", "0 steps"
+  with pytest.raises(train.NonFiniteLossError, match=r"first bad step is one of \d+\.\.\d+"):
+    train.train(c, tmp_path)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
+  model = checkpoints.restore_model(checkpoints.latest())
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(model["params"]))
+
+
+def test_workdir_of_another_config(tiny_data, tmp_path):
+  workdir.claim(tmp_path, tiny.config(tiny_data))
+  workdir.claim(tmp_path, tiny.config(tiny_data, log_every=7))  # where and how it runs may differ
+  with pytest.raises(workdir.WorkdirError, match=r"optim\.lr: 0\.01 -> 0\.5"):
+    workdir.claim(tmp_path, tiny.config(tiny_data, optim__lr=0.5))
+
+
+def test_changed_data(tiny_data, tmp_path):
+  c = tiny.config(tiny_data, total="2 steps", eval__test=False)
+  train.train(c, tmp_path)
+  c.data.train = "val"
+  path = tmp_path / "config.json"
+  path.write_text(path.read_text().replace('"data.train": "train"', '"data.train": "val"'))
+  with pytest.raises(checkpoint.CheckpointError, match="training data changed"):
+    train.train(c, tmp_path)
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, metric="rsum")
+  state = step_lib.TrainState(jnp.int32(1), {"w": jnp.ones(100_000)}, {}, (jnp.zeros(3),))
+  checkpoints.save(1, state, {"pending": False})
+  checkpoints.wait()
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+  try:
+    noise = jax.random.normal(jax.random.key(0), (100_000,))  # does not compress
+    with pytest.raises(checkpoint.CheckpointError, match="the latest is of step 1"):
+      checkpoints.save(2, state.replace(params={"w": noise}), {"pending": False})
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  again = checkpoint.Checkpoints(tmp_path, keep=1, metric="rsum")
+  assert again.latest() == 1
+  assert (again.restore_model(1)["params"]["w"] == 1).all()
+
+
+def test_init_from_workdir(tiny_data, tmp_path):
+  c = tiny.config(tiny_data, total="2 steps", eval__test=False)
+  train.train(c, tmp_path / "a")
+  built = build.Built(c)
+  params, _, info = init.load(str(tmp_path / "a"), "clip", built.params, built.stats)
+  assert info["step"] == 2
+  saved = checkpoint.Checkpoints(tmp_path / "a", keep=1, metric="rsum", read_only=True)
+  jax.tree.map(np.testing.assert_array_equal, params, saved.restore_model(2)["params"])
+  c.model.embed = 24
+  built = build.Built(c)
+  with pytest.raises(checkpoint.CheckpointError, match=r"image/proj/kernel: \(32, 16\) in the file"):
+    init.load(str(tmp_path / "a"), "clip", built.params, built.stats)

@@ -1,0 +1,36 @@
+"""A run that takes seconds: a few dozen scenes and a CLIP of a few thousand parameters."""
+
+import pathlib
+
+from xmodal_jax import config as config_lib
+from xmodal_jax.data import shapes
+
+SIZES = {"train": 48, "val": 12, "test": 12}
+
+
+def data(folder: pathlib.Path) -> str:
+  """Writes the data set once per test session and returns its folder."""
+  path = folder / "shapes" / "1.0.0"
+  return str(path if path.exists() else shapes.write(folder, sizes=SIZES))
+
+
+def config(data_dir: str, **changes):
+  """changes: keys with "__" for the dot, e.g. optim__lr=1e-3."""
+  c = config_lib.base()
+  c.data.dir, c.data.captions = data_dir, "one"
+  image = dict(kind="vit", size=16, patch=8, width=32, depth=2, heads=2)
+  text = dict(vocab=714, context=24, width=32, depth=2, heads=2)
+  c.model.update(dict(system="clip", embed=16, image=image, text=text))
+  c.text.max_merges, c.text.length = 200, 24
+  c.min_shard = 64
+  c.batch_size, c.total, c.log_every = 16, "10 steps", 1
+  c.optim.lr, c.optim.warmup = 1e-2, "2 steps"
+  c.eval.batch_size, c.eval.block, c.eval.every = 16, (16, 64), "5 steps"
+  c.checkpoint.every = "3 steps"
+  for key, value in changes.items():
+    *parents, last = key.split("__")
+    node = c
+    for name in parents:
+      node = node[name]
+    node[last] = value
+  return c

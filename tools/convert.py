@@ -1,0 +1,114 @@
+"""Converts a PyTorch checkpoint to a directory of ours, and back.
+
+  python tools/convert.py --system clip --checkpoint ViT-B-32.pt --out clip_vit_b32
+  python tools/convert.py --system clip --to torch --checkpoint clip_vit_b32 --out vit_b32.pth
+
+Values keep their dtypes and bits both ways. --allow-missing REGEX lets whole torch keys be absent.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are traced, nothing is computed
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from xmodal_jax import checkpoint, convert, init, models, torch_files
+
+
+def abstract(module, config) -> tuple[dict, set[str]]:
+  """{path: ShapeDtypeStruct} of a model, and the paths that are running statistics."""
+  model = nnx.eval_shape(lambda: module.build(config, rngs=nnx.Rngs(0)))
+  params, stats, _ = nnx.state(model, nnx.Param, nnx.BatchStat, ...)
+  stats = init.flat(nnx.to_pure_dict(stats))
+  return init.flat(nnx.to_pure_dict(params)) | stats, set(stats)
+
+
+def save_model(path: pathlib.Path, params: dict, stats: dict, meta: dict) -> None:
+  """As checkpoint.save_model, with an eye on memory: Orbax by default copies all host arrays and
+  compresses everything before it writes (3.7 times the file for RN50; 2.2 times like this)."""
+  handlers = [
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),
+  ]
+  handler = ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers),
+    use_compression=False,  # trained weights hardly shrink
+  )
+  with ocp.Checkpointer(handler) as writer:
+    tree = {"params": params, "stats": stats}
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=1 << 24), tree)
+    writer.save(path.absolute() / "model", args=ocp.args.PyTreeSave(tree, save_args=chunks))
+  (path / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def to_jax(system: str, source: pathlib.Path, out: pathlib.Path, allow_missing: str | None) -> str:
+  """Writes `out`, which must not exist yet; returns a line about it."""
+  if out.exists():
+    raise SystemExit(f"{out} exists already")
+  module = models.system_module(system)
+  state, info = torch_files.state_dict(source, verify=True)
+  config = module.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
+  want, stats = abstract(module, config)
+  flat, report = convert.to_jax(state, module.RULES, want, allow_missing=allow_missing)
+  variant = next((name for name, preset in module.PRESETS.items() if preset == config), "")
+  meta = convert.meta(
+    system=system,
+    variant=variant,
+    config=config,
+    source=source.name,
+    sha256=torch_files.sha256(source),
+    info=info,
+    report=report,
+  )
+  parts = [{k: v for k, v in flat.items() if (k in stats) == s} for s in (False, True)]
+  save_model(out, *(init.nested(p) for p in parts), meta)
+  return (
+    f"{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "
+    f"{system} {variant or 'of its own size'}: {report.parameters:,} values in {len(flat)} arrays, "
+    f"{len(report.kept)} buffers kept, {len(report.dropped)} dropped, {len(report.missing)} missing"
+  )
+
+
+def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
+  """Writes the file `out` from a converted directory; returns a line about it."""
+  meta = convert.read_meta(source)
+  if meta["system"] != system:
+    raise SystemExit(f"{source} holds a {meta['system']} model, not {system}")
+  tree = checkpoint.load_model(source)
+  flat = init.flat(tree["params"]) | init.flat(tree.get("stats") or {})
+  kept = {name: convert.unpack(v) for name, v in meta["ignored"].items()}
+  rules = models.system_module(system).RULES
+  state = convert.to_torch(flat, rules, kept=kept, order=meta["keys"])
+  torch_files.write(out, convert.wrap(state, meta["wrapper"]))
+  return f"{out.name}: {len(state)} tensors, {out.stat().st_size:,} bytes"
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--system", required=True, choices=sorted(models.SYSTEMS))
+  parser.add_argument("--to", default="jax", choices=("jax", "torch"))
+  parser.add_argument("--checkpoint", required=True, type=pathlib.Path)
+  parser.add_argument("--out", required=True, type=pathlib.Path)
+  parser.add_argument("--allow-missing", metavar="REGEX")
+  args = parser.parse_args(argv)
+  try:
+    if args.to == "jax":
+      print(to_jax(args.system, args.checkpoint, args.out, args.allow_missing))
+    else:
+      print(to_torch(args.system, args.checkpoint, args.out))
+  except (OSError, torch_files.FileFormatError, convert.ConversionError) as e:
+    raise SystemExit(str(e)) from e
+
+
+if __name__ == "__main__":
+  main()

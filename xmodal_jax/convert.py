@@ -1,0 +1,349 @@
+"""The two-way rule engine between PyTorch state dicts and our parameter paths.
+
+A rule names both sides with templates. `{layer}` numbers the layers that our array stacks on its
+first axis (`first` is torch's number of our layer 0); any other placeholder is a number that occurs
+in both templates. Nothing is dropped in silence: unknown, extra, missing and misshapen keys are
+listed together and raise. Values keep their dtypes and bits; widening them is for who loads them.
+"""
+
+import base64
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from xmodal_jax.torch_files import Lazy, TensorRef
+
+VERSION = 1  # of the layout of a converted directory
+
+Pieces = tuple[np.ndarray, ...]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """How one torch tensor becomes one or more arrays of ours, and back."""
+
+  forward: Callable[[np.ndarray], Pieces]
+  backward: Callable[[Pieces], np.ndarray]
+
+
+def _axes(to: Sequence[int], back: Sequence[int]) -> Transform:
+  return Transform(lambda x: (x.transpose(to),), lambda parts: parts[0].transpose(back))
+
+
+same = Transform(lambda x: (x,), lambda parts: parts[0])
+linear = _axes((1, 0), (1, 0))  # [out, in] <-> [in, out]
+conv = _axes((2, 3, 1, 0), (3, 2, 0, 1))  # OIHW <-> HWIO
+
+
+def split(n: int, inner: Transform = same) -> Transform:
+  """[n * D, ...] <-> n arrays [D, ...], each through `inner`: fused query, key, value."""
+  return Transform(
+    lambda x: tuple(inner.forward(part)[0] for part in np.split(x, n)),
+    lambda parts: np.concatenate([inner.backward((part,)) for part in parts]),
+  )
+
+
+def squeeze(*axes: int) -> Transform:
+  """Drops axes of size 1: [1, 1, D] <-> [D] with axes 0, 1."""
+  return Transform(lambda x: (np.squeeze(x, axes),), lambda parts: np.expand_dims(parts[0], axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  torch: str
+  ours: tuple[str, ...] | str
+  fn: Transform = same
+  first: int = 0
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Ignore:
+  """Keys without a parameter of ours. keep: their values travel in meta.json, for the way back."""
+
+  torch: str
+  keep: bool = True
+
+
+@dataclasses.dataclass
+class Report:
+  """keys: all of the file, in its order. missing: those that allow_missing let pass."""
+
+  keys: list[str]
+  kept: dict[str, np.ndarray]
+  dropped: list[str]
+  missing: list[str]
+  parameters: int
+
+
+class ConversionError(ValueError):
+  """Lists of keys that do not fit, by kind: unknown, extra, missing, misshapen."""
+
+  def __init__(self, **lists: list[str]):
+    self.__dict__.update(lists)
+    text = [
+      f"{len(keys)} {kind.replace('_', ' ')}:\n    " + "\n    ".join(keys)
+      for kind, keys in lists.items()
+      if keys
+    ]
+    super().__init__("the state dict does not fit the model\n  " + "\n  ".join(text))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  rule: Rule
+  paths: tuple[str, ...]
+  layer: int | None
+  depth: int
+
+
+def _pattern(template: str) -> re.Pattern:
+  """A template as a regular expression; numbers are written without leading zeros. `*` is any."""
+  out, seen = "", set()
+  for literal, name in re.findall(r"([^{]+)|\{(\w+)\}", template):
+    if literal:
+      out += re.escape(literal).replace(r"\*", ".*")
+    else:
+      out += f"(?P={name})" if name in seen else f"(?P<{name}>0|[1-9][0-9]*)"
+      seen.add(name)
+  return re.compile(out)
+
+
+def plan(rules: Iterable[Rule | Ignore], shapes: Shapes) -> dict[str, _Step]:
+  """Every torch key of a model whose paths and shapes are given -> how it maps."""
+  steps: dict[str, _Step] = {}
+  for rule in rules:
+    if isinstance(rule, Ignore):
+      continue
+    pattern, stacked = _pattern(rule.paths[0]), "{layer}" in rule.torch
+    for path, shape in shapes.items():
+      match = pattern.fullmatch(path)
+      if match is None:
+        continue
+      env = match.groupdict()
+      paths = tuple(p.format(**env) for p in rule.paths)
+      depth = shape[0] if stacked else 1
+      for layer in range(depth):
+        name = rule.torch.format(**env, layer=layer + rule.first)
+        if name in steps:
+          raise ValueError(f"two rules for {name}: {steps[name].rule.torch} and {rule.torch}")
+        steps[name] = _Step(rule, paths, layer if stacked else None, depth)
+  return steps
+
+
+def to_jax(
+  state: Mapping[str, Any],
+  rules: Sequence[Rule | Ignore],
+  abstract: Mapping[str, Any],
+  *,
+  allow_missing: str | None = None,
+  check_shapes: bool = True,
+) -> tuple[dict[str, np.ndarray], Report]:
+  """Torch state dict -> {path: array}, in the dtypes of the file.
+
+  state: arrays or TensorRefs, read one at a time into the stacked arrays. abstract: path ->
+  anything with a shape; all of it must be filled. allow_missing: a regular expression for whole
+  torch keys that may be absent; their paths are then absent too. check_shapes=False keeps the
+  file's shapes (position tables that are resized afterwards); the numbers of layers must fit.
+  """
+  shapes = {path: tuple(x.shape) for path, x in abstract.items()}
+  steps = plan(rules, shapes)
+  ignores = [(_pattern(r.torch), r) for r in rules if isinstance(r, Ignore)]
+  known = [_pattern(r.torch) for r in rules if isinstance(r, Rule)]
+  report = Report(list(state), {}, [], [], 0)
+  unknown, extra, misshapen = [], [], []
+  for name in state:
+    if name in steps:
+      continue
+    ignore = next((r for p, r in ignores if p.fullmatch(name)), None)
+    if ignore is None:
+      listed = extra if any(p.fullmatch(name) for p in known) else unknown
+      listed.append(f"{name} {list(state[name].shape)}")
+    elif ignore.keep:
+      report.kept[name] = _fetch(state[name])
+    else:
+      report.dropped.append(name)
+
+  absent = [name for name in steps if name not in state]
+  allowed = re.compile(allow_missing).fullmatch if allow_missing else lambda _: None
+  report.missing = [name for name in absent if allowed(name)]
+  missing = [f"{name} -> {', '.join(steps[name].paths)}" for name in absent if not allowed(name)]
+  # A stacked array needs all of its layers: leave it out whole, or complain.
+  left_out = {path for name in report.missing for path in steps[name].paths}
+  partial = {p for name in steps if name in state for p in steps[name].paths} & left_out
+  missing += [f"{path}: only some of its layers are in the file" for path in sorted(partial)]
+  covered = {path for step in steps.values() for path in step.paths}
+  no_rule = [f"{path} {list(shapes[path])}" for path in shapes if path not in covered]
+  no_model = sorted(covered - set(shapes))
+  if unknown or extra or missing or no_rule or no_model:  # shapes are compared without reading
+    misshapen = _compare(state, steps, shapes) if check_shapes and not no_model else []
+    raise ConversionError(
+      unknown=unknown, extra=extra, missing=missing, misshapen=misshapen,
+      parameters_without_a_rule=no_rule, rules_without_a_parameter=no_model,
+    )  # fmt: skip
+  if check_shapes and (misshapen := _compare(state, steps, shapes)):
+    raise ConversionError(misshapen=misshapen)
+
+  flat: dict[str, np.ndarray] = {}
+  for name, step in steps.items():
+    if name not in state:
+      continue
+    pieces = step.rule.fn.forward(_fetch(state[name]))
+    for path, piece in zip(step.paths, pieces, strict=True):
+      problem = _store(flat, path, piece, step)
+      if problem:
+        misshapen.append(f"{name} -> {path}: {problem}")
+    report.parameters += sum(p.size for p in pieces)
+  if misshapen:
+    raise ConversionError(misshapen=misshapen)
+  return {path: flat[path] for path in shapes if path in flat}, report
+
+
+def _store(flat: dict, path: str, piece: np.ndarray, step: _Step) -> str | None:
+  if step.layer is None:
+    flat[path] = np.ascontiguousarray(piece).reshape(piece.shape)  # of a 0-d array it makes 1-d
+    return None
+  if path not in flat:
+    flat[path] = np.empty((step.depth, *piece.shape), piece.dtype)
+  stack = flat[path]
+  if stack.shape[1:] != piece.shape or stack.dtype != piece.dtype:
+    return f"{piece.dtype}{list(piece.shape)} beside {stack.dtype}{list(stack.shape[1:])}"
+  stack[step.layer] = piece
+  return None
+
+
+def _compare(state: Mapping[str, Any], steps: Mapping[str, _Step], shapes: Shapes) -> list[str]:
+  """Keys whose shape is not the model's, found from zero-stride stand-ins of no memory."""
+  wrong = []
+  for name, step in steps.items():
+    if name not in state:
+      continue
+    want = [shapes[p] if step.layer is None else shapes[p][1:] for p in step.paths]
+    have = tuple(state[name].shape)
+    try:
+      got = [x.shape for x in step.rule.fn.forward(np.broadcast_to(np.int8(0), have))]
+    except ValueError:  # np.split or transpose of another rank
+      got = None
+    if got != want:
+      wrong.append(f"{name} {list(have)} -> {', '.join(step.paths)} {[list(w) for w in want]}")
+  return wrong
+
+
+def _fetch(value: Any) -> np.ndarray:
+  return value.read() if isinstance(value, TensorRef) else np.asarray(value)
+
+
+def to_torch(
+  flat: Mapping[str, Any],
+  rules: Sequence[Rule | Ignore],
+  *,
+  kept: Mapping[str, np.ndarray] | None = None,
+  order: Sequence[str] = (),
+) -> dict[str, Lazy]:
+  """{path: array} -> torch state dict of arrays that are made when they are asked for.
+
+  kept: values of ignored keys, from the report of the way there. order: names that come first.
+  """
+  steps = plan(rules, {path: tuple(x.shape) for path, x in flat.items()})
+  covered = {path for step in steps.values() for path in step.paths}
+  if covered != set(flat):
+    raise ConversionError(
+      parameters_without_a_rule=sorted(set(flat) - covered),
+      rules_without_a_parameter=sorted(covered - set(flat)),
+    )
+  kept = dict(kept or {})
+  out = {name: _lazy(flat, step) for name, step in steps.items()}
+  out |= {name: Lazy(v.shape, v.dtype, lambda v=v: v) for name, v in kept.items()}
+  names = dict.fromkeys([n for n in order if n in out]) | dict.fromkeys(out)
+  return {name: out[name] for name in names}
+
+
+def _lazy(flat: Mapping[str, Any], step: _Step) -> Lazy:
+  def make():
+    parts = (np.asarray(flat[p]) for p in step.paths)
+    return step.rule.fn.backward(tuple(x if step.layer is None else x[step.layer] for x in parts))
+
+  sample = make()  # a view, but for fused weights, which are copies for this moment only
+  return Lazy(sample.shape, sample.dtype, make)
+
+
+def arrays(state: Mapping[str, Lazy]) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, array) of what `to_torch` gave, one alive at a time."""
+  for name, lazy in state.items():
+    yield name, lazy.make()
+
+
+# --- meta.json of a converted directory ---------------------------------------------------------
+
+
+def pack(array: np.ndarray) -> dict[str, Any]:
+  """An array as JSON: numbers where they are few, else their compressed bytes."""
+  out = {"dtype": array.dtype.name, "shape": list(array.shape)}
+  if array.dtype.kind in "iub" and array.size <= 16:
+    return out | {"values": array.ravel().tolist()}
+  return out | {"zlib": base64.b64encode(zlib.compress(array.tobytes())).decode()}
+
+
+def unpack(value: Mapping[str, Any]) -> np.ndarray:
+  """The inverse of `pack`."""
+  dtype, shape = np.dtype(value["dtype"]), tuple(value["shape"])
+  if "values" in value:
+    return np.array(value["values"], dtype).reshape(shape)
+  return np.frombuffer(zlib.decompress(base64.b64decode(value["zlib"])), dtype).reshape(shape)
+
+
+def meta(
+  *,
+  system: str,
+  variant: str,
+  config: Mapping[str, Any],
+  source: str,
+  sha256: str,
+  info: Mapping[str, Any],
+  report: Report,
+) -> dict[str, Any]:
+  """What stands beside the parameters: where they are from and what the way back needs."""
+  return dict(
+    system=system,
+    variant=variant,
+    config=dict(config),
+    source=source,
+    sha256=sha256,
+    converter=VERSION,
+    format=info["format"],
+    wrapper=list(info["wrapper"]),
+    scalars=dict(info["scalars"]),
+    missing=report.missing,
+    dropped=report.dropped,
+    ignored={name: pack(x) for name, x in report.kept.items()},
+    keys=report.keys,
+  )
+
+
+def read_meta(path: epath.PathLike) -> dict[str, Any]:
+  """meta.json of a converted directory, checked to be of this version."""
+  file = epath.Path(path) / "meta.json"
+  if not file.exists():
+    raise ConversionError(missing=[f"{file}: not a converted directory"])
+  out = json.loads(file.read_text())
+  if out.get("converter") != VERSION:
+    raise ConversionError(unknown=[f"{file}: converter version {out.get('converter')!r}"])
+  return out
+
+
+def wrap(state: Mapping[str, Any], wrapper: Sequence[str]) -> dict[str, Any]:
+  """Puts a state dict back into what it was wrapped in: keys, and a prefix "module."."""
+  out = dict(state)
+  for key in reversed(wrapper):
+    out = {key + k: v for k, v in out.items()} if key == "module." else {key: out}
+  return out

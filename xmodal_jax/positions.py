@@ -1,0 +1,46 @@
+"""Learned position tables for another resolution, on the host."""
+
+import math
+
+import numpy as np
+
+
+def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
+  """Cubic convolution kernel (Keys, 1981) with the coefficient of PyTorch."""
+  x = np.abs(x)
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+  return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def bicubic_matrix(source: int, target: int) -> np.ndarray:
+  """float64 [target, source]: half-pixel centres, clamped borders, no antialiasing.
+
+  That is torch's bicubic `interpolate`, with which the published systems adapt their tables; other
+  libraries use a = -0.5 or antialias, and do not match.
+  """
+  centre = (np.arange(target) + 0.5) * source / target - 0.5
+  first = np.floor(centre).astype(int) - 1
+  out = np.zeros((target, source))
+  for tap in range(4):
+    index = first + tap
+    weight = _cubic(centre - index)
+    np.add.at(out, (np.arange(target), np.clip(index, 0, source - 1)), weight)
+  return out
+
+
+def resize_table(table: np.ndarray, rows: int, *, prefix: int = 1) -> np.ndarray:
+  """[prefix + g * g, D] -> [rows, D]: the first `prefix` rows kept, the square grid resized.
+
+  Raises ValueError where either grid is not square.
+  """
+  old, new = math.isqrt(len(table) - prefix), math.isqrt(rows - prefix)
+  if old**2 != len(table) - prefix or new**2 != rows - prefix:
+    raise ValueError(
+      f"position table of {len(table)} rows cannot become one of {rows}: both must hold {prefix} "
+      "rows and a square grid"
+    )
+  m = bicubic_matrix(old, new)
+  grid = table[prefix:].astype(np.float64).reshape(old, old, -1)
+  grid = np.einsum("yh,xw,hwd->yxd", m, m, grid).reshape(new * new, -1)
+  return np.concatenate([table[:prefix], grid.astype(table.dtype)])
