@@ -65,7 +65,8 @@ class Checkpoints:
       self.manager.save(step, args=args, metrics=dict(metrics) if metrics else None)
 
   def latest(self) -> int | None:
-    return self.manager.latest_step()
+    """The newest step that is whole on disk."""
+    return max(self.manager.all_steps(read=True), default=None)
 
   def best(self) -> int | None:
     """The step with the best metric; the latest one where none was evaluated."""

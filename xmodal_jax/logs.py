@@ -23,19 +23,19 @@ class JsonlWriter:
   def __init__(self, workdir: epath.PathLike):
     self.path = epath.Path(workdir) / "metrics.jsonl"
 
-  def resume(self, step: int, *, kind: str | None = None) -> None:
-    """Keeps lines up to and with `step`; of the step itself not those of `kind`."""
+  def resume(self, step: int, *, drop: str | None = None) -> None:
+    """Keeps lines up to and with `step`; of the step itself not the test, nor those of `drop`."""
     if not self.path.exists():
       return
     lines = [line for line in self.path.read_text().splitlines() if _complete(line)]
     keep = []
     for line in lines:
       row = json.loads(line)
-      if row["step"] < step or (row["step"] == step and row["kind"] != kind):
+      if row["step"] < step or (row["step"] == step and row["kind"] not in ("test", drop)):
         keep.append(line + "\n")
     temporary = self.path.parent / "metrics.jsonl.tmp"
     temporary.write_text("".join(keep))
-    temporary.rename(self.path)
+    temporary.replace(self.path)
 
   def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
     row = {"step": step, "kind": kind} | {k: _plain(v) for k, v in values.items()}
@@ -127,7 +127,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
   path = epath.Path(path)
   temporary = path.parent / (path.name + ".tmp")
   temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
-  temporary.rename(path)
+  temporary.replace(path)
 
 
 _CHATTY = ("orbax", "tensorflow_datasets", "logging_writer.py", "jax/_src")

@@ -1,8 +1,9 @@
 """The training loop. A workdir is its own state: the same command again goes on where it was."""
 
+import contextlib
 import functools
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,107 +51,117 @@ def check_finite(metrics: Mapping[str, np.ndarray], last: int, step: int) -> Map
 
 
 def train(config: Any, workdir: str) -> dict[str, Any] | None:
-  """Trains, evaluates and writes results.json. Returns the results, None when asked to stop."""
+  """Trains, evaluates and writes results.json. Returns the results, None when asked to stop.
+
+  Raises NonFiniteLossError, and what the workdir, the data and the checkpoints have to complain of.
+  """
   stop = Preemption()
   workdir = workdir_lib.claim(workdir, config)
   built = build_lib.Built(config)
   inputs = inputs_lib.Inputs(config)
   run = optim.Run(inputs.samples(), config.batch_size, config.total)
-  if run.steps_per_epoch < 1:
-    raise ValueError(f"config.batch_size is {run.batch_size}, the split has {run.samples} samples")
-  total, due = run.total_steps, functools.partial(_due, run=run)
   schedule = optim.make_schedule(config.optim, run)
   tx = built.optimizer(schedule)
   shardings = built.state_shardings(tx)
   logging.info("\n%s", optim.table(config.optim, built.params, built.params_shardings))
-  checkpoints = checkpoint.Checkpoints(
-    workdir, keep=config.checkpoint.keep, metric=config.eval.metric
-  )
-  meta = dict(
-    system=config.model.system, seed=config.seed, fingerprint=inputs.fingerprint(), pending=False
-  )
-  state, start, pending = _first_state(config, built, tx, shardings, checkpoints, meta)
-  evaluator = evaluate_lib.Evaluator(config, inputs, built.graphdef, built.mesh, stop)
-  writer = logs.Writer(workdir)
-  writer.jsonl.resume(start, kind="val" if pending else None)
-  rng = jax.device_put(jax.random.key(config.seed), built.replicated)
-  train_step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
-  rows = sharding.batch_sharding(built.mesh)
-  clock, last_good = logs.Clock(), start
-  peak = flops.device_peak(jax.devices()[0].device_kind)
-  hooks = []
-  if config.profile.first_step:
-    hooks.append(
-      periodic_actions.Profile(
-        logdir=workdir,
-        first_profile=config.profile.first_step,
-        num_profile_steps=config.profile.steps,
-        every_secs=None,
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(
+      contextlib.closing(
+        checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, metric=config.eval.metric)
       )
     )
+    meta = dict(system=config.model.system, seed=config.seed, fingerprint=inputs.fingerprint())
+    state, start, pending = _first_state(config, built, tx, shardings, checkpoints, meta)
+    writer = stack.enter_context(contextlib.closing(logs.Writer(workdir)))
+    writer.jsonl.resume(start, drop="val" if pending else None)
+    evaluator = evaluate_lib.Evaluator(config, inputs, built.graphdef, built.mesh, stop)
+    rng = jax.device_put(jax.random.key(config.seed), built.replicated)
+    train_step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
+    boundary = _Boundary(config, evaluator, checkpoints, writer, meta, stop)
+    if pending and not boundary(start, state, evaluate=True, save=True):
+      return None
+    state = _loop(config, run, inputs, built, state, start, train_step, boundary, writer, workdir)
+    checkpoints.wait()
+    if boundary.stopped:
+      logging.info("asked to stop: saved at step %d", checkpoints.latest())
+      return None
+    return _test(config, built, evaluator, checkpoints, state, writer, workdir)
 
-  def finish(step, state, evaluate, save):
-    """Evaluation and checkpoint of a step. False when asked to stop."""
+
+def _loop(config, run, inputs, built, state, start, train_step, boundary, writer, workdir):
+  """Steps start + 1 .. total, or until the boundary of one says stop. Returns the last state."""
+  total, last_good, per_step = run.total_steps, start, None
+  rows, clock = sharding.batch_sharding(built.mesh), logs.Clock()
+  peak = flops.device_peak(jax.devices()[0].device_kind)
+  due = lambda every, step: (n := optim.steps(every, run.steps_per_epoch)) > 0 and step % n == 0
+  profile = _profile(config, workdir)
+  if start >= total:
+    return state
+  with contextlib.closing(inputs.train(start)) as stream:
+    for step, host_batch in zip(range(start + 1, total + 1), stream, strict=False):
+      with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        batch = sharding.put_batch(host_batch, rows)
+        if peak and per_step is None:
+          per_step = flops.count(train_step.trace(state, batch).jaxpr)
+        state, metrics = train_step(state, batch)
+      clock.tick()
+      profile(step)
+      log = step % config.log_every == 0 or step == total
+      evaluate = due(config.eval.every, step) or step == total
+      save = due(config.checkpoint.every, step) or step == total
+      if not (log or evaluate or save or boundary.stop()):
+        continue
+      host = check_finite(jax.device_get(metrics), last_good, step)  # the only wait in the loop
+      last_good = step
+      if log:
+        seconds = clock.lap()
+        mfu = per_step / seconds / jax.device_count() / peak if peak and seconds else None
+        speed = {"examples_per_second": run.batch_size / seconds} if seconds else {}
+        speed |= {"mfu": mfu} if mfu else {}
+        writer.scalars(step, "train", {k: float(v) for k, v in host.items()} | speed)
+        loss = float(host["loss"])
+        line = logs.progress_line(step, total, loss, run.batch_size, seconds, mfu)
+        logging.info("%s", line)
+      if evaluate or save or boundary.stop():
+        with clock.paused():
+          if not boundary(step, state, evaluate, save):
+            break
+  return state
+
+
+class _Boundary:
+  """What happens between two steps: evaluation, checkpoint, and the question whether to stop."""
+
+  def __init__(self, config, evaluator, checkpoints, writer, meta, stop):
+    self.config, self.evaluator, self.checkpoints = config, evaluator, checkpoints
+    self.writer, self.meta, self.stop, self.stopped = writer, meta, stop, False
+
+  def __call__(self, step: int, state: Any, evaluate: bool, save: bool) -> bool:
+    """False when the run was asked to stop; the state is saved then."""
     report, interrupted = None, False
     if evaluate:
       try:
-        report = evaluator(state, _select_key(config))
-        writer.scalars(step, "val", report)
+        report = self.evaluator(state, self.config.eval.select)
+        self.writer.scalars(step, "val", report)
         evaluate_lib.log_table(f"step {step}", report)
       except evaluate_lib.Interrupted:
         interrupted = True
-    if save or report or interrupted or stop():
-      checkpoints.save(step, state, meta | {"pending": interrupted}, report)
-    return not (interrupted or stop())
-
-  going = not pending or finish(start, state, True, True)
-  per_step = None
-  stream = inputs.train(start) if going and start < total else ()
-  for step, host_batch in zip(range(start + 1, total + 1), stream, strict=False):
-    with jax.profiler.StepTraceAnnotation("train", step_num=step):
-      batch = sharding.put_batch(host_batch, rows)
-      if peak and per_step is None:
-        per_step = flops.count(train_step.trace(state, batch).jaxpr)
-      state, metrics = train_step(state, batch)
-    clock.tick()
-    for hook in hooks:
-      hook(step)
-    evaluate = due(config.eval.every, step=step) or step == total
-    save = due(config.checkpoint.every, step=step) or step == total
-    log = step % config.log_every == 0 or step == total
-    if log or evaluate or save or stop():
-      host = check_finite(jax.device_get(metrics), last_good, step)  # the only wait in the loop
-      last_good = step
-    if log:
-      seconds = clock.lap()
-      mfu = per_step / seconds / jax.device_count() / peak if peak and seconds else None
-      speed = {"examples_per_second": config.batch_size / seconds} if seconds else {}
-      writer.scalars(step, "train", {k: float(v) for k, v in host.items()} | speed)
-      line = logs.progress_line(step, total, float(host["loss"]), run.batch_size, seconds, mfu)
-      logging.info("%s", line)
-    if evaluate or save or stop():
-      with clock.paused():
-        going = finish(step, state, evaluate, save)
-    if not going:
-      break
-  checkpoints.wait()
-  results = None
-  if not going:
-    logging.info("asked to stop: saved at step %d", checkpoints.latest())
-  elif config.eval.test:
-    results = _test(config, built, evaluator, checkpoints, state, writer, workdir)
-  checkpoints.close()
-  writer.close()
-  return results
+    self.stopped = interrupted or self.stop()
+    if save or evaluate or self.stopped:
+      # A restarted run has to know that this state was not evaluated.
+      self.checkpoints.save(step, state, self.meta | {"pending": interrupted}, report)
+    return not self.stopped
 
 
-def _due(duration: str, *, run: optim.Run, step: int) -> bool:
-  every = optim.steps(duration, run.steps_per_epoch)
-  return every > 0 and step % every == 0
-
-
-def _select_key(config: Any) -> str:
-  return config.eval.select
+def _profile(config, workdir) -> Callable[[int], Any]:
+  if not config.profile.first_step:
+    return lambda step: None
+  return periodic_actions.Profile(
+    logdir=workdir,
+    first_profile=config.profile.first_step,
+    num_profile_steps=config.profile.steps,
+    every_secs=None,
+  )
 
 
 def _first_state(config, built, tx, shardings, checkpoints, meta):
@@ -179,6 +190,8 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
 
 def _test(config, built, evaluator, checkpoints, state, writer, workdir) -> dict[str, Any] | None:
   """The test split once, with the best checkpoint."""
+  if not config.eval.test:
+    return None
   best, last = checkpoints.best(), checkpoints.latest()
   if best != last:
     model = checkpoints.restore_model(best, built.want_model())
