@@ -50,7 +50,7 @@ def to_torch(*trees) -> dict[str, np.ndarray]:
   leaves = {}
   for tree in trees:
     leaves |= {k: np.asarray(v) for k, v in init.flat(tree).items()}
-  return convert.to_torch(leaves, clip_itm.RULES)
+  return dict(convert.arrays(convert.to_torch(leaves, clip_itm.RULES)))
 
 
 def drop_null(key: str, value: np.ndarray) -> np.ndarray:

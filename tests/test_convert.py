@@ -1,0 +1,249 @@
+"""The rule engine on small made-up models, and the tool on a small CLIP."""
+
+import json
+import pathlib
+import runpy
+import types
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from xmodal_jax import checkpoint, convert, init, torch_files
+from xmodal_jax.convert import Ignore, Rule
+from xmodal_jax.models import clip_itm
+
+RULES = [
+  Rule("net.{layer}.w", "blocks/w/kernel", convert.linear),
+  Rule("net.{layer}.qkv", ("blocks/q", "blocks/k", "blocks/v"), convert.split(3, convert.linear)),
+  Rule("stage{s}.0.conv", "stage{s}/first", convert.conv),
+  Rule("stage{s}.{layer}.conv", "stage{s}/rest", convert.conv, first=1),
+  Rule("cls", "cls", convert.squeeze(0, 1)),
+  Rule("scale", "scale"),
+  Ignore("*.count"),
+  Ignore("mask", keep=False),
+]
+
+
+def small() -> dict[str, np.ndarray]:
+  """Two layers, two stages of one and three blocks; values all differ."""
+  shapes = {"scale": (), "cls": (1, 1, 5), "net.1.w": (4, 3), "net.0.w": (4, 3)}
+  shapes |= {"net.0.qkv": (6, 4), "net.1.qkv": (6, 4), "net.0.count": (), "mask": (9, 9)}
+  shapes |= {f"stage1.{i}.conv": (2, 3, 1, 1) for i in range(1)}
+  shapes |= {f"stage2.{i}.conv": (2, 3, 3, 5) for i in range(3)}
+  rng = np.random.default_rng(0)
+  state = {k: rng.normal(size=s).astype(np.float16) for k, s in shapes.items()}
+  return state | {"net.0.count": np.array(7, np.int64), "scale": np.array(2.5, np.float32)}
+
+
+def abstract(**changes) -> dict[str, types.SimpleNamespace]:
+  shapes = {"scale": (), "cls": (5,), "blocks/w/kernel": (2, 3, 4), "stage1/first": (1, 1, 3, 2)}
+  shapes |= {f"blocks/{x}": (2, 4, 2) for x in "qkv"}
+  shapes |= {"stage2/first": (3, 5, 3, 2), "stage2/rest": (2, 3, 5, 3, 2)}
+  shapes |= {k.replace("__", "/"): v for k, v in changes.items()}
+  return {k: types.SimpleNamespace(shape=v) for k, v in shapes.items() if v is not None}
+
+
+def test_each_value_goes_to_its_place():
+  state = small()
+  flat, report = convert.to_jax(state, RULES, abstract())
+  assert {k: v.shape for k, v in flat.items()} == {k: v.shape for k, v in abstract().items()}
+  for layer in range(2):
+    np.testing.assert_array_equal(flat["blocks/w/kernel"][layer], state[f"net.{layer}.w"].T)
+    for i, x in enumerate("qkv"):
+      rows = state[f"net.{layer}.qkv"][2 * i : 2 * i + 2]
+      np.testing.assert_array_equal(flat[f"blocks/{x}"][layer], rows.T)
+  for i in range(2):
+    want = np.einsum("oihw->hwio", state[f"stage2.{i + 1}.conv"])
+    np.testing.assert_array_equal(flat["stage2/rest"][i], want)
+  np.testing.assert_array_equal(flat["cls"], state["cls"][0, 0])
+  assert flat["blocks/w/kernel"].dtype == np.float16 and flat["scale"].dtype == np.float32
+  assert report.kept == {"net.0.count": 7} and report.dropped == ["mask"]
+  assert report.keys == list(state)
+
+
+def test_the_way_back_is_the_identity():
+  state = small()
+  flat, report = convert.to_jax(state, RULES, abstract())
+  back = convert.to_torch(flat, RULES, kept=report.kept, order=report.keys)
+  assert list(back) == [k for k in state if k != "mask"]
+  for name, array in convert.arrays(back):
+    assert array.shape == back[name].shape == state[name].shape
+    assert array.dtype == back[name].dtype == state[name].dtype
+    np.testing.assert_array_equal(array, state[name], name)
+
+
+def test_all_that_does_not_fit_is_listed_at_once():
+  state = small()
+  state |= {"new.thing": np.zeros(2), "net.2.w": np.zeros((4, 3)), "cls": np.zeros((1, 1, 6))}
+  del state["net.1.qkv"], state["scale"]
+  with pytest.raises(convert.ConversionError) as e:
+    convert.to_jax(state, RULES, abstract(nobody=(3,)))
+  assert e.value.unknown == ["new.thing [2]"]
+  assert e.value.extra == ["net.2.w [4, 3]"]
+  assert sorted(m.split()[0] for m in e.value.missing) == ["net.1.qkv", "scale"]
+  assert [m.split()[0] for m in e.value.misshapen] == ["cls"]
+  assert e.value.parameters_without_a_rule == ["nobody [3]"]
+  for word in ("new.thing", "net.2.w", "net.1.qkv", "scale", "cls", "nobody"):
+    assert word in str(e.value)
+
+
+def test_numbers_are_not_matched_loosely():
+  state = small()
+  state["net.01.w"] = state.pop("net.1.w")
+  with pytest.raises(convert.ConversionError) as e:
+    convert.to_jax(state, RULES, abstract())
+  assert e.value.unknown == ["net.01.w [4, 3]"] and len(e.value.missing) == 1
+
+
+def test_missing_keys_pass_only_when_named_in_full():
+  state = small()
+  del state["scale"]
+  with pytest.raises(convert.ConversionError, match="scale"):
+    convert.to_jax(state, RULES, abstract(), allow_missing="scal")
+  flat, report = convert.to_jax(state, RULES, abstract(), allow_missing="scal.")
+  assert "scale" not in flat and report.missing == ["scale"]
+
+
+def test_a_stack_is_never_filled_in_part():
+  state = small()
+  del state["net.1.w"]
+  with pytest.raises(convert.ConversionError, match="only some of its layers"):
+    convert.to_jax(state, RULES, abstract(), allow_missing=r"net\.1\.w")
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (6, 5), (6,), (6, 4, 1)])
+def test_misshapen_pieces_of_fused_weights(shape):
+  state = small() | {"net.0.qkv": np.zeros(shape, np.float16)}
+  with pytest.raises(convert.ConversionError) as e:
+    convert.to_jax(state, RULES, abstract())
+  assert [m.split()[0] for m in e.value.misshapen] == ["net.0.qkv"]
+
+
+def test_layers_of_two_dtypes_are_refused():
+  state = small()
+  state["net.1.w"] = state["net.1.w"].astype(np.float32)
+  with pytest.raises(convert.ConversionError, match=r"float32.*beside float16"):
+    convert.to_jax(state, RULES, abstract())
+
+
+def test_shapes_of_the_file_are_kept_on_request():
+  flat, _ = convert.to_jax(small(), RULES, abstract(cls=(9,)), check_shapes=False)
+  assert flat["cls"].shape == (5,)
+
+
+def test_a_table_with_two_rules_for_a_key_is_an_error():
+  with pytest.raises(ValueError, match="two rules"):
+    convert.plan([Rule("a", "x"), Rule("a", "y")], {"x": (), "y": ()})
+
+
+@pytest.mark.parametrize(
+  "array",
+  [np.array(5), np.arange(600).reshape(1, 600), np.array([[0, -np.inf]], np.float16)],
+)
+def test_buffers_survive_json(array):
+  back = convert.unpack(json.loads(json.dumps(convert.pack(array))))
+  assert back.dtype == array.dtype and back.shape == array.shape
+  assert back.tobytes() == array.tobytes()
+
+
+def test_wrappers_come_back():
+  assert convert.wrap({"a": 1}, ["model", "module."]) == {"model": {"module.a": 1}}
+
+
+# --- CLIP ---------------------------------------------------------------------------------------
+
+CONFIGS = {
+  "vit": dict(
+    system="clip", embed=24,
+    image=dict(kind="vit", size=20, patch=5, width=64, depth=3, heads=1),
+    text=dict(vocab=70, context=9, width=128, depth=2, heads=2),
+  ),
+  "resnet": dict(
+    system="clip", embed=24, image=dict(kind="resnet", size=64, width=4, depths=(1, 3, 1, 2)),
+    text=dict(vocab=70, context=9, width=64, depth=2, heads=1),
+  ),
+}  # fmt: skip
+
+
+def clip_state(kind: str) -> dict[str, np.ndarray]:
+  """A torch state dict of random values, made from our model by the way back."""
+  module = nnx.eval_shape(lambda: clip_itm.build(CONFIGS[kind], rngs=nnx.Rngs(0)))
+  shapes = init.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
+  rng = np.random.default_rng(1)
+  flat = {k: rng.normal(size=v.shape).astype(np.float16) for k, v in shapes.items()}
+  return dict(convert.arrays(convert.to_torch(flat, clip_itm.RULES)))
+
+
+@pytest.fixture(scope="module")
+def tool():
+  path = pathlib.Path(__file__).parents[1] / "tools" / "convert.py"
+  return runpy.run_path(str(path))["main"]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_config_is_read_off_the_shapes(kind):
+  shapes = {k: v.shape for k, v in clip_state(kind).items()}
+  config = clip_itm.infer_config(shapes)
+  assert config == CONFIGS[kind]
+  size = config["image"]["size"]
+  assert clip_itm.infer_config(shapes, {"input_resolution": size}) == config
+  with pytest.raises(convert.ConversionError, match="input_resolution"):
+    clip_itm.infer_config(shapes, {"input_resolution": size + 1})
+
+
+@pytest.mark.parametrize(
+  "key, what",
+  [
+    ("team_block_list.0.norm1.weight", "TEAM"),
+    ("vit_model.layers.0.blocks.0.norm1.weight", "HAT"),
+    ("img_txt_enc.txt_enc.map.weight", "TGDT"),
+    ("image_encoder.model.model.pos_embed", "ZeroVL"),
+    ("bert.embeddings.word_embeddings.weight", "BERT"),
+    ("some.thing", "some.thing"),
+  ],
+)
+def test_other_files_are_named(key, what):
+  with pytest.raises(convert.ConversionError, match=f"not a CLIP state dict .*{what}"):
+    clip_itm.infer_config({key: (3, 3)})
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("wrapper", [[], ["state_dict"], ["model", "module."]])
+def test_the_tool_there_and_back(kind, wrapper, tool, tmp_path, capsys):
+  state = clip_state(kind) | {"visual.bn9.num_batches_tracked": np.array(3)}
+  source, out, back = tmp_path / "m.pt", tmp_path / "dir", tmp_path / "m.pth"
+  torch_files.write(source, convert.wrap(state, wrapper))
+  tool(["--system", "clip", "--checkpoint", str(source), "--out", str(out)])
+  assert "clip of its own size" in capsys.readouterr().out
+  meta = convert.read_meta(out)
+  assert (meta["system"], meta["source"], meta["wrapper"]) == ("clip", "m.pt", wrapper)
+  assert meta["sha256"] == torch_files.sha256(source)
+  tree = checkpoint.load_model(out)
+  stats = {path.rpartition("/")[2] for path in init.flat(tree.get("stats") or {})}
+  assert stats == ({"mean", "var"} if kind == "resnet" else set())
+  tool(["--system", "clip", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
+  assert back.read_bytes() == source.read_bytes()
+
+
+def test_the_tool_lists_what_is_missing(tool, tmp_path):
+  state = clip_state("vit")
+  del state["visual.ln_pre.bias"]
+  source, out = tmp_path / "m.pt", tmp_path / "dir"
+  torch_files.write(source, state)
+  args = ["--system", "clip", "--checkpoint", str(source), "--out", str(out)]
+  with pytest.raises(SystemExit, match=r"visual\.ln_pre\.bias"):
+    tool(args)
+  assert not out.exists()
+  tool([*args, "--allow-missing", r"visual\.ln_pre\.bias"])
+  assert convert.read_meta(out)["missing"] == ["visual.ln_pre.bias"]
+
+
+def test_the_tool_overwrites_nothing(tool, tmp_path):
+  with pytest.raises(SystemExit, match="exists already"):
+    tool(["--system", "clip", "--checkpoint", "x.pt", "--out", str(tmp_path)])
+
+
+def test_the_tool_names_a_file_that_is_not_there(tool, tmp_path):
+  with pytest.raises(SystemExit, match=r"gone\.pt"):
+    tool(["--system", "clip", "--checkpoint", "gone.pt", "--out", str(tmp_path / "o")])

@@ -1,0 +1,535 @@
+"""The reader of PyTorch files: every format against torch.load, and files that mean harm."""
+
+import argparse
+import collections
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from xmodal_jax import torch_files
+from xmodal_jax.torch_files import FileFormatError, Placeholder, TensorRef, UnsafeFileError
+
+
+@pytest.fixture
+def torch():
+  return pytest.importorskip("torch")
+
+
+def tree_without_torch() -> dict:
+  """One of everything that `write` takes."""
+  floats = np.arange(12, dtype=np.float32).reshape(3, 4)
+  arrays = {
+    d: floats.astype(d) for d in ("float16", "float32", "float64", "int64", "uint8", "bool")
+  }
+  return {
+    "state_dict": arrays
+    | {"bf16": floats.astype(ml_dtypes.bfloat16), "t": floats.T, "0d": floats[0, 1]},
+    "list": [1, -5, 2**40, -(2**70), 0.5, "päx", None, True, (), (1, [2])],
+    "empty": np.zeros((0, 3), np.int32),
+  }
+
+
+def same(a, b) -> bool:
+  """Equal trees: arrays in bits, shape and dtype; torch tensors count as arrays."""
+  if hasattr(b, "detach"):
+    b = b.detach()
+    b = b.view(type(b)(0).short().dtype).numpy() if "bfloat" in str(b.dtype) else b.numpy()
+    a = np.asarray(a).view(np.int16) if a.dtype == ml_dtypes.bfloat16 else a
+  if isinstance(b, dict):
+    return a.keys() == b.keys() and all(same(a[k], b[k]) for k in b)
+  if isinstance(b, list | tuple):
+    return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+  if isinstance(b, np.ndarray):
+    copy = a.read() if isinstance(a, TensorRef) else a
+    a = np.asarray(a)
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes() == copy.tobytes()
+  return type(a) is type(b) and a == b
+
+
+def torch_tree(torch) -> dict:
+  base = torch.arange(24.0).reshape(4, 6)
+  return {
+    "state_dict": collections.OrderedDict(
+      whole=base, turned=base.t(), part=base[1:3, ::2], row=base[2], half=base.half(),
+      brain=base.bfloat16(), double=base.double(), flag=base > 3, long=torch.tensor(7),
+      byte=base.byte(), none=torch.zeros(0, 3), again=base, wide=base[:1].expand(3, 6),
+      parameter=torch.nn.Parameter(base[0].clone()),
+    ),
+    "optimizer": {"state": {0: {"step": 3}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]},
+    "size": base.shape, "numbers": [1, 2.5, None, True, "text", b"bytes"],
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", ["a.pth", "b.pth.tar", "c.txt"])
+def test_torch_save(torch, tmp_path, zipped, name):
+  tree = torch_tree(torch)
+  torch.save(tree, tmp_path / name, _use_new_zipfile_serialization=zipped)
+  ours, kind = torch_files.read_with_format(tmp_path / name, verify=True)
+  assert kind == ("zip" if zipped else "legacy")
+  tree["size"] = tuple(tree["size"])
+  tree["state_dict"] = dict(tree["state_dict"])
+  assert same(ours, tree)
+  weights = ours["state_dict"]
+  assert weights["whole"].storage is weights["turned"].storage is weights["again"].storage
+  assert weights["part"].stride == (6, 2) and weights["part"].offset == 6
+
+
+def test_maps_are_read_only(torch, tmp_path):
+  torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+  view = torch_files.read(tmp_path / "a.pt")["a"].view()
+  with pytest.raises(ValueError, match="read-only"):
+    view[0] = 2
+
+
+def test_objects_become_placeholders(torch, tmp_path):
+  class Callback:
+    pass
+
+  Callback.__module__, Callback.__qualname__ = "pytorch_lightning.callbacks", "ModelCheckpoint"
+  tree = {
+    "opt": argparse.Namespace(lr=0.1, name="x"),
+    "version": torch.torch_version.TorchVersion("1.10.0"),
+    "lr": np.float64(0.25), "int": np.int64(-3), "array": np.arange(6.0).reshape(2, 3).T,
+    "dtype": torch.float16, "device": torch.device("cuda", 1), "set": {1, 2},
+    "default": collections.defaultdict(int, a=1),
+  }  # fmt: skip
+  torch.save(tree, tmp_path / "a.ckpt")
+  ours = torch_files.read(tmp_path / "a.ckpt")
+  assert ours["opt"].name == "argparse.Namespace" and ours["opt"].state == {"lr": 0.1, "name": "x"}
+  assert ours["version"].name == "torch.torch_version.TorchVersion"
+  assert ours["version"].args == ("1.10.0",)
+  assert type(ours["lr"]) is np.float64 and ours["lr"] == 0.25 and ours["int"] == -3
+  np.testing.assert_array_equal(ours["array"], tree["array"])
+  assert ours["dtype"].name == "torch.float16" and ours["device"].args == ("cuda", 1)
+  assert ours["set"] == {1, 2} and ours["default"] == {"a": 1}
+
+
+def test_class_as_dictionary_key(tmp_path):
+  key = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+  write_zip(tmp_path / "a.ckpt", b"\x80\x02}(X\x01\x00\x00\x00c}" + key + b"K\x05su.")
+  ours = torch_files.read(tmp_path / "a.ckpt")
+  name = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+  assert {k.name: v for k, v in ours["c"].items()} == {name: 5}
+
+
+def test_torchscript(torch, tmp_path):
+  class Inner(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.seq = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+      self.register_buffer("input_resolution", torch.tensor(30))
+      self.register_buffer("vocab_size", torch.tensor(11))
+
+    def forward(self, x):
+      return self.seq(x)
+
+  module = Inner().eval()
+  torch.jit.script(module).save(tmp_path / "m.pt")
+  state, info = torch_files.state_dict(tmp_path / "m.pt", verify=True)
+  want = module.state_dict()
+  assert info["format"] == "torchscript"
+  assert info["scalars"] == {"input_resolution": 30, "vocab_size": 11}
+  assert state.keys() == want.keys() - info["scalars"].keys()
+  assert same(state, {k: want[k] for k in state})
+
+
+def test_tar_of_old_torch(torch, tmp_path):
+  dump = lambda x: pickle.dumps(x, protocol=2)
+  data = np.arange(6, dtype=np.float32)
+  kind = dump(torch.FloatStorage)  # torch.FloatStorage by name
+  storages = dump(1) + b"\x80\x02(X\x01\x00\x00\x007X\x03\x00\x00\x00cpu" + kind[2:-1] + b"t."
+  storages += struct.pack("<q", 6) + data.tobytes() + dump([])
+  tensors = dump(2)
+  for key, shape, stride, offset in ((1, (2, 3), (3, 1), 0), (2, (2,), (3,), 1)):
+    tensors += b"\x80\x02(K" + bytes([key]) + b"X\x01\x00\x00\x007ctorch\nFloatTensor\nt."
+    n = len(shape)
+    tensors += struct.pack(f"<ii{2 * n + 1}q", n, 0, *shape, *stride, offset)
+  tree = b"\x80\x02}(X\x01\x00\x00\x00aK\x01QX\x01\x00\x00\x00bK\x02Qu."
+  with tarfile.open(tmp_path / "a.pth", "w", format=tarfile.PAX_FORMAT) as tar:
+    for name, content in (
+      ("sys_info", dump({})),
+      ("storages", storages),
+      ("tensors", tensors),
+      ("pickle", tree),
+    ):
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      tar.addfile(info, io.BytesIO(content))
+  ours, found = torch_files.read_with_format(tmp_path / "a.pth")
+  assert found == "tar"
+  theirs = torch.load(tmp_path / "a.pth", weights_only=False)
+  assert same(ours, theirs)
+  np.testing.assert_array_equal(ours["b"], data[[1, 4]])
+  whole = (tmp_path / "a.pth").read_bytes()
+  end = whole.index(tree) + len(tree)
+  assert_all_refused(tmp_path / "x", [whole[:n] for n in range(0, end, 61)])
+
+
+def test_safetensors(tmp_path):
+  library = pytest.importorskip("safetensors.numpy")
+  tree = {
+    "a": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "b": np.array(3),
+    "c": np.zeros((0, 2)),
+  }
+  library.save_file(tree, tmp_path / "m.safetensors", metadata={"format": "pt"})
+  state, info = torch_files.state_dict(tmp_path / "m.safetensors")
+  assert info["format"] == "safetensors"
+  assert same(state, tree)
+
+
+@pytest.mark.parametrize(
+  "header",
+  [
+    {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},  # too few bytes for the shape
+    {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}},  # beyond the end
+    {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},  # a gap
+    {k: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for k in "ab"},  # overlap
+    {"a": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}},
+    {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
+    {"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 8]}},
+    {"a": 5}, {"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}},
+  ],
+)  # fmt: skip
+def test_safetensors_with_wrong_headers(tmp_path, header):
+  text = json.dumps(header).encode()
+  (tmp_path / "a").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+  with pytest.raises(FileFormatError):
+    torch_files.read(tmp_path / "a")
+
+
+# --- wrappers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "wrapper", [(), ("model",), ("state_dict", "module."), ("model_state_dict",)]
+)
+def test_wrappers_are_found(tmp_path, wrapper):
+  state = {"a.weight": np.ones(2, np.float32), "b": np.zeros((), np.int64)}
+  tree = state
+  for key in reversed(wrapper):
+    tree = {key + k: v for k, v in tree.items()} if key == "module." else {key: tree, "epoch": 3}
+  torch_files.write(tmp_path / "a.pth", tree)
+  found, info = torch_files.state_dict(tmp_path / "a.pth")
+  assert same(found, state)
+  assert info["wrapper"] == wrapper
+  assert info["extras"] == ({"epoch": 3} if wrapper else {})
+
+
+@pytest.mark.parametrize(
+  "tree", [[1, 2], {}, {"a": 1}, {"model": {"a": [1]}}, 5, {"state_dict": {}}]
+)
+def test_what_holds_no_arrays_is_refused(tmp_path, tree):
+  torch_files.write(tmp_path / "a.pth", tree)
+  with pytest.raises(FileFormatError, match=r"a\.pth"):
+    torch_files.state_dict(tmp_path / "a.pth")
+
+
+# --- the writer ---------------------------------------------------------------------------------
+
+
+def test_written_files_come_back(tmp_path):
+  tree = tree_without_torch()
+  torch_files.write(tmp_path / "a.pth", tree)
+  ours = torch_files.read(tmp_path / "a.pth", verify=True)
+  tree["state_dict"]["0d"] = 1.0  # a numpy scalar is written as a number
+  assert same(ours, tree)
+  assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_torch_loads_what_is_written(torch, tmp_path):
+  tree = tree_without_torch()
+  torch_files.write(tmp_path / "a.pth", tree)
+  theirs = torch.load(tmp_path / "a.pth", weights_only=True)
+  assert same(torch_files.read(tmp_path / "a.pth"), theirs)
+  mapped = torch.load(tmp_path / "a.pth", weights_only=True, mmap=True)
+  assert mapped["state_dict"]["float32"].equal(theirs["state_dict"]["float32"])
+
+
+def test_entries_are_aligned_and_streamed(tmp_path):
+  alive = []
+
+  def make(i):
+    alive.append(i)
+    return np.full(100 + i, i, np.uint8)
+
+  tree = {
+    f"k{i}": torch_files.Lazy((100 + i,), np.dtype("uint8"), lambda i=i: make(i)) for i in range(5)
+  }
+  torch_files.write(tmp_path / "a.pth", tree)
+  assert alive == list(range(5))  # each made once, in order
+  ours = torch_files.read(tmp_path / "a.pth")
+  assert all(v.storage.offset % 64 == 0 for v in ours.values())
+  assert (np.asarray(ours["k4"]) == 4).all()
+
+
+def test_a_failure_leaves_the_old_file(tmp_path):
+  path = tmp_path / "a.pth"
+  torch_files.write(path, {"a": np.ones(2)})
+  before = path.read_bytes()
+  wrong = torch_files.Lazy((3,), np.dtype("float32"), lambda: np.ones(2))
+  for tree, error in (({"a": wrong}, ValueError), ({"a": object()}, TypeError)):
+    with pytest.raises(error):
+      torch_files.write(path, tree)
+  assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# --- harm ---------------------------------------------------------------------------------------
+
+
+def write_zip(
+  path, data_pkl: bytes, storages: dict[str, bytes] | None = None, method=zipfile.ZIP_STORED
+):
+  with zipfile.ZipFile(path, "w", method) as z:
+    z.writestr("r/data.pkl", data_pkl)
+    z.writestr("r/version", "3\n")
+    for key, data in (storages or {}).items():
+      z.writestr(f"r/data/{key}", data)
+
+
+def assert_all_refused(path, contents) -> None:
+  for data in contents:
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError):
+      torch_files.read(path)
+
+
+CALLS = {  # name as pickled -> pickles that would call it
+  "os.system": [b"cos\nsystem\n(X\x02\x00\x00\x00iditR.", b"(S'id'\nios\nsystem\n.",
+                b"(cos\nsystem\nX\x02\x00\x00\x00ido.",
+                b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02id\x85R."],
+  "posix.system": [b"cposix\nsystem\n(X\x02\x00\x00\x00iditR."],
+  "nt.system": [b"cnt\nsystem\n)R."],
+  "builtins.eval": [b"c__builtin__\neval\n(X\x01\x00\x00\x001tR.", b"cbuiltins\neval\n)\x81."],
+  "builtins.exec": [b"cbuiltins\nexec\n)R."],
+  "builtins.getattr": [b"cbuiltins\ngetattr\n0]."],  # the mention alone
+  "builtins.__import__": [b"c__builtin__\n__import__\n)R."],
+  "subprocess.Popen": [b"csubprocess\nPopen\n)\x81."],
+  "importlib.import_module": [b"cimportlib\nimport_module\n)R."],
+  "collections.OrderedDict.fromkeys": [b"ccollections\nOrderedDict.fromkeys\n)R."],
+  "argparse.Namespace.__init__": [b"cargparse\nNamespace.__init__\n)R."],
+  "torch.hub.load": [b"ctorch.hub\nload\n)R."],
+  "torch.storage._load_from_bytes": [b"ctorch.storage\n_load_from_bytes\n(C\x00tR."],
+  "numpy.load": [b"cnumpy\nload\n)R."],
+  "somewhere.function": [b"csomewhere\nfunction\n)R."],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_are_refused_by_name(tmp_path, name):
+  for code in CALLS[name]:
+    write_zip(tmp_path / "a.pt", code)
+    (tmp_path / "bare.pkl").write_bytes(code)
+    for file in ("a.pt", "bare.pkl"):
+      with pytest.raises(UnsafeFileError, match="refused") as e:
+        torch_files.read(tmp_path / file)
+      assert e.value.name == name and name in str(e.value)
+
+
+def test_nothing_is_run(tmp_path, torch):
+  mark = tmp_path / "mark"
+
+  class Harm:
+    def __reduce__(self):
+      return os.system, (f"touch {mark}",)
+
+  for zipped in (True, False):
+    torch.save(
+      {"a": torch.ones(2), "x": Harm()}, tmp_path / "a", _use_new_zipfile_serialization=zipped
+    )
+    with pytest.raises(UnsafeFileError):
+      torch_files.read(tmp_path / "a")
+    assert not mark.exists()
+    torch.load(tmp_path / "a", weights_only=False)  # the file is harmful indeed
+    assert mark.exists()
+    mark.unlink()
+
+
+def test_placeholders_are_inert(tmp_path):
+  code = b"cevil.mod\nThing\n(K\x01tR}X\x01\x00\x00\x00aK\x02sb."
+  write_zip(tmp_path / "a.pt", code)
+  thing = torch_files.read(tmp_path / "a.pt")
+  assert type(thing) is Placeholder and thing.name == "evil.mod.Thing"
+  assert (thing.args, thing.state) == ((1,), {"a": 2})
+  assert "evil" not in sys.modules and not callable(thing)
+  write_zip(tmp_path / "a.pt", code[:-1] + b")R.")  # to call the object itself
+  with pytest.raises(FileFormatError, match="calls an object"):
+    torch_files.read(tmp_path / "a.pt")
+
+
+def tensor(
+  numel: int, offset: int, size: bytes, stride: bytes, cls: bytes = b"FloatStorage"
+) -> bytes:
+  i = lambda n: b"\x8a\x09" + n.to_bytes(9, "little", signed=True)
+  storage = b"(X\x07\x00\x00\x00storagectorch\n" + cls + b"\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+  storage += i(numel) + b"tQ"
+  return (
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+    + storage
+    + i(offset)
+    + size
+    + stride
+    + b"\x89}tR."
+  )
+
+
+BOMBS = {
+  "larger than the storage": tensor(4, 0, b"(K\x05t", b"(K\x01t"),
+  "an offset beyond": tensor(4, 3, b"(K\x02t", b"(K\x01t"),
+  "a negative offset": tensor(4, -1, b"(K\x02t", b"(K\x01t"),
+  "a negative size": tensor(4, 0, b"(J\xff\xff\xff\xfft", b"(K\x01t"),
+  "a negative stride": tensor(4, 3, b"(K\x02t", b"(J\xff\xff\xff\xfft"),
+  "a repeated element": tensor(4, 0, b"(J\x00\x00\x00\x7ft", b"(K\x00t"),
+  "storage beyond the entry": tensor(2**40, 0, b"(K\x02t", b"(K\x01t"),
+  "a negative storage": tensor(-4, 0, b"(K\x00t", b"(K\x01t"),
+  "more strides than sizes": tensor(4, 0, b"(K\x02t", b"(K\x01K\x01t"),
+  "an unknown storage": tensor(4, 0, b"(K\x02t", b"(K\x01t", b"FurryStorage"),
+  "a huge string": b"\x80\x02B\xff\xff\xff\x7fab.",
+  "a huge bytes object": b"\x80\x05\x8e" + struct.pack("<Q", 2**62) + b"a.",
+  "a huge bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b"a.",
+  "a huge integer": b"\x80\x02\x8b" + struct.pack("<i", 10**6) + b"\x01" * 10**6 + b".",
+  "bytearray of a number": b"cbuiltins\nbytearray\n(J\x00\x00\x00\x7ftR.",
+  "nested keys": b"\x80\x02)" + b"2\x86" * 200 + b"q\x01}h\x01K\x01s.",  # hash takes 2^200 steps
+  "copies of a copy": b"\x80\x02]q\x00("
+  + b"K\x00" * 9000
+  + b"e"
+  + b"cbuiltins\nset\nh\x00\x85R" * 9000
+  + b".",
+  "no end": b"\x80\x02]",
+  "an empty stack": b"\x80\x02.",
+  "no mark": b"\x80\x02K\x01t.",
+  "an unknown opcode": b"\x80\x02\xff.",
+  "the extension registry": b"\x80\x02\x82\x01.",
+  "state for a class": b"ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x02sb.",
+  "a persistent id of text": b"\x80\x02X\x01\x00\x00\x00aQ.",
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_pickles_that_ask_for_too_much(tmp_path, what):
+  write_zip(tmp_path / "a.pt", BOMBS[what], {"0": bytes(16)})
+  with pytest.raises(FileFormatError):
+    torch_files.read(tmp_path / "a.pt")
+
+
+def test_far_memo_and_deep_nesting_are_data(tmp_path):
+  # Python's own unpickler sizes its memo by the largest index: 2^31 * 16 bytes.
+  write_zip(tmp_path / "a.pt", b"\x80\x02]r\xff\xff\xff\x7f.")
+  assert torch_files.read(tmp_path / "a.pt") == []
+  write_zip(tmp_path / "a.pt", b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".")
+  assert len(torch_files.read(tmp_path / "a.pt")) == 1
+  write_zip(tmp_path / "a.pt", b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s.")  # holds itself
+  with pytest.raises(FileFormatError, match="wrapped"):
+    torch_files.state_dict(tmp_path / "a.pt")
+
+
+def test_damaged_zips(tmp_path):
+  file = tmp_path / "a.pt"
+  good = tensor(4, 0, b"(K\x04t", b"(K\x01t")
+  write_zip(file, good, {"0": bytes(range(16))}, zipfile.ZIP_DEFLATED)
+  np.testing.assert_array_equal(torch_files.read(file).view().view(np.uint8), np.arange(16))
+  write_zip(file, good, {"0": bytes(range(16))})
+  data = bytearray(file.read_bytes())
+  data[data.index(bytes(range(16)))] ^= 1
+  file.write_bytes(data)
+  torch_files.read(file)  # reading does not look at the values
+  with pytest.raises(FileFormatError, match="CRC"):
+    torch_files.read(file, verify=True)
+  write_zip(file, good, {})
+  with pytest.raises(FileFormatError, match="no zip entry"):
+    torch_files.read(file)
+  with zipfile.ZipFile(file, "a") as z, pytest.warns(UserWarning, match="Duplicate"):
+    z.writestr("r/data.pkl", good)
+  with pytest.raises(FileFormatError, match="two entries"):
+    torch_files.read(file)
+
+
+@pytest.mark.parametrize(
+  "data, what",
+  [
+    (b"", "empty"),
+    (pickle.dumps({"a": 1}), "bare pickle"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
+    (b"<!DOCTYPE html><html></html>", "web page"),
+    (os.urandom(16).replace(b"\x80", b"\xff") * 64, "neither"),
+  ],
+)
+def test_other_files_are_named(tmp_path, data, what):
+  (tmp_path / "a.pth").write_bytes(data)
+  with pytest.raises(FileFormatError, match=what):
+    torch_files.read(tmp_path / "a.pth")
+  buffer = io.BytesIO()
+  np.savez(buffer, a=np.ones(2))
+  (tmp_path / "a.pth").write_bytes(buffer.getvalue())
+  with pytest.raises(FileFormatError, match=r"not one of torch\.save"):
+    torch_files.read(tmp_path / "a.pth")
+
+
+@pytest.fixture
+def samples(torch, tmp_path) -> list[bytes]:
+  """A small file of each format, with tensors, numpy values and objects."""
+  tree = {
+    "a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2).bfloat16(), "l": np.float64(2),
+    "n": argparse.Namespace(x=1), "r": np.arange(3),
+  }  # fmt: skip
+  out, file = [], tmp_path / "sample"
+  for zipped in (True, False):
+    torch.save(tree, file, _use_new_zipfile_serialization=zipped)
+    out.append(file.read_bytes())
+  text = b'{"a":{"dtype":"F16","shape":[2,3],"data_offsets":[0,12]}}'
+  return [*out, struct.pack("<Q", len(text)) + text + bytes(range(12))]
+
+
+def test_prefixes(samples, tmp_path):
+  for data in samples:
+    ends = {*range(0, len(data), max(len(data) // 150, 1)), len(data) - 1, 1, 2, 4, 8, 9}
+    assert_all_refused(tmp_path / "x", [data[:n] for n in ends])
+
+
+def use(value) -> None:
+  """Reads every array that a tree reaches."""
+  todo, seen = [value], set()
+  while todo:
+    value = todo.pop()
+    if isinstance(value, TensorRef):
+      if not value.dtype.hasobject and value.storage is not None:
+        value.read()
+    elif id(value) not in seen and isinstance(value, dict | list | tuple):
+      seen.add(id(value))
+      todo += value.values() if isinstance(value, dict) else value
+
+
+def test_flipped_bytes(samples, tmp_path):
+  rng, file, read = random.Random(0), tmp_path / "x", 0
+  for data in samples:
+    for _ in range(250):
+      damaged = bytearray(data)
+      for _ in range(rng.choice((1, 1, 3, 20))):
+        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+      file.write_bytes(damaged)
+      try:
+        use(torch_files.read(file))
+        read += 1
+      except FileFormatError:
+        pass
+  assert read  # damage to values alone is not seen
+
+
+def test_no_torch_is_imported():
+  code = (
+    "import sys; import xmodal_jax.torch_files; print('torch' in sys.modules, 'jax' in sys.modules)"
+  )
+  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert out.stdout.split() == ["False", "False"]
