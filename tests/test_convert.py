@@ -192,6 +192,45 @@ def test_config_is_read_off_the_shapes(kind):
     clip_itm.infer_config(shapes, {"input_resolution": size + 1})
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_where_clip_values_go(kind):
+  """A round trip does not see two paths that are swapped, so name some by hand."""
+  state = clip_state(kind)
+  module = nnx.eval_shape(lambda: clip_itm.build(CONFIGS[kind], rngs=nnx.Rngs(0)))
+  shapes = init.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
+  ours, _ = convert.to_jax(state, clip_itm.RULES, shapes)
+  equal = lambda path, value: np.testing.assert_array_equal(ours[path], value, path)
+  towers = {"text": "transformer"} | ({"image": "visual.transformer"} if kind == "vit" else {})
+  for tower, torch in towers.items():
+    layers = lambda name, t=torch: [state[f"{t}.resblocks.{i}.{name}"] for i in range(depth)]
+    depth = CONFIGS[kind][tower]["depth"]
+    for i, x in enumerate("qkv"):
+      thirds = [np.split(w, 3)[i] for w in layers("attn.in_proj_weight")]
+      equal(f"{tower}/blocks/{x}/kernel", [w.T for w in thirds])
+      equal(f"{tower}/blocks/{x}/bias", [np.split(w, 3)[i] for w in layers("attn.in_proj_bias")])
+    equal(f"{tower}/blocks/out/bias", layers("attn.out_proj.bias"))
+    equal(f"{tower}/blocks/ln_1/scale", layers("ln_1.weight"))
+    equal(f"{tower}/blocks/ln_2/scale", layers("ln_2.weight"))
+    equal(f"{tower}/blocks/wi/kernel", [w.T for w in layers("mlp.c_fc.weight")])
+    equal(f"{tower}/blocks/wo/kernel", [w.T for w in layers("mlp.c_proj.weight")])
+  equal("text/proj/kernel", state["text_projection"])
+  equal("text/pos", state["positional_embedding"])
+  if kind == "vit":
+    equal("image/proj/kernel", state["visual.proj"])
+    equal("image/ln_pre/scale", state["visual.ln_pre.weight"])
+    equal("image/patch/kernel", np.einsum("oihw->hwio", state["visual.conv1.weight"]))
+    return
+  for i in (1, 2, 3):
+    equal(f"image/stem/bn{i}/mean", state[f"visual.bn{i}.running_mean"])
+    equal(f"image/stem/bn{i}/var", state[f"visual.bn{i}.running_var"])
+    rest = [state[f"visual.layer2.{b}.bn{i}.weight"] for b in (1, 2)]
+    equal(f"image/stage2/rest/bn{i}/scale", rest)
+  equal("image/stage2/first/bn3/bias", state["visual.layer2.0.bn3.bias"])
+  equal("image/stage4/first/down_bn/var", state["visual.layer4.0.downsample.1.running_var"])
+  for x in "qkvc":
+    equal(f"image/pool/{x}/kernel", state[f"visual.attnpool.{x}_proj.weight"].T)
+
+
 @pytest.mark.parametrize(
   "key, what",
   [

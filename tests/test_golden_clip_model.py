@@ -51,6 +51,7 @@ def close_to_scale(ours, theirs, factor, what):
   assert error <= factor * np.abs(theirs).max(), f"{what}: {error} of {np.abs(theirs).max()}"
 
 
+@jax.jit
 def outputs(model, b):
   image = model.image_features(model.pixels(b["image"]))
   text = model.text_features(b["text_ids"])
@@ -81,6 +82,7 @@ def test_pooled_position(name, golden):
   close(ours, want["edge_text_features"], "edge_text_features")
 
 
+@jax.jit
 def taps(model, b):
   """Intermediate activations of the first row under the names of the manifest, channels last."""
   one = jax.tree.map(lambda x: x[:1], b)
@@ -171,7 +173,7 @@ def test_gradients(name, golden):
     model = nnx.merge(golden.graphdef, params, jax.tree.map(jnp.copy, golden.stats))
     return model.loss(b, jax.random.key(0))[0]
 
-  ours = clip_golden.to_torch(jax.grad(loss)(golden.params), golden.stats)
+  ours = clip_golden.to_torch(jax.jit(jax.grad(loss))(golden.params), golden.stats)
   for key, value in want.items():
     if key.startswith("train_fp32/grad0/"):
       key = key.removeprefix("train_fp32/grad0/")
@@ -220,7 +222,8 @@ def evaluate(name, golden, state, want):
   model = nnx.merge(golden.graphdef, state.params, state.stats)
   images, tokens = inputs["eval_images"], inputs["eval_tokens"]
   b = clip_golden.batch(images, tokens.reshape(-1, tokens.shape[-1]))
-  scores = model.score(model.encode_image(b), model.encode_text(b))
+  score = jax.jit(lambda m, b: m.score(m.encode_image(b), m.encode_text(b)))
+  scores = score(model, b)
   sim = np.exp(model.logit_scale[...]) * np.asarray(scores)
   close(sim, want["train_fp32/eval0/sim_matrix"], "sim_matrix")
   caption_image = np.repeat(np.arange(len(images)), tokens.shape[1])

@@ -99,7 +99,7 @@ def _read_file(
   module.infer_config({k: v.shape for k, v in state.items()})  # refuses other systems by name
   # The file's own shapes: tables of another resolution are resized afterwards.
   leaves, _ = convert.to_jax(state, module.RULES, want, check_shapes=False)
-  info = dict(kind=file_info.format, source=path.name, sha256=torch_files.sha256(path))
+  info = dict(kind=file_info["format"], source=path.name, sha256=torch_files.sha256(path))
   return leaves, info
 
 

@@ -73,7 +73,7 @@ _STDLIB_DATA = {
   "datetime.timezone", *(f"pathlib.{p}{q}" for p in ("", "Pure", "Posix", "Windows", "PurePosix",
   "PureWindows") for q in ("Path",)),
   *(f"builtins.{t}" for t in ("bool", "int", "float", "str", "bytes", "list", "tuple", "dict",
-  "object", "range", "slice")),
+  "object", "range", "slice", "long", "unicode", "xrange")),
 }  # fmt: skip
 # Functions and lower-case classes whose call is recorded, not refused.
 _RECORDED = {
