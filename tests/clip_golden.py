@@ -92,4 +92,3 @@ def batch(images: np.ndarray, tokens: np.ndarray) -> dict:
   """images [B, 3, S, S] as the original takes them."""
   image = np.ascontiguousarray(np.moveaxis(images, 1, -1))
   return {"image": jnp.asarray(image), "text_ids": jnp.asarray(tokens)}
-

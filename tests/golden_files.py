@@ -24,7 +24,9 @@ def root(system: str) -> pathlib.Path:
         return folder
   if named:
     raise FileNotFoundError(f"XMODAL_GOLDEN={named}: no manifest.json of system {system!r} in it")
-  pytest.skip(f"no golden vectors of {system!r} in {[str(p) for p in places]}", allow_module_level=True)
+  pytest.skip(
+    f"no golden vectors of {system!r} in {[str(p) for p in places]}", allow_module_level=True
+  )
 
 
 @functools.cache

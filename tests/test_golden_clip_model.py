@@ -206,9 +206,7 @@ def test_trajectory(name, golden):
       np.testing.assert_allclose(first[key], value, **TOLERANCE["bn_after_step0"], err_msg=key)
     elif kind == "final":
       ours, theirs = clip_golden.drop_null(key, final[key]), clip_golden.drop_null(key, value)
-      np.testing.assert_allclose(
-        ours, theirs, rtol=0, **TOLERANCE["final_fp32"], err_msg=key
-      )
+      np.testing.assert_allclose(ours, theirs, rtol=0, **TOLERANCE["final_fp32"], err_msg=key)
   for key, norm in zip(want["param_names"], want["train_fp32/final_norm"], strict=True):
     if not clip_golden.is_null(key):
       np.testing.assert_allclose(

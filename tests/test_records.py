@@ -324,3 +324,7 @@ def test_data_set_of_tfds(tmp_path):
   assert record.caption_ids == tuple(2**40 + j for j in range(6))
   assert record.regions is None and record.boxes is None
   np.testing.assert_array_equal(split.caption_positions, np.arange(21))
+  five = records.open_tfds("coco_captions", "test", tmp_path, max_captions=5)
+  assert five.captions_per_record.tolist() == [5, 5, 5, 5] and five.caption_positions[-1] == 19
+  assert five.read(2).captions == record.captions[:5]
+  assert five.read(2).caption_ids == record.caption_ids[:5]

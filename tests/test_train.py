@@ -206,5 +206,7 @@ def test_init_from_workdir(tiny_data, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, saved.restore_model(2)["params"])
   c.model.embed = 24
   built = build.Built(c)
-  with pytest.raises(checkpoint.CheckpointError, match=r"image/proj/kernel: \(32, 16\) in the file"):
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"image/proj/kernel: \(32, 16\) in the file"
+  ):
     init.load(str(tmp_path / "a"), "clip", built.params, built.stats)

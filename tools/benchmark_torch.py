@@ -2,12 +2,12 @@
 
 import argparse
 import contextlib
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import benchmark_ours
 import torch
+import torch._inductor.config
 import transformers
 
 from xmodal_jax.models import clip_itm
@@ -16,27 +16,26 @@ Form = tuple[Callable[[], None], dict[str, Any]]
 
 
 def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
-  """Every combination worth measuring: name -> function that prepares it.
+  """What is worth measuring: name -> function that prepares it.
 
-  "freeze" is inductor's freezing: the weights become constants, prepacked for oneDNN, which only
-  inference allows. channels_last concerns the patch convolution. AdamW is fused or foreach.
+  sdpa or eager attention; channels_last, which concerns the patch convolution; AdamW fused or
+  foreach; compile, and freeze, inductor's packing of constant weights for inference.
   """
   torch.set_num_threads(args.threads)
-  attentions, layouts = ("sdpa", "eager"), ("", "channels_last")
   if args.command == "encode":
-    prepare, compiled, optimizers = encode, ("", "compile", "compile freeze"), ("",)
+    prepare, plain = encode, ["sdpa", "eager", "sdpa channels_last"]
+    compiled = [
+      "compile sdpa",
+      "compile eager",
+      "compile sdpa channels_last",
+      "compile freeze sdpa",
+    ]
   else:
-    prepare, compiled, optimizers = train_step, ("", "compile"), ("fused", "foreach")
-  out = {}
-  for names in itertools.product(
-    compiled[: 1 if args.no_compile else None], attentions, layouts, optimizers
-  ):
-    # One convolution and one optimizer say the same in every form: measured where it is cheap.
-    chosen = frozenset(" ".join(names).split())
-    if chosen >= {"eager", "channels_last"} or chosen >= {"compile", "foreach"}:
-      continue
-    out[" ".join(filter(None, names))] = lambda names=chosen: prepare(args, names)
-  return out
+    prepare = train_step
+    plain = ["sdpa fused", "sdpa foreach", "eager fused", "sdpa channels_last fused"]
+    compiled = ["compile sdpa fused", "compile eager fused"]
+  names = plain if args.no_compile else plain + compiled
+  return {name: lambda name=name: prepare(args, frozenset(name.split())) for name in names}
 
 
 def build(args: argparse.Namespace, names: frozenset[str]) -> transformers.CLIPModel:
@@ -96,7 +95,9 @@ def maybe_compile(function: Callable, names: frozenset[str]) -> Callable:
   if "compile" not in names:
     return function
   torch._dynamo.reset()
-  return torch.compile(function, options={"freezing": "freeze" in names})
+  # Not an option of torch.compile: tracing looks at it too.
+  torch._inductor.config.freezing = "freeze" in names
+  return torch.compile(function)
 
 
 def autocast(args: argparse.Namespace):

@@ -15,7 +15,7 @@ from xmodal_jax import step as step_lib
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-  """"auto" is bfloat16 on accelerators and float32 on CPU, where bfloat16 is emulated."""
+  """ "auto" is bfloat16 on accelerators and float32 on CPU, where bfloat16 is emulated."""
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return jnp.dtype(name)
@@ -32,7 +32,10 @@ class Built:
     self.module = models.system_module(config.model.system)
     self.graphdef, self.params, self.stats = step_lib.split(nnx.eval_shape(self.model))
     place = functools.partial(
-      sharding.param_shardings, mesh=self.mesh, rules=config.rules.to_dict(), min_size=config.min_shard
+      sharding.param_shardings,
+      mesh=self.mesh,
+      rules=config.rules.to_dict(),
+      min_size=config.min_shard,
     )
     self.params_shardings, self.stats_shardings = place(self.params), place(self.stats)
     self.replicated = NamedSharding(self.mesh, P())
@@ -49,9 +52,7 @@ class Built:
   def state_shardings(self, tx) -> step_lib.TrainState:
     params = nnx.to_pure_dict(self.params)
     opt = sharding.opt_shardings(tx, params, self.params_shardings, self.mesh)
-    return step_lib.TrainState(
-      self.replicated, self.params_shardings, self.stats_shardings, opt
-    )
+    return step_lib.TrainState(self.replicated, self.params_shardings, self.stats_shardings, opt)
 
   def want_model(self) -> dict[str, Any]:
     """What `Checkpoints.restore_model` wants: abstract params and stats with their shardings."""

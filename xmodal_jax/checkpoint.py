@@ -27,9 +27,7 @@ class Checkpoints:
   Saving is asynchronous; a failure to write surfaces at the next save, wait or close.
   """
 
-  def __init__(
-    self, workdir: epath.PathLike, *, keep: int, metric: str, read_only: bool = False
-  ):
+  def __init__(self, workdir: epath.PathLike, *, keep: int, metric: str, read_only: bool = False):
     policy = ocp.checkpoint_managers
     self.metric = metric
     best = policy.BestN(

@@ -37,6 +37,7 @@ def base() -> ConfigDict:
   d = c.data = ConfigDict()
   d.dir = ""  # a data set written by tools/prepare_data.py; "shapes" for the embedded one
   d.tfds = ""  # where data.dir is empty: a data set by its TFDS name, in TFDS's own folder
+  d.tfds_captions = 5  # captions of a picture that count there; 0 for all
   d.train, d.val, d.test = "train", "val", "test"
   d.captions = "all"  # "all": an epoch visits every caption; "one": every picture, one caption
   # The evaluation transform; size 0 is that of the model. See data.image.Transform.

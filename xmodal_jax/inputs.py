@@ -52,7 +52,7 @@ class Inputs:
   def _open(self, split: str) -> records.Split:
     data = self.config.data
     if not data.dir and data.tfds:
-      return records.open_tfds(data.tfds, split)
+      return records.open_tfds(data.tfds, split, max_captions=data.tfds_captions or None)
     if not data.dir:
       raise DatasetError(
         "config.data.dir is empty: name the folder of a data set written by tools/prepare_data.py, "

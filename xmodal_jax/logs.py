@@ -108,7 +108,7 @@ class Clock:
 def progress_line(
   step: int, total: int, loss: float, batch_size: int, seconds: float | None, mfu: float | None
 ) -> str:
-  """"step 120/600  loss 3.21  52.1 examples/s/device  MFU 41.0%  ETA 3m12s"."""
+  """ "step 120/600  loss 3.21  52.1 examples/s/device  MFU 41.0%  ETA 3m12s"."""
   parts = [f"step {step}/{total}", f"loss {loss:.4f}"]
   if seconds:
     parts.append(f"{batch_size / seconds / jax.device_count():.1f} examples/s/device")

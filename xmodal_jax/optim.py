@@ -35,7 +35,7 @@ class Run:
 
 
 def steps(duration: str, steps_per_epoch: int) -> int:
-  """"500 steps" -> 500; "2.5 epochs" -> 2.5 * steps_per_epoch, rounded. Raises ValueError."""
+  """ "500 steps" -> 500; "2.5 epochs" -> 2.5 * steps_per_epoch, rounded. Raises ValueError."""
   m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?)\s*", duration)
   if not m:
     raise ValueError(f"duration {duration!r}: expected e.g. '500 steps' or '5 epochs'")

@@ -148,9 +148,11 @@ class Split:
     name: str,
     parts: Sequence[Sequence[tuple[epath.PathLike, int]]],
     region_dim: int | None = None,
+    max_captions: int | None = None,
   ):
-    """parts: for each split joined, its shards and the number of records of each."""
-    self.name, self._region_dim = name, region_dim
+    """parts: for each split joined, its shards and the number of records of each. max_captions:
+    of every picture only the first so many count."""
+    self.name, self._region_dim, self._max_captions = name, region_dim, max_captions
     shards = [(epath.Path(path), n) for part in parts for path, n in part]
     load = lambda shard: tfrecord.load_index(*shard, count_captions)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote indices arrive together
@@ -160,6 +162,8 @@ class Split:
     self._files = _Files(self._paths)
     self._starts = np.cumsum([0, *map(len, self._indices)]).tolist()
     self.captions_per_record = np.concatenate([x.captions for x in self._indices])
+    if max_captions:
+      self.captions_per_record = np.minimum(self.captions_per_record, np.int32(max_captions))
     digest = hashlib.sha256()
     for path, x in zip(self._paths, self._indices, strict=True):
       digest.update(f"{path.name}\n{x.shard_bytes}\n{len(x)}\n".encode())
@@ -174,6 +178,8 @@ class Split:
     0..C-1 unless the source lists captions of one picture apart from one another. Splits that are
     joined follow one another here too.
     """
+    if self._max_captions:
+      return np.arange(self.captions_per_record.sum())
     out, base, indices = [], 0, iter(self._indices)
     for size in self._part_sizes:
       part = [next(indices) for _ in range(size)]
@@ -194,13 +200,18 @@ class Split:
     shard = bisect.bisect_right(self._starts, i) - 1
     index, j = self._indices[shard], int(i) - self._starts[shard]
     offset, length = int(index.offsets[j]), int(index.lengths[j])
-    data = self._files.read(
-      shard, offset, tfrecord.OVERHEAD + length
-    )  # a lost disk is no bad record
+    # Outside the try: a lost disk is no bad record.
+    data = self._files.read(shard, offset, tfrecord.OVERHEAD + length)
     try:
-      return parse(tfrecord.unframe(data, length, int(index.crcs[j])), self._region_dim)
+      record = parse(tfrecord.unframe(data, length, int(index.crcs[j])), self._region_dim)
     except Exception as e:
       raise BadRecordError(self.name, int(i), os.fspath(self._paths[shard]), str(e)) from e
+    if self._max_captions:
+      n = self._max_captions
+      return dataclasses.replace(
+        record, captions=record.captions[:n], caption_ids=record.caption_ids[:n]
+      )
+    return record
 
   def __iter__(self) -> Iterator[Record]:
     return (self.read(i) for i in range(len(self)))
@@ -223,7 +234,7 @@ def _find_dataset(data_dir: epath.PathLike) -> epath.Path:
   return below[0]
 
 
-def _open(builder, split: str) -> Split:
+def _open(builder, split: str, max_captions: int | None = None) -> Split:
   """builder: a tfds builder whose data are on disk."""
   info, where = builder.info, builder.data_path
   if info.file_format.value != "tfrecord":
@@ -238,7 +249,7 @@ def _open(builder, split: str) -> Split:
       raise DatasetError(f"{where}: split {name!r} is empty; prepare it from data that has it")
     parts.append(list(zip(info.splits[name].filepaths, counts, strict=True)))
   regions = dict(info.features).get("regions")
-  return Split(split, parts, regions.shape[-1] if regions is not None else None)
+  return Split(split, parts, regions.shape[-1] if regions is not None else None, max_captions)
 
 
 def open_split(data_dir: epath.PathLike, split: str) -> Split:
@@ -252,8 +263,17 @@ def open_split(data_dir: epath.PathLike, split: str) -> Split:
   return _open(tfds.builder_from_directory(_find_dataset(data_dir)), split)
 
 
-def open_tfds(name: str, split: str, data_dir: epath.PathLike | None = None) -> Split:
-  """Opens a split of a data set that TFDS itself has prepared, e.g. "coco_captions"."""
+def open_tfds(
+  name: str,
+  split: str,
+  data_dir: epath.PathLike | None = None,
+  max_captions: int | None = None,
+) -> Split:
+  """Opens a split of a data set that TFDS itself has prepared, e.g. "coco_captions".
+
+  max_captions: of every picture only the first so many count; the COCO protocol has five, and some
+  pictures have six or seven. TFDS stores records in an order of its own.
+  """
   import tensorflow_datasets as tfds
 
   builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir))
@@ -261,4 +281,4 @@ def open_tfds(name: str, split: str, data_dir: epath.PathLike | None = None) -> 
   if not (where / "dataset_info.json").exists():
     command = f"tfds build {name}" + (f" --data_dir={os.fspath(data_dir)}" if data_dir else "")
     raise DatasetError(f"{where}: data set {name!r} of TFDS is not prepared; run `{command}`")
-  return _open(builder, split)
+  return _open(builder, split, max_captions)

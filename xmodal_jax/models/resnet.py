@@ -127,9 +127,7 @@ class AttentionPool(nnx.Module):
   def __init__(self, grid: int, dim: int, heads: int, embed: int, *, dtype, rngs: nnx.Rngs):
     self.heads, self.dtype = heads, dtype
     init = layers.normal(dim**-0.5)
-    self.pos = nnx.Param(
-      init(rngs.params(), (grid**2 + 1, dim), jnp.float32), axes=(None, "embed")
-    )
+    self.pos = nnx.Param(init(rngs.params(), (grid**2 + 1, dim), jnp.float32), axes=(None, "embed"))
     dense = functools.partial(layers.linear, kernel_init=init, dtype=dtype, rngs=rngs)
     self.q, self.k, self.v = (dense(dim, dim, ("embed", "heads")) for _ in range(3))
     self.c = dense(dim, embed, ("heads", None))

@@ -1,0 +1,201 @@
+"""Configs: every one builds, its parameter table is on record, and bad keys are errors."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xmodal_jax import build, inputs, optim
+from xmodal_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+CLIP = "rn50 rn101 rn50x4 rn50x16 rn50x64 vit_b32 vit_b16 vit_l14 vit_l14_336".split()
+CONFIGS = {
+  "shapes": ["clip"],
+  "coco_ft": [*CLIP, "tiny"],
+  "f30k_ft": [*CLIP, "tiny"],
+  "coco_zeroshot": CLIP,
+}
+ALL = [(name, variant) for name, variants in CONFIGS.items() for variant in variants]
+
+
+def get_config(name, variant):
+  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variant)
+
+
+def test_every_config_is_listed():
+  assert {p.stem for p in (ROOT / "configs").glob("*.py")} == set(CONFIGS)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+def test_config_builds_full_size(name, variant):
+  """Shapes, shardings and the optimizer of the full size, without memory."""
+  config = config_lib.resolve(get_config(name, variant))
+  config.mesh = (("data", 2), ("fsdp", 2), ("model", 2))
+  built = build.Built(config)
+  run = optim.Run(100_000, config.batch_size, config.total)
+  tx = built.optimizer(optim.make_schedule(config.optim, run))
+  built.state_shardings(tx)
+  optim.steps(config.eval.every, run.steps_per_epoch)
+  optim.steps(config.checkpoint.every, run.steps_per_epoch)
+  assert inputs.Inputs(config).transform.crop == config.model.image.size
+
+
+@pytest.mark.parametrize("recipe", ["original", "original_fp16"])
+def test_original_recipe(recipe):
+  config = get_config("coco_ft", "vit_b16")
+  config.recipe = recipe
+  c = config_lib.resolve(config)
+  assert (c.data.train, c.eval.select, c.optim.schedule) == ("train", "test", "clip_itm")
+  assert c.batch_size == 128 and c.optim.bounds == ()
+  half = recipe == "original_fp16"
+  assert (c.dtype, c.optim.round_to) == (("float16", "float16") if half else ("float32", ""))
+  # What was said on the command line wins.
+  config.optim.schedule = "cosine"
+  assert config_lib.resolve(config, {"optim.schedule": "cosine"}).optim.schedule == "cosine"
+  config.recipe = "orginal"
+  with pytest.raises(ValueError, match="'orginal'; this config has default, original"):
+    config_lib.resolve(config)
+
+
+TABLES = [("coco_ft", "vit_b32"), ("coco_ft", "rn50"), ("shapes", "clip")]
+
+
+@pytest.mark.parametrize(("name", "variant"), TABLES)
+def test_parameter_table(name, variant):
+  """A change of a recipe shows in review. Rewrite the files with XMODAL_WRITE_TABLES=1."""
+  config = config_lib.resolve(get_config(name, variant))
+  config.mesh = (("data", 2), ("fsdp", 2), ("model", 2))
+  built = build.Built(config)
+  table = optim.table(config.optim, built.params, built.params_shardings) + "\n"
+  path = ROOT / "tests" / "tables" / f"{name}-{variant}.txt"
+  if os.environ.get("XMODAL_WRITE_TABLES"):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(table)
+  assert table == path.read_text()
+
+
+def run_main(*args):
+  command = [sys.executable, "-m", "xmodal_jax.main", *args]
+  env = os.environ | {"JAX_PLATFORMS": "cpu"}
+  return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_unknown_key_is_an_error(tmp_path):
+  out = run_main("--config=configs/shapes.py", f"--workdir={tmp_path}", "--config.optim.lrr=1")
+  assert out.returncode != 0 and 'Did you mean "lr" instead of "lrr"' in out.stderr
+
+
+def test_missing_data_set_is_an_error(tmp_path):
+  config = "--config=configs/coco_ft.py:tiny"
+  data = f"--config.data.dir={tmp_path / 'none'}"
+  out = run_main(config, f"--workdir={tmp_path}", data)
+  last = out.stderr.strip().splitlines()[-1]
+  assert out.returncode != 0 and "no such data set folder" in last and "prepare_data.py" in last
+
+
+def test_import_is_light():
+  code = (
+    "import sys, time; t = time.time(); import xmodal_jax; "
+    "bad = [m for m in ('tensorflow', 'torch', 'jax') if m in sys.modules]; "
+    "assert not bad, bad; assert time.time() - t < 2; "
+    "import xmodal_jax.step, xmodal_jax.models.clip_itm, xmodal_jax.metrics, xmodal_jax.init; "
+    "bad = [m for m in ('tensorflow', 'torch') if m in sys.modules]; assert not bad, bad"
+  )
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_durations():
+  assert optim.steps("500 steps", 7) == 500
+  assert optim.steps("2.5 epochs", 10) == 25
+  assert optim.steps("1 epoch", 10) == 10
+  with pytest.raises(ValueError, match="expected e.g. '500 steps'"):
+    optim.steps("five epochs", 10)
+
+
+def test_rules_first_match_wins_and_none_is_an_error():
+  rules = ((r"bias$", 0.0), (r"^image/", 0.1))
+  assert optim.first_match("optim.decay", rules, "image/q/bias") == 0.0
+  assert optim.first_match("optim.decay", rules, "image/q/kernel") == 0.1
+  with pytest.raises(ValueError, match=r"optim\.decay: no rule matches parameter text/pos"):
+    optim.first_match("optim.decay", rules, "text/pos")
+
+
+def optimizer(params, **changes):
+  c = config_lib.base().optim
+  for key, value in changes.items():
+    with c.ignore_type():
+      c[key] = value
+  schedule = lambda step, xp=jnp: xp.asarray(0.1)
+  return optim.make_optimizer(c, schedule, params)
+
+
+def step(tx, params, grads):
+  updates, _ = tx.update(grads, tx.init(params), params)
+  return jax.tree.map(jnp.add, params, updates)
+
+
+def test_decay_multiples_bounds_and_rounding():
+  params = {"a": {"kernel": jnp.float32([2.0])}, "b": {"bias": jnp.float32([2.0])}}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  new = step(optimizer(params, weight_decay=0.5), params, zero)
+  np.testing.assert_allclose(new["a"]["kernel"], 2 - 0.1 * 0.5 * 2)  # lr * decay * parameter
+  np.testing.assert_allclose(new["b"]["bias"], 2.0)
+  one = jax.tree.map(jnp.ones_like, params)
+  lr_mult = ((r"^a/", 0.1), (".*", 1.0))
+  new = step(optimizer(params, weight_decay=0.0, lr_mult=lr_mult), params, one)
+  np.testing.assert_allclose(new["a"]["kernel"], 2 - 0.01, rtol=1e-6)
+  np.testing.assert_allclose(new["b"]["bias"], 2 - 0.1, rtol=1e-6)
+  new = step(optimizer(params, weight_decay=0.0, bounds=(("^b/", 1.99, 5.0),)), params, one)
+  np.testing.assert_allclose(new["a"]["kernel"], 1.9, rtol=1e-6)
+  np.testing.assert_allclose(new["b"]["bias"], 1.99, rtol=1e-6)
+  rounding = dict(round_to="float16", round_paths=("kernel$",))
+  new = step(optimizer(params, weight_decay=0.0, **rounding), params, one)
+  assert new["a"]["kernel"] == np.float32(np.float16(1.9))
+  assert new["b"]["bias"] != np.float32(np.float16(1.9))
+
+
+@pytest.mark.parametrize("name", ["cosine", "constant", "clip_itm"])
+def test_schedule_in_jax_is_the_float64_one(name):
+  run = optim.Run(413_915, 128, "5 epochs")
+  c = dict(lr=1e-5, warmup="500 steps", end=0.1, schedule=name)
+  schedule = optim.make_schedule(c, run)
+  steps = np.array([0, 1, 499, 500, 501, 3232, 3233, 9000, run.total_steps - 1])
+  np.testing.assert_allclose(jax.jit(schedule)(steps), schedule(steps, np), rtol=2e-5)
+  if name == "cosine":
+    assert schedule(0, np) == pytest.approx(2e-8) and schedule(499, np) == pytest.approx(1e-5)
+    assert schedule(run.total_steps, np) == pytest.approx(1e-6)
+
+
+def test_published_learning_rates():
+  import golden_files
+
+  want = golden_files.arrays("clip", "eval", "lr_schedule.npz")
+  runs = {"vit_b16": (128, "5 epochs"), "vit_b32_10ep": (256, "10 epochs")}
+  make = functools.partial(dict, warmup="500 steps", end=0.0, schedule="clip_itm")
+  checked = 0
+  for name, (batch, total) in runs.items():
+    keys = [k for k in want if k.startswith(name)]
+    if not keys:
+      continue
+    run = optim.Run(413_915, batch, total)
+    schedule = optim.make_schedule(make(lr=1e-5), run)
+    step = want[next(k for k in keys if "step" in k)]
+    lr = want[next(k for k in keys if "lr" in k.removeprefix(name))]
+    # Recorded positions count captions; ours count steps.
+    ours = step // run.samples * run.steps_per_epoch + step % run.samples
+    np.testing.assert_allclose(
+      schedule(ours, np), lr, **golden_files.manifest("clip")["tolerance"]["lr"]
+    )
+    checked += 1
+  assert checked

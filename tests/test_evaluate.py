@@ -1,0 +1,82 @@
+"""Evaluation: blocks, bad pictures, and models that have collapsed or diverged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from xmodal_jax import build, evaluate, inputs, metrics
+from xmodal_jax import step as step_lib
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data):
+  return tiny.config(tiny_data)
+
+
+@pytest.fixture(scope="module")
+def built(config):
+  return build.Built(config)
+
+
+def make_state(built):
+  params, stats = jax.jit(lambda: step_lib.split(built.model())[1:])()
+  pure = lambda s: jax.tree.map(jnp.asarray, step_lib.nnx.to_pure_dict(s))
+  return step_lib.TrainState(None, pure(params), pure(stats), None)
+
+
+def evaluator(config, built):
+  return evaluate.Evaluator(config, inputs.Inputs(config), built.graphdef, built.mesh)
+
+
+def test_scores_do_not_depend_on_blocks(config, built):
+  state, ev = make_state(built), evaluator(config, built)
+  split = ev.inputs.split("test")
+  images, _ = ev.encode(state, "image", ev.inputs.images(split))
+  texts, _ = ev.encode(state, "text", ev.inputs.texts(split))
+  assert images["embed"].shape == (tiny.SIZES["test"], 16)
+  assert texts["embed"].shape == (5 * tiny.SIZES["test"], 16)
+  whole = images["embed"] @ texts["embed"].T
+  for block in ((8, 7), (16, 64), (64, 13)):
+    other = config.copy_and_resolve_references()
+    other.eval.block = block
+    scores = evaluator(other, built).scores(state, images, texts)
+    np.testing.assert_allclose(scores, whole, atol=1e-6)
+    if block == (8, 7):
+      first = scores
+    np.testing.assert_array_equal(np.argsort(-scores), np.argsort(-first))
+
+
+def test_collapsed_model_scores_chance(config, built):
+  state = make_state(built)
+  params = jax.tree.map(jnp.zeros_like, state.params)
+  for tower in ("image", "text"):  # a constant that is not zero, whatever goes in
+    norm = "ln_post" if tower == "image" else "ln_final"
+    params[tower][norm]["bias"] = jnp.ones_like(params[tower][norm]["bias"])
+    params[tower]["proj"]["kernel"] = jnp.ones_like(params[tower]["proj"]["kernel"])
+  report = evaluator(config, built)(state.replace(params=params), "test")
+  n = tiny.SIZES["test"]
+  assert report["t2i_r1"] == pytest.approx(100 / n)
+  assert report["i2t_r1"] == pytest.approx(100 / n)
+
+
+def test_non_finite_embeddings_are_an_error(config, built):
+  state = make_state(built)
+  params = dict(state.params)
+  params["text"] = params["text"] | {"token": {"embedding": jnp.full((714, 32), jnp.nan)}}
+  with pytest.raises(metrics.NonFiniteError, match=r"text features\['embed'\]: 60 of 60 rows"):
+    evaluator(config, built)(state.replace(params=params), "test")
+
+
+def test_positions_without_a_bad_picture():
+  row, kept = evaluate.positions(np.array([0, 2, 3]), np.array([0, 0, 1, 2, 3, 3, 4]))
+  np.testing.assert_array_equal(row, [0, 0, 1, 2, 2])
+  np.testing.assert_array_equal(kept, [True, True, False, True, True, True, False])
+
+
+def test_batch_that_does_not_divide(config, built):
+  other = config.copy_and_resolve_references()
+  other.eval.batch_size = 12
+  with pytest.raises(ValueError, match=r"config\.eval\.batch_size has 12 rows"):
+    evaluator(other, built)

@@ -1,0 +1,115 @@
+"""Small rooms: sharding rules, FLOP counting, the contrastive loss, logs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from xmodal_jax import flops, logs, sharding
+from xmodal_jax.losses import contrastive
+from xmodal_jax.models import layers
+
+RULES = {"vocab": "model", "heads": "model", "mlp": "model", "embed": "fsdp"}
+
+
+def test_sharding_rules():
+  mesh = sharding.make_mesh((("data", -1), ("fsdp", 2), ("model", 2)))
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
+  spec = lambda axes, shape, size=1: sharding.spec(axes, shape, mesh, RULES, size)
+  assert spec(("embed", "mlp"), (12, 64, 256)) == P(None, "fsdp", "model")  # a layer axis leads
+  assert spec(("embed", "mlp"), (63, 256)) == P(None, "model")  # does not divide
+  assert spec(("mlp", "heads"), (64, 64)) == P("model", None)  # one mesh axis once
+  assert spec(("embed",), (64,), 2**16) == P()  # small
+  with pytest.raises(ValueError, match="does not fit 8 devices"):
+    sharding.make_mesh((("data", 3),))
+
+
+def test_flops_count_layers_of_a_scan():
+  def f(w, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+  jaxpr = jax.make_jaxpr(f)(jnp.zeros((5, 8, 8)), jnp.zeros((3, 8)))
+  assert flops.count(jaxpr) == 5 * 2 * 3 * 8 * 8
+  conv = lambda x, k: jax.lax.conv_general_dilated(
+    x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  jaxpr = jax.make_jaxpr(jax.jit(conv))(jnp.zeros((2, 4, 4, 3)), jnp.zeros((3, 3, 3, 7)))
+  assert flops.count(jaxpr) == 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3)
+  attention = jax.make_jaxpr(layers.attention)(*[jnp.zeros((2, 5, 3, 4))] * 3)
+  assert flops.count(attention) == 2 * 2 * (2 * 3 * 5 * 5 * 4)
+
+
+def test_device_peaks():
+  assert flops.device_peak("TPU v5 lite") == 197e12 and flops.device_peak("TPU v5p") == 459e12
+  assert flops.device_peak("NVIDIA H100 80GB HBM3") == 989e12
+  assert flops.device_peak("cpu") is None
+
+
+def test_infonce_is_the_mean_of_two_cross_entropies():
+  keys = jax.random.split(jax.random.key(0))
+  zi, zt = (jax.random.normal(k, (6, 4)) for k in keys)
+  zi, zt = (z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (zi, zt))
+  loss, m = contrastive.infonce(zi, zt, jnp.float32(7.0))
+  logits = 7.0 * np.asarray(zi, np.float64) @ np.asarray(zt, np.float64).T
+  entropy = lambda s: np.mean(np.log(np.exp(s).sum(1)) - np.diag(s))
+  np.testing.assert_allclose(m["loss_i2t"], entropy(logits), rtol=1e-5)
+  np.testing.assert_allclose(loss, (entropy(logits) + entropy(logits.T)) / 2, rtol=1e-5)
+  np.testing.assert_allclose(m["accuracy_t2i"], (logits.argmax(0) == np.arange(6)).mean())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_forms_agree(causal):
+  q, k, v = (jax.random.normal(key, (2, 7, 3, 4)) for key in jax.random.split(jax.random.key(1), 3))
+  plain = lambda *x: layers._attention_einsum(*x, causal)
+  library = lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal)
+  chosen = lambda *x: layers.attention(*x, causal=causal)
+  for f in (library, chosen):
+    np.testing.assert_allclose(f(q, k, v), plain(q, k, v), atol=1e-5)
+    grad = lambda g: jax.grad(lambda x: (g(*x) ** 2).sum())((q, k, v))
+    for a, b in zip(grad(f), grad(plain), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_blocks_are_the_same_scanned_unrolled_and_recomputed():
+  from flax import nnx
+
+  blocks = layers.stack(3, 8, 2, mlp_dim=16, act="gelu", rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+  want = x
+  for i in range(3):
+    want = jax.tree.map(lambda a, i=i: a[i], blocks)(want)
+  value_and_grad = lambda **options: jax.jit(
+    lambda x: (
+      layers.scan(blocks, x, **options),
+      jax.grad(lambda x: layers.scan(blocks, x, **options).sum())(x),
+    )
+  )(x)
+  plain = value_and_grad()
+  np.testing.assert_allclose(plain[0], want, atol=1e-5)
+  for options in ({"unroll": 3}, {"remat": "nothing_saveable"}):
+    for ours, theirs in zip(value_and_grad(**options), plain, strict=True):
+      np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_metrics_file_drops_what_will_come_again(tmp_path):
+  writer = logs.JsonlWriter(tmp_path)
+  for step in (1, 2, 3, 4):
+    writer.write(step, "train", {"loss": np.float32(step)})
+  writer.write(2, "val", {"rsum": 5.0})
+  with writer.path.open("a") as f:
+    f.write('{"step": 5, "ki')  # killed while writing
+  writer.resume(2)
+  rows = [json.loads(line) for line in writer.path.read_text().splitlines()]
+  assert [(r["step"], r["kind"]) for r in rows] == [(1, "train"), (2, "train"), (2, "val")]
+  writer.resume(2, drop="val")
+  rows = [json.loads(line) for line in writer.path.read_text().splitlines()]
+  assert [(r["step"], r["kind"]) for r in rows] == [(1, "train"), (2, "train")]
+
+
+def test_progress_line():
+  line = logs.progress_line(120, 600, 3.2101, 256, 0.5, 0.41)
+  assert line == "step 120/600  loss 3.2101  64.0 examples/s/device  MFU 41.0%  ETA 4m00s"
+  assert "ETA" not in logs.progress_line(1, 600, 3.2, 256, None, None)

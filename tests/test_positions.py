@@ -1,0 +1,33 @@
+"""Position tables against torch's bicubic."""
+
+import numpy as np
+import pytest
+
+from xmodal_jax import positions
+from xmodal_jax.models import clip_itm
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 16), (7, 12), (3, 5), (4, 2), (5, 5)])
+def test_matches_torch(old, new):
+  torch = pytest.importorskip("torch")
+  rng = np.random.default_rng(0)
+  table = rng.standard_normal((1 + old * old, 6)).astype(np.float32)
+  grid = torch.tensor(table[1:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
+  want = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+  want = want.permute(0, 2, 3, 1).reshape(-1, 6).numpy()
+  ours = positions.resize_table(table, 1 + new * new)
+  np.testing.assert_array_equal(ours[:1], table[:1])
+  np.testing.assert_allclose(ours[1:], want, atol=1e-5)  # torch interpolates in float32
+  if old == new:
+    np.testing.assert_array_equal(ours, table)
+
+
+def test_only_square_grids():
+  with pytest.raises(ValueError, match="position table of 12 rows cannot become one of 17"):
+    positions.resize_table(np.zeros((12, 4), np.float32), 17)
+
+
+def test_system_resizes_image_positions_only():
+  table = np.zeros((17, 4), np.float32)
+  assert clip_itm.resize("image/pos", table, (26, 4)).shape == (26, 4)
+  assert clip_itm.resize("text/pos", table, (26, 4)) is table
