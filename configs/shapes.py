@@ -25,13 +25,13 @@ def clip(c):
       system="clip",
       embed=128,
       image=dict(kind="vit", size=48, patch=8, width=128, depth=3, heads=4),
-      text=dict(vocab=512 + 1500 + 2, context=48, width=128, depth=2, heads=4),
+      text=dict(vocab=512 + 6000 + 2, context=40, width=128, depth=2, heads=4),
     )
   )
-  c.text.max_merges, c.text.length = 1500, 48
-  c.total = "60 epochs"
-  c.eval.every = "20 epochs"
-  c.checkpoint.every = "10 epochs"
+  c.text.max_merges, c.text.length = 6000, 40
+  c.total = "26 epochs"
+  c.eval.every = "13 epochs"
+  c.checkpoint.every = "13 epochs"
   o = c.optim
   o.lr, o.b2, o.warmup, o.weight_decay = 1.5e-3, 0.98, "3 epochs", 0.1
   o.grad_clip = 1.0

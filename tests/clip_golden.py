@@ -2,12 +2,12 @@
 
 import re
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import golden_files
 from xmodal_jax import convert, init, optim
 from xmodal_jax import step as step_lib
 from xmodal_jax.models import clip_itm

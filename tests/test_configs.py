@@ -16,7 +16,8 @@ from xmodal_jax import build, inputs, optim
 from xmodal_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
-CLIP = "rn50 rn101 rn50x4 rn50x16 rn50x64 vit_b32 vit_b16 vit_l14 vit_l14_336".split()
+CLIP = ["rn50", "rn101", "rn50x4", "rn50x16", "rn50x64"]
+CLIP += ["vit_b32", "vit_b16", "vit_l14", "vit_l14_336"]
 CONFIGS = {
   "shapes": ["clip"],
   "coco_ft": [*CLIP, "tiny"],
@@ -119,7 +120,7 @@ def test_durations():
   assert optim.steps("500 steps", 7) == 500
   assert optim.steps("2.5 epochs", 10) == 25
   assert optim.steps("1 epoch", 10) == 10
-  with pytest.raises(ValueError, match="expected e.g. '500 steps'"):
+  with pytest.raises(ValueError, match=r"expected e\.g\. '500 steps'"):
     optim.steps("five epochs", 10)
 
 

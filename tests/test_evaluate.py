@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from xmodal_jax import build, evaluate, inputs, metrics
 from xmodal_jax import step as step_lib
 
@@ -80,3 +80,16 @@ def test_batch_that_does_not_divide(config, built):
   other.eval.batch_size = 12
   with pytest.raises(ValueError, match=r"config\.eval\.batch_size has 12 rows"):
     evaluator(other, built)
+
+
+def test_cached_features(config, built, tmp_path):
+  cached = config.copy_and_resolve_references()
+  cached.eval.cache = True
+  state, ev = make_state(built), evaluator(cached, built)
+  path = evaluate.cache_path(cached, tmp_path, ev.inputs.split("test"), {"step": 1})
+  assert evaluate.cache_path(config, tmp_path, ev.inputs.split("test"), {"step": 1}) is None
+  assert path != evaluate.cache_path(cached, tmp_path, ev.inputs.split("test"), {"step": 2})
+  first = ev(state, "test", path)
+  assert path.exists()
+  broken = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
+  assert ev(broken, "test", path) == first  # nothing was encoded again

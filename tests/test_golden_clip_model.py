@@ -1,13 +1,13 @@
 """CLIP's towers, losses, gradients and short trajectories against the original program."""
 
+import clip_golden
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-import clip_golden
-import golden_files
 from xmodal_jax import metrics, optim, torch_files
 from xmodal_jax import step as step_lib
 from xmodal_jax.models import clip_itm

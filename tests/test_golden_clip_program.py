@@ -2,6 +2,8 @@
 
 import functools
 
+import clip_golden
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,6 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-import clip_golden
-import golden_files
 from xmodal_jax import metrics, optim
 from xmodal_jax import step as step_lib
 from xmodal_jax.data import builder, image, pipeline, records, sources, text
@@ -90,7 +90,7 @@ def batches(dataset, tokenizer, order, epochs):
   sample = np.argsort(split.caption_positions)
   per_epoch = order.reshape(epochs, -1)
   model = clip_golden.config(MODEL)
-  return split, pipeline.train_batches(
+  return pipeline.train_batches(
     split,
     batch_size=PROGRAM["batch_size"],
     image_transform=image.clip_transform(model["image"]["size"]),
@@ -118,7 +118,7 @@ def train(dataset, tokenizer, kind, **changes):
   np.testing.assert_allclose(schedule(steps, np), want[f"{kind}/lr"], **TOLERANCE["lr"])
   tx = clip_golden.optimizer(settings, schedule, golden.params, **changes)
   step = step_lib.make_train_step(golden.graphdef, tx, jax.random.key(0), None, schedule)
-  split, stream = batches(dataset, tokenizer, want[f"{kind}/order"], PROGRAM["epochs"])
+  stream = batches(dataset, tokenizer, want[f"{kind}/order"], PROGRAM["epochs"])
   state, losses = golden.state(tx), []
   for i in range(run.total_steps):
     state, m = step(state, pixels(next(stream)))

@@ -10,6 +10,7 @@ import time
 
 import tiny
 from test_train import lines
+
 from xmodal_jax import train
 
 CONFIG = """

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from xmodal_jax import build, checkpoint, init, inputs, optim, sharding, train, workdir
 from xmodal_jax import step as step_lib
 from xmodal_jax.evaluate import Evaluator

@@ -3,12 +3,11 @@
   python tools/convert.py --system clip --checkpoint ViT-B-32.pt --out clip_vit_b32
   python tools/convert.py --system clip --to torch --checkpoint clip_vit_b32 --out vit_b32.pth
 
+The way back also takes a workdir, and writes its best checkpoint in float32.
 Values keep their dtypes and bits both ways. --allow-missing REGEX lets whole torch keys be absent.
 """
 
 import argparse
-import json
-import math
 import os
 import pathlib
 import sys
@@ -16,12 +15,9 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are traced, nothing is computed
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
-from xmodal_jax import convert, init, models, torch_files
+from xmodal_jax import checkpoint, convert, init, models, torch_files
 
 
 def abstract(module, config) -> tuple[dict, set[str]]:
@@ -30,42 +26,6 @@ def abstract(module, config) -> tuple[dict, set[str]]:
   params, stats, _ = nnx.state(model, nnx.Param, nnx.BatchStat, ...)
   stats = init.flat(nnx.to_pure_dict(stats))
   return init.flat(nnx.to_pure_dict(params)) | stats, set(stats)
-
-
-def save_model(path: pathlib.Path, params: dict, stats: dict, meta: dict) -> None:
-  """As checkpoint.save_model, with an eye on memory: Orbax by default copies all host arrays and
-  compresses everything before it writes (3.7 times the file for RN50; 2.0 times like this)."""
-  handlers = [
-    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-    (jax.Array, ocp.type_handlers.ArrayHandler()),
-  ]
-  handler = ocp.PyTreeCheckpointHandler(
-    type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers),
-    use_compression=False,  # trained weights hardly shrink
-  )
-  with ocp.Checkpointer(handler) as writer:
-    tree = {"params": params, "stats": stats}
-    writer.save(path.absolute() / "model", args=ocp.args.PyTreeSave(tree))
-  (path / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
-def load_model(path: pathlib.Path) -> dict:
-  """As checkpoint.load_model, with an eye on memory: arrays come in groups, large ones first, while
-  little else is held. All at once, Orbax was seen to need 2.5 times the file for ViT-B/32."""
-  group, size = 1 << 25, lambda x: math.prod(x.shape) * np.dtype(x.dtype).itemsize
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    leaves, tree = jax.tree.flatten(reader.metadata(path.absolute() / "model").item_metadata.tree)
-    arrays, todo = [None] * len(leaves), sorted(range(len(leaves)), key=lambda i: size(leaves[i]))
-    args = tree.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(leaves))
-    while todo:
-      now, n = {todo.pop()}, 0
-      while todo and (n := n + size(leaves[todo[-1]])) <= group:
-        now.add(todo.pop())
-      want = tree.unflatten([x if i in now else ocp.PLACEHOLDER for i, x in enumerate(leaves)])
-      request = ocp.args.PyTreeRestore(item=want, restore_args=args)
-      got = jax.tree.leaves(reader.restore(path.absolute() / "model", args=request))
-      arrays = [got[i] if i in now else a for i, a in enumerate(arrays)]
-  return tree.unflatten(arrays)
 
 
 def to_jax(system: str, source: pathlib.Path, out: pathlib.Path, allow_missing: str | None) -> str:
@@ -88,7 +48,7 @@ def to_jax(system: str, source: pathlib.Path, out: pathlib.Path, allow_missing: 
     report=report,
   )
   parts = [{k: v for k, v in flat.items() if (k in stats) == s} for s in (False, True)]
-  save_model(out, *(init.nested(p) for p in parts), meta)
+  checkpoint.save_model(out, *(init.nested(p) for p in parts), meta)
   return (
     f"{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "
     f"{system} {variant or 'of its own size'}: {report.parameters:,} values in {len(flat)} arrays, "
@@ -97,11 +57,16 @@ def to_jax(system: str, source: pathlib.Path, out: pathlib.Path, allow_missing: 
 
 
 def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
-  """Writes the file `out` from a converted directory; returns a line about it."""
-  meta = convert.read_meta(source)
+  """Writes the file `out` from a converted directory or a workdir; returns a line about it."""
+  meta = dict(system=system, ignored={}, keys=[], wrapper=[])
+  if (source / "checkpoints").is_dir():
+    checkpoints = checkpoint.Checkpoints(source, keep=1, metric="", read_only=True)
+    step = checkpoints.best()
+    meta["system"], tree = checkpoints.meta(step)["system"], checkpoints.restore_model(step)
+  else:
+    meta, tree = convert.read_meta(source), checkpoint.load_model(source)
   if meta["system"] != system:
     raise SystemExit(f"{source} holds a {meta['system']} model, not {system}")
-  tree = load_model(source)
   flat = init.flat(tree["params"]) | init.flat(tree.get("stats") or {})
   kept = {name: convert.unpack(v) for name, v in meta["ignored"].items()}
   rules = models.system_module(system).RULES

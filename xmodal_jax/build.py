@@ -1,4 +1,4 @@
-"""From a config to a mesh, an abstract model and its shardings: what training and evaluation share."""
+"""From a config to a mesh, an abstract model and its shardings."""
 
 import functools
 from collections.abc import Sequence

@@ -7,10 +7,12 @@ a `meta.json`, so that parameters are read the same way from both.
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -62,13 +64,18 @@ class Checkpoints:
     with self._writing():
       self.manager.save(step, args=args, metrics=dict(metrics) if metrics else None)
 
+  def _steps(self) -> list[int]:
+    """Steps that are whole on disk; the manager itself counts one that it is still writing."""
+    self.manager.reload()
+    return self.manager.all_steps()
+
   def latest(self) -> int | None:
     """The newest step that is whole on disk."""
-    return max(self.manager.all_steps(read=True), default=None)
+    return max(self._steps(), default=None)
 
   def best(self) -> int | None:
     """The step with the best metric; the latest one where none was evaluated."""
-    scored = {s: self.metrics(s) for s in self.manager.all_steps()}
+    scored = {s: self.metrics(s) for s in self._steps()}
     scored = {s: m[self.metric] for s, m in scored.items() if m and self.metric in m}
     return max(scored, key=lambda s: (scored[s], s)) if scored else self.latest()
 
@@ -132,15 +139,44 @@ def abstract_state(shapes: Any, shardings: Any) -> Any:
 def save_model(
   path: epath.PathLike, params: Mapping[str, Any], stats: Mapping[str, Any], meta: Mapping
 ) -> None:
-  """Writes a converted directory: item `model` and meta.json. Arrays keep their dtypes."""
+  """Writes a converted directory: item `model` and meta.json. Arrays keep their dtypes.
+
+  Orbax by default copies all host arrays and compresses them before it writes, which took 3.7 times
+  the size of CLIP's RN50 in memory; like this it takes 2.0 times.
+  """
   path = epath.Path(path)
-  with ocp.StandardCheckpointer() as writer:
-    writer.save(path.absolute() / "model", {"params": dict(params), "stats": dict(stats)})
+  handlers = [
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),
+  ]
+  handler = ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(*handlers),
+    use_compression=False,  # trained weights hardly shrink
+  )
+  with ocp.Checkpointer(handler) as writer:
+    tree = {"params": dict(params), "stats": dict(stats)}
+    writer.save(path.absolute() / "model", args=ocp.args.PyTreeSave(tree))
   (path / "meta.json").write_text(json.dumps(dict(meta), indent=1))
 
 
-def load_model(path: epath.PathLike, want: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """The item `model` under `path`, as `want` says, else as numpy arrays in the stored dtypes."""
+def load_model(path: epath.PathLike) -> dict[str, Any]:
+  """The item `model` of a converted directory as numpy arrays in the stored dtypes.
+
+  Arrays come in groups, large ones first, while little else is held: all at once, Orbax was seen to
+  need 2.5 times the file for CLIP's ViT-B/32.
+  """
   path = epath.Path(path).absolute() / "model"
-  with ocp.StandardCheckpointer() as reader:
-    return reader.restore(path, dict(want) if want is not None else None)
+  group, size = 1 << 25, lambda x: math.prod(x.shape) * np.dtype(x.dtype).itemsize
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    leaves, tree = jax.tree.flatten(reader.metadata(path).item_metadata.tree)
+    arrays, todo = [None] * len(leaves), sorted(range(len(leaves)), key=lambda i: size(leaves[i]))
+    args = tree.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(leaves))
+    while todo:
+      now, n = {todo.pop()}, 0
+      while todo and (n := n + size(leaves[todo[-1]])) <= group:
+        now.add(todo.pop())
+      want = tree.unflatten([x if i in now else ocp.PLACEHOLDER for i, x in enumerate(leaves)])
+      request = ocp.args.PyTreeRestore(item=want, restore_args=args)
+      got = jax.tree.leaves(reader.restore(path, args=request))
+      arrays = [got[i] if i in now else a for i, a in enumerate(arrays)]
+  return tree.unflatten(arrays)

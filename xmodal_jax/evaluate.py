@@ -1,5 +1,8 @@
 """Evaluation: embed once, score all pairs in blocks of static shape, rank, report."""
 
+import hashlib
+import io
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax import build as build_lib
+from xmodal_jax import config as config_lib
 from xmodal_jax import init, metrics, sharding
 from xmodal_jax import inputs as inputs_lib
 from xmodal_jax import step as step_lib
@@ -44,14 +48,22 @@ class Evaluator:
     self.embed = {s: step_lib.make_embed_step(graphdef, s, self.whole) for s in ("image", "text")}
     self.score = step_lib.make_score_step(graphdef, self.whole)
 
-  def __call__(self, state: Any, split_key: str) -> dict[str, float]:
+  def __call__(
+    self, state: Any, split_key: str, cache: epath.Path | None = None
+  ) -> dict[str, float]:
     """Metrics of `state` (anything with params and stats) on config.data[split_key].
 
+    cache: an .npz with the features of this state and split, read if it exists, else written.
     Raises NonFiniteError where an embedding is NaN or infinite, Interrupted when asked to stop.
     """
     split = self.inputs.split(split_key)
-    images, image_id = self.encode(state, "image", self.inputs.images(split))
-    texts, caption_image = self.encode(state, "text", self.inputs.texts(split))
+    if cache and cache.exists():
+      (images, image_id), (texts, caption_image) = _load_features(cache)
+    else:
+      images, image_id = self.encode(state, "image", self.inputs.images(split))
+      texts, caption_image = self.encode(state, "text", self.inputs.texts(split))
+      if cache and jax.process_index() == 0:
+        _save_features(cache, (images, image_id), (texts, caption_image))
     caption_image, kept = positions(image_id, caption_image)
     if not kept.all():
       texts = jax.tree.map(lambda x: x[kept], texts)
@@ -135,6 +147,36 @@ def positions(image_id: np.ndarray, caption_image: np.ndarray) -> tuple[np.ndarr
   return row[kept], kept
 
 
+def cache_path(config: Any, workdir: epath.PathLike, split: records.Split, source: Any):
+  """Where features of a split under these parameters are kept; None unless config.eval.cache."""
+  if not config.eval.cache:
+    return None
+  flat = config_lib.flatten(config)
+  relevant = {
+    k: v for k, v in flat.items() if k.split(".")[0] in ("model", "text", "dtype", "data")
+  }
+  key = json.dumps([relevant, split.fingerprint, source], sort_keys=True, default=str)
+  return epath.Path(workdir) / f"embeddings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+
+def _save_features(path: epath.Path, *sides: tuple[Any, np.ndarray]) -> None:
+  arrays = {}
+  for side, (features, ids) in zip(("image", "text"), sides, strict=True):
+    arrays |= {f"{side}/features/{k}": v for k, v in init.flat(features).items()}
+    arrays[f"{side}/ids"] = ids
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  temporary = path.parent / (path.name + ".tmp")
+  temporary.write_bytes(buffer.getbuffer())
+  temporary.replace(path)
+
+
+def _load_features(path: epath.Path) -> list[tuple[Any, np.ndarray]]:
+  with np.load(io.BytesIO(path.read_bytes())) as f:
+    arrays = init.nested({k: f[k] for k in f.files})
+  return [(arrays[side]["features"], arrays[side]["ids"]) for side in ("image", "text")]
+
+
 def _block(tree: Any, start: int, size: int) -> Any:
   """Rows start .. start + size of every leaf, zero-padded to the static shape."""
 
@@ -170,8 +212,9 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
     opt_state=None,
   )
   evaluator = Evaluator(config, inputs, built.graphdef, built.mesh)
-  report = evaluator(state, "test")
-  log_table(f"test, {info['kind']}", report)
   folder = epath.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
+  cache = cache_path(config, folder, inputs.split("test"), info)
+  report = evaluator(state, "test", cache)
+  log_table(f"test, {info['kind']}", report)
   return workdir_lib.write_results(folder, config, inputs, report, info)

@@ -46,7 +46,7 @@ def steps(duration: str, steps_per_epoch: int) -> int:
 def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
   """Learning rate as a function of the 0-based step; `schedule(step, xp=np)` is the float64 form.
 
-  cosine:    linear warm-up from lr / warmup, then half a cosine down to `end` * lr at the last step.
+  cosine:    linear warm-up from lr / warmup, then half a cosine down to `end` * lr at the end.
   constant:  warm-up, then lr.
   clip_itm:  the staircase of CLIP_ITM: the cosine is followed in captions, not in batches, so that
              the position jumps by an epoch of captions at each epoch and hardly moves inside one.

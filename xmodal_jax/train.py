@@ -196,11 +196,12 @@ def _test(config, built, evaluator, checkpoints, state, writer, workdir) -> dict
   if best != last:
     model = checkpoints.restore_model(best, built.want_model())
     state = state.replace(params=model["params"], stats=model.get("stats") or {})
+  source = dict(kind="checkpoint", source=str(workdir), step=best)
+  cache = evaluate_lib.cache_path(config, workdir, evaluator.inputs.split("test"), source)
   try:
-    report = evaluator(state, "test")
+    report = evaluator(state, "test", cache)
   except evaluate_lib.Interrupted:
     return None
   writer.scalars(last, "test", report)
   evaluate_lib.log_table(f"test, step {best}", report)
-  source = dict(kind="checkpoint", source=str(workdir), step=best)
   return workdir_lib.write_results(workdir, config, evaluator.inputs, report, source)

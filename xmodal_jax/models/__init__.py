@@ -1,9 +1,24 @@
 """Towers and systems. This table is the only place that names the systems."""
 
 import importlib
+import re
 import types
+from collections.abc import Iterable
 
 SYSTEMS = {"clip": "xmodal_jax.models.clip_itm"}
+
+# What a state dict is of, by keys that only such files have: for messages.
+_SIGNATURES = (
+  (r"image_model\.(vit|vision_transformer)\.|cross_model\.|team_block_list\.", "TEAM"),
+  (r"vit_model\.layers\.|cross_modal_(text|image)_transform", "HAT"),
+  (r"img_txt_enc\.", "TGDT (or TERAN)"),
+  (r"image_encoder\.model\.|text_encoder\.model\.", "ZeroVL"),
+  (r"layers\.\d+\.blocks\.\d+\.attn\.relative_position", "Swin Transformer"),
+  (r"(bert\.)?(embeddings\.word_embeddings|encoder\.layer\.\d+\.attention)", "BERT"),
+  (r"(text|vision)_model\.(encoder|embeddings)\.", "Hugging Face CLIP, with other names"),
+  (r"blocks\.\d+\.attn\.qkv", "timm vision transformer"),
+  (r"layer1\.0\.conv1\.weight", "torchvision ResNet"),
+)
 
 
 def system_module(name: str) -> types.ModuleType:
@@ -11,3 +26,12 @@ def system_module(name: str) -> types.ModuleType:
   if name not in SYSTEMS:
     raise ValueError(f"model.system is {name!r}; there are {', '.join(SYSTEMS)}")
   return importlib.import_module(SYSTEMS[name])
+
+
+def describe_keys(keys: Iterable[str]) -> str:
+  """What a state dict with these keys seems to be, in words for an error message."""
+  keys = list(keys)
+  for pattern, what in _SIGNATURES:
+    if any(re.match(pattern, key) for key in keys):
+      return f"it seems to be of {what}"
+  return f"first keys: {', '.join(keys[:3])}"

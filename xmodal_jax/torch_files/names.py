@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xmodal_jax.torch_tensor import (
+from xmodal_jax.torch_files.tensor import (
   DTYPES,
   STORAGE_DTYPES,
   FileFormatError,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax.torch_tensor import DTYPES, STORAGE_DTYPES, TensorRef, contiguous
+from xmodal_jax.torch_files.tensor import DTYPES, STORAGE_DTYPES, TensorRef, contiguous
 
 _ROOT = "archive"
 _ALIGN = 64  # as torch does: entries can then be mapped as arrays

@@ -17,9 +17,10 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from xmodal_jax import torch_globals, torch_legacy, torch_pickle, torch_write
-from xmodal_jax.torch_globals import Name, Placeholder
-from xmodal_jax.torch_tensor import (
+from xmodal_jax.torch_files import legacy, names, pickles
+from xmodal_jax.torch_files import write as write_lib
+from xmodal_jax.torch_files.names import Name, Placeholder
+from xmodal_jax.torch_files.tensor import (
   FileFormatError,
   Source,
   Storage,
@@ -33,7 +34,7 @@ __all__ = [
   "read", "read_with_format", "sha256", "state_dict", "write",
 ]  # fmt: skip
 
-Lazy, write = torch_write.Lazy, torch_write.write
+Lazy, write = write_lib.Lazy, write_lib.write
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _ARCHIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
@@ -82,7 +83,7 @@ def _read(source: Source, verify: bool) -> tuple[Any, str]:
   if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= _MAX_HEADER:
     return _read_safetensors(source), "safetensors"
   if head[257:262] == b"ustar" or (len(head) == 512 and head[:9] == b"storages\0"):
-    return torch_legacy.read_tar(source), "tar"
+    return legacy.read_tar(source), "tar"
   for start, what in (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
     (b"<", "a web page or xml, not a checkpoint"),
@@ -91,7 +92,7 @@ def _read(source: Source, verify: bool) -> tuple[Any, str]:
   ):
     if head.startswith(start) and (start or not head):
       raise FileFormatError(what)
-  return torch_legacy.read_magic(source), "legacy"
+  return legacy.read_magic(source), "legacy"
 
 
 # --- torch.save since 1.6, TorchScript ----------------------------------------------------------
@@ -178,7 +179,7 @@ def _read_zip(source: Source, verify: bool) -> tuple[Any, str]:
 
   def persistent(pid):
     kind, cls, key, _, numel = pid
-    dtype = torch_globals.storage_dtype(cls)
+    dtype = names.storage_dtype(cls)
     if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
       raise FileFormatError("a persistent id that is no storage")
     name, nbytes = f"{root}data/{key}", numel * dtype.itemsize
@@ -187,7 +188,7 @@ def _read_zip(source: Source, verify: bool) -> tuple[Any, str]:
       known = storages[name] = archive.storage(name, nbytes)
     return known, dtype
 
-  tree = torch_pickle.Unpickler(archive.read(found[0]), persistent=persistent).load()
+  tree = pickles.Unpickler(archive.read(found[0]), persistent=persistent).load()
   if verify:
     for name in storages:
       archive.check(name)
@@ -213,7 +214,7 @@ def _read_safetensors(source: Source) -> dict[str, TensorRef]:
     for name, entry in header.items():
       if name == "__metadata__":
         continue
-      dtype = torch_globals.DTYPES[_SAFETENSORS[entry["dtype"]]]
+      dtype = names.DTYPES[_SAFETENSORS[entry["dtype"]]]
       shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
       if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
         raise FileFormatError(f"offsets of {name[:80]!r}")

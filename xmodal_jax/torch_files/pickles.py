@@ -1,7 +1,7 @@
 """Reads the pickles inside PyTorch files by interpreting their opcodes; nothing is imported or run.
 
 Python's own unpickler looks names up, calls what they stand for, sets attributes and sizes its memo
-as the stream says. This one has no way to do any of it: see torch_globals for what a name can be.
+as the stream says. This one has no way to do any of it: see names for what a name can be.
 """
 
 import codecs
@@ -9,9 +9,9 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from xmodal_jax import torch_globals
-from xmodal_jax.torch_globals import Name, Placeholder
-from xmodal_jax.torch_tensor import FileFormatError
+from xmodal_jax.torch_files import names
+from xmodal_jax.torch_files.names import Name, Placeholder
+from xmodal_jax.torch_files.tensor import FileFormatError
 
 _MAX_OPS = 10_000_000  # an optimizer state of 1,500 parameters takes 0.2 million
 _MAX_INT = 1024  # bytes; hashing and printing larger ones is slow, and no checkpoint has them
@@ -102,11 +102,11 @@ class Unpickler:
   def find(self, module: str, name: str) -> Name:
     known = self.names.get((module, name))
     if known is None:
-      known = self.names[module, name] = torch_globals.find(module, name)
+      known = self.names[module, name] = names.find(module, name)
     return known
 
   def call(self, function: Any, args: Any, new: bool = False) -> Any:
-    return torch_globals.call(self, function, args, new)
+    return names.call(self, function, args, new)
 
   def extend(self, target: Any, values: list) -> None:
     if isinstance(target, set):
@@ -188,7 +188,7 @@ def _pop_into(vm: Unpickler, method: Callable) -> None:
 
 def _build(vm: Unpickler) -> None:
   state = vm.stack.pop()
-  torch_globals.build(vm.stack[-1], state)
+  names.build(vm.stack[-1], state)
 
 
 def _put(vm: Unpickler, index: int) -> None:

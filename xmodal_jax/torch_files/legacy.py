@@ -6,8 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax import torch_globals, torch_pickle
-from xmodal_jax.torch_tensor import FileFormatError, Source, Storage, TensorRef, UnsafeFileError
+from xmodal_jax.torch_files import names, pickles
+from xmodal_jax.torch_files.tensor import (
+  FileFormatError,
+  Source,
+  Storage,
+  TensorRef,
+  UnsafeFileError,
+)
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -15,7 +21,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 def read_magic(source: Source) -> Any:
   """The format of torch 0.2 to 1.5: five pickles, then the storages. Also names bare pickles."""
   data = source.map()
-  first = torch_pickle.Unpickler(data)
+  first = pickles.Unpickler(data)
   try:
     magic = first.load()
   except UnsafeFileError:
@@ -34,7 +40,7 @@ def read_magic(source: Source) -> Any:
     if pid[0] == "module":
       return pid[1]
     kind, cls, key, _, numel, view = pid
-    dtype = torch_globals.storage_dtype(cls)
+    dtype = names.storage_dtype(cls)
     if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
       raise FileFormatError("a persistent id that is no storage")
     if key not in storages:
@@ -54,9 +60,9 @@ def read_magic(source: Source) -> Any:
     views.append((part, root, offset * dtype.itemsize))
     return part, dtype
 
-  pickled = torch_pickle.Unpickler(data, first.pos, persistent)
+  pickled = pickles.Unpickler(data, first.pos, persistent)
   tree = pickled.load()
-  pickled = torch_pickle.Unpickler(data, pickled.pos)
+  pickled = pickles.Unpickler(data, pickled.pos)
   keys, pos = pickled.load(), pickled.pos
   if type(keys) is not list or not all(type(k) is str and k in storages for k in keys):
     raise FileFormatError("a list of storages that does not fit its tensors")
@@ -99,7 +105,7 @@ def read_tar(source: Source) -> Any:
   tensors: dict[int, TensorRef] = {}
 
   def load(pos, persistent=None):
-    reader = torch_pickle.Unpickler(data, pos, persistent)
+    reader = pickles.Unpickler(data, pos, persistent)
     return reader.load(), reader.pos
 
   def persistent(pid):
@@ -109,7 +115,7 @@ def read_tar(source: Source) -> Any:
     count, pos = load(members["storages"][0])
     for _ in range(count):
       (key, _, cls), pos = load(pos)
-      dtype = torch_globals.storage_dtype(cls)
+      dtype = names.storage_dtype(cls)
       (numel,) = struct.unpack("<q", source.read(pos, 8))
       storage = Storage(source, 0, numel * dtype.itemsize)
       storage.place(source, pos + 8)
