@@ -40,7 +40,8 @@ def get_config(variant=None):
   variant = variant or "vit_b32"
   c = base.base()
   c.model.update(clip_itm.preset(variant))
-  c.model.remat = "nothing_saveable" if variant.startswith("vit_l14") else ""
+  if variant.startswith("vit_l14"):
+    c.model.remat = "nothing_saveable"
   c.data.tfds = "coco_captions"
   c.data.train, c.data.val, c.data.test = "train+restval", "val", "test"
   c.batch_size = 256 if variant == "vit_b32" else 128

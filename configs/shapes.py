@@ -25,6 +25,8 @@ def clip(c):
       system="clip",
       embed=128,
       image=dict(kind="vit", size=48, patch=8, width=128, depth=3, heads=4),
+      remat="",
+      unroll=1,
       text=dict(vocab=512 + 6000 + 2, context=40, width=128, depth=2, heads=4),
     )
   )

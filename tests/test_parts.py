@@ -113,3 +113,24 @@ def test_progress_line():
   line = logs.progress_line(120, 600, 3.2101, 256, 0.5, 0.41)
   assert line == "step 120/600  loss 3.2101  64.0 examples/s/device  MFU 41.0%  ETA 4m00s"
   assert "ETA" not in logs.progress_line(1, 600, 3.2, 256, None, None)
+
+
+def test_resnet_recomputes_to_the_same():
+  from flax import nnx
+
+  from xmodal_jax.models import resnet
+
+  def loss_and_stats(remat):
+    tower = dict(size=32, width=4, depths=(1, 2, 1, 1), embed=8, remat=remat)
+    model = resnet.ModifiedResNet(**tower, rngs=nnx.Rngs(0))
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+    def loss(params):
+      model = nnx.merge(graphdef, params, stats)
+      x = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+      return (model(x, train=True) ** 2).sum(), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  plain, again = loss_and_stats(""), loss_and_stats("nothing_saveable")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), plain, again)

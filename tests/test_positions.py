@@ -31,3 +31,23 @@ def test_system_resizes_image_positions_only():
   table = np.zeros((17, 4), np.float32)
   assert clip_itm.resize("image/pos", table, (26, 4)).shape == (26, 4)
   assert clip_itm.resize("text/pos", table, (26, 4)) is table
+
+
+def test_file_of_another_resolution_through_init():
+  import clip_golden
+  import golden_files
+  from flax import nnx
+
+  from xmodal_jax import init
+  from xmodal_jax import step as step_lib
+
+  config = clip_golden.config("vit")
+  patch, old = config["image"]["patch"], config["image"]["size"]
+  config["image"]["size"] = old + 2 * patch
+  build = lambda: clip_itm.build(config, rngs=nnx.Rngs(0))
+  _, params, stats = step_lib.split(nnx.eval_shape(build))
+  path = str(golden_files.path("clip", "vit", "released_style.pt"))
+  ours, _, _ = init.load(path, "clip", params, stats)
+  file = clip_golden.Golden("vit", "released_style.pt").params["image"]["pos"]
+  want = positions.resize_table(np.asarray(file), (old // patch + 2) ** 2 + 1)
+  np.testing.assert_array_equal(ours["image"]["pos"], want)

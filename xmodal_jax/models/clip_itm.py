@@ -62,7 +62,8 @@ def preset(name: str) -> dict[str, Any]:
   """The model section of a config for one of PRESETS, as a fresh nested dict."""
   if name not in PRESETS:
     raise ValueError(f"clip has no variant {name!r}; there are {', '.join(PRESETS)}")
-  return copy.deepcopy(PRESETS[name])
+  # How the loop over layers is compiled, beside what the model is: see layers.scan.
+  return copy.deepcopy(PRESETS[name]) | {"remat": "", "unroll": 1}
 
 
 class CLIP(system.System):
@@ -116,12 +117,12 @@ class CLIP(system.System):
     return loss, metrics | {"logit_scale": scale}
 
 
-def build_image_tower(config: Mapping[str, Any], embed: int, *, remat, unroll, **kw) -> nnx.Module:
+def build_image_tower(config: Mapping[str, Any], embed: int, *, unroll: int, **kw) -> nnx.Module:
   config = dict(config)
   kind = config.pop("kind")
   if kind == "vit":
     kw |= dict(act="quick_gelu", eps=1e-5, ln_pre=True, patch_bias=False)
-    return vit.ViT(embed=embed, remat=remat, unroll=unroll, **config, **kw)
+    return vit.ViT(embed=embed, unroll=unroll, **config, **kw)
   if kind == "resnet":
     return resnet.ModifiedResNet(embed=embed, **config, **kw)
   raise ValueError(f"model.image.kind is {kind!r}; clip has 'vit' and 'resnet'")

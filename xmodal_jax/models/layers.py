@@ -154,8 +154,12 @@ def scan(blocks: nnx.Module, x: Array, *, remat: str = "", unroll: int = 1) -> A
   remat: name of a `jax.checkpoint_policies` entry, "" for none. unroll: layers per scan iteration;
   the parameters are the same however the loop is compiled.
   """
-  body = lambda x, block: (block(x), None)
-  if remat:
-    policy = getattr(jax.checkpoint_policies, remat)
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+  body = recompute(lambda x, block: (block(x), None), remat)
   return jax.lax.scan(body, x, blocks, unroll=unroll)[0]
+
+
+def recompute(body: Callable, policy: str) -> Callable:
+  """The body of a scan whose activations are kept or computed again as the policy says."""
+  if not policy:
+    return body
+  return jax.checkpoint(body, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=False)

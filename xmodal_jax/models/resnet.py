@@ -83,7 +83,10 @@ class Bottleneck(nnx.Module):
 class Stage(nnx.Module):
   """A first block that changes the shape, and the rest stacked and scanned."""
 
-  def __init__(self, depth: int, din: int, planes: int, stride: int, *, dtype, rngs: nnx.Rngs):
+  def __init__(
+    self, depth: int, din: int, planes: int, stride: int, *, remat: str, dtype, rngs: nnx.Rngs
+  ):
+    self.remat = remat
     self.first = Bottleneck(din, planes, stride, dtype=dtype, rngs=rngs)
     make = lambda key: Bottleneck(4 * planes, planes, 1, dtype=dtype, rngs=nnx.Rngs(key))
     self.rest = nnx.data(
@@ -94,12 +97,14 @@ class Stage(nnx.Module):
     x = self.first(x, train)
     if self.rest is None:
       return x
+    graphdef, state = nnx.split(self.rest)
 
-    def body(x, block):
+    def body(x, state):
+      block = nnx.merge(graphdef, state)  # made inside, so that its statistics can be updated
       y = block(x, train)
       return y, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat))
 
-    x, stats = jax.lax.scan(body, x, self.rest)
+    x, stats = jax.lax.scan(layers.recompute(body, self.remat), x, state)
     if train:
       nnx.update(self.rest, stats)
     return x
@@ -150,6 +155,7 @@ class ModifiedResNet(nnx.Module):
     width: int,
     depths: tuple[int, int, int, int],
     embed: int,
+    remat: str = "",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -157,7 +163,7 @@ class ModifiedResNet(nnx.Module):
       raise ValueError(f"image size {size} is not a multiple of 32")
     self.dtype = dtype
     self.stem = Stem(width, dtype=dtype, rngs=rngs)
-    make = functools.partial(Stage, dtype=dtype, rngs=rngs)
+    make = functools.partial(Stage, remat=remat, dtype=dtype, rngs=rngs)
     self.stage1 = make(depths[0], width, width, 1)
     self.stage2 = make(depths[1], 4 * width, 2 * width, 2)
     self.stage3 = make(depths[2], 8 * width, 4 * width, 2)

@@ -1,0 +1,30 @@
+"""COCO photographs through the COCO path; needs the shared data folder."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from test_configs import ROOT, get_config
+
+from xmodal_jax import train
+from xmodal_jax.data import records
+
+
+def test_coco_photographs(shared_data, tmp_path):
+  source = shared_data / "coco_mini"
+  command = [sys.executable, "tools/prepare_data.py", "karpathy", "--out", tmp_path]
+  command += ["--annotations", source / "dataset_coco_mini.json", "--images", source / "images"]
+  subprocess.run(list(map(str, [*command, "--name", "coco_mini"])), cwd=ROOT, check=True)
+  c = get_config("coco_ft", "tiny")
+  c.data.dir, c.data.train = str(tmp_path / "coco_mini"), "train+restval"
+  c.model.image.depth = c.model.text.depth = 1
+  c.batch_size, c.total, c.log_every = 32, "4 steps", 2
+  c.eval.every, c.optim.warmup, c.eval.batch_size = "4 steps", "1 steps", 16
+  results = train.train(c, tmp_path / "run")
+  assert results["protocol"]["images"] == 22 and results["protocol"]["captions"] == 110
+  assert np.isfinite(results["test"]["rsum"])
+  split = records.open_split(tmp_path / "coco_mini", "train+restval")
+  assert len(split) == 78
+  stored = split.read(0)
+  assert stored.image == (pathlib.Path(source) / "images" / stored.filename).read_bytes()
