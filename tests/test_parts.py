@@ -124,6 +124,7 @@ def test_resnet_recomputes_to_the_same():
     tower = dict(size=32, width=4, depths=(1, 2, 1, 1), embed=8, remat=remat)
     model = resnet.ModifiedResNet(**tower, rngs=nnx.Rngs(0))
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     def loss(params):
       model = nnx.merge(graphdef, params, stats)

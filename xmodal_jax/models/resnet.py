@@ -97,14 +97,11 @@ class Stage(nnx.Module):
     x = self.first(x, train)
     if self.rest is None:
       return x
-    graphdef, state = nnx.split(self.rest)
-
-    def body(x, state):
-      block = nnx.merge(graphdef, state)  # made inside, so that its statistics can be updated
+    def body(x, block):
       y = block(x, train)
       return y, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat))
 
-    x, stats = jax.lax.scan(layers.recompute(body, self.remat), x, state)
+    x, stats = jax.lax.scan(layers.recompute(body, self.remat), x, self.rest)
     if train:
       nnx.update(self.rest, stats)
     return x
