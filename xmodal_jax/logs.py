@@ -143,5 +143,5 @@ class _Quiet(py_logging.Filter):
 def setup() -> None:
   """absl logging at INFO on the first process, warnings elsewhere."""
   logging.use_absl_handler()
-  logging.set_verbosity(logging.INFO if jax.process_index() == 0 else logging.WARNING)
   logging.get_absl_handler().addFilter(_Quiet())
+  logging.set_verbosity(logging.INFO if jax.process_index() == 0 else logging.WARNING)
