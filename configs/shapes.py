@@ -31,9 +31,9 @@ def clip(c):
     )
   )
   c.text.max_merges, c.text.length = 6000, 40
-  c.total = "20 epochs"
-  c.eval.every = "10 epochs"
-  c.checkpoint.every = "10 epochs"
+  c.total = "16 epochs"
+  c.eval.every = "8 epochs"
+  c.checkpoint.every = "8 epochs"
   o = c.optim
   o.lr, o.b2, o.warmup, o.weight_decay = 1.5e-3, 0.98, "3 epochs", 0.1
   o.grad_clip = 1.0

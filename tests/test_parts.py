@@ -58,6 +58,9 @@ def test_infonce_is_the_mean_of_two_cross_entropies():
   np.testing.assert_allclose(m["loss_i2t"], entropy(logits), rtol=1e-5)
   np.testing.assert_allclose(loss, (entropy(logits) + entropy(logits.T)) / 2, rtol=1e-5)
   np.testing.assert_allclose(m["accuracy_t2i"], (logits.argmax(0) == np.arange(6)).mean())
+  np.testing.assert_allclose(m["accuracy_i2t"], (logits.argmax(1) == np.arange(6)).mean())
+  same = jnp.ones((6, 4)) / 2
+  assert contrastive.infonce(same, same, jnp.float32(7.0))[1]["accuracy_i2t"] == 0
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -58,12 +58,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--batch", type=int, default=32)
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     command.add_argument("--unroll", type=int, default=1, help="layers per scan iteration (ours)")
-    command.add_argument("--remat", default="", help="a jax.checkpoint policy (ours)")
+    command.add_argument("--remat", default="dots_with_no_batch_dims_saveable", help="a jax.checkpoint policy (ours)")
     command.add_argument("--against", choices=["torch"])
+    command.add_argument("--form", help="the only form of the other side to measure")
     command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
   args = parser.parse_args(argv)
-  if "against" not in args:
-    args.against = None
+  for name in ("against", "form"):
+    setattr(args, name, getattr(args, name, None))
   if args.command == "ranks":
     args.repeats, args.warmup = 1, 0
   return args
@@ -203,8 +204,10 @@ def main() -> None:
   form["ours"] = sides["ours"].form_names[0]
   if ARGS.against:
     theirs = sides[ARGS.against] = Side(ARGS.against)
-    form[ARGS.against] = theirs.form_names[0]
-    if len(theirs.form_names) > 1:
+    form[ARGS.against] = ARGS.form or theirs.form_names[0]
+    if form[ARGS.against] not in theirs.form_names:
+      raise SystemExit(f"benchmark: --form {ARGS.form}: there are {', '.join(theirs.form_names)}")
+    if not ARGS.form and len(theirs.form_names) > 1:
       form[ARGS.against], result["forms"] = choose(sides["ours"], theirs)
   runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
   # One run of each is thrown away: it is where a side prepares its form.

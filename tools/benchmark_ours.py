@@ -29,7 +29,7 @@ def pipeline(args: argparse.Namespace) -> Form:
     split,
     batch_size=args.batch,
     image_transform=image.clip_transform(args.size),
-    tokenizer=text.clip(),
+    tokenizer=text.make_tokenizer("clip_bpe"),
     text_length=77,
     seed=0,
     step=0,
