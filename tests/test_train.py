@@ -15,7 +15,7 @@ from xmodal_jax import build, checkpoint, init, inputs, optim, sharding, train, 
 from xmodal_jax import step as step_lib
 from xmodal_jax.evaluate import Evaluator
 
-TIMINGS = ("examples_per_second",)
+TIMINGS = ("examples_per_second", "mfu")
 
 
 def lines(folder: pathlib.Path, kind: str | None = None) -> list[dict]:
@@ -74,6 +74,32 @@ class StopAfter:
 
   def __call__(self) -> bool:
     return (self.folder / "metrics.jsonl").exists() and len(lines(self.folder)) >= self.count
+
+
+def test_interrupted_evaluation_is_made_up_for(tiny_data, tmp_path):
+  c = tiny.config(tiny_data, total="6 steps", eval__test=False)
+  stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "Preemption", lambda: StopAfter(stopped, 5))
+    assert train.train(c, stopped) is None
+  assert [r["step"] for r in lines(stopped)] == [
+    1,
+    2,
+    3,
+    4,
+    5,
+  ]  # the evaluation of step 5 is missing
+  train.train(c, stopped)
+  train.train(c, straight)
+  assert lines(stopped) == lines(straight)
+  read = lambda f: checkpoint.Checkpoints(f, keep=2, metric="rsum", read_only=True)
+  assert read(stopped).metrics(5) == read(straight).metrics(5) != None  # noqa: E711
+  assert read(stopped).best() == read(straight).best()
+
+
+def test_nothing_to_train(tiny_data, tmp_path):
+  with pytest.raises(ValueError, match=r"48 samples in batches of config\.batch_size=64"):
+    train.train(tiny.config(tiny_data, batch_size=64, total="5 epochs"), tmp_path)
 
 
 def steps_on(config, count, devices):

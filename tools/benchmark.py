@@ -58,7 +58,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--batch", type=int, default=32)
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     command.add_argument("--unroll", type=int, default=1, help="layers per scan iteration (ours)")
-    command.add_argument("--remat", default="dots_with_no_batch_dims_saveable", help="a jax.checkpoint policy (ours)")
+    command.add_argument(
+      "--remat", default="dots_with_no_batch_dims_saveable", help="a jax.checkpoint policy (ours)"
+    )
     command.add_argument("--against", choices=["torch"])
     command.add_argument("--form", help="the only form of the other side to measure")
     command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")

@@ -55,7 +55,12 @@ class Checkpoints:
   ) -> None:
     """Starts to write `state`; metrics are those of an evaluation of this very state."""
     if step in self.manager.all_steps():
-      return  # saved before an evaluation that has now been done: only its metrics are new
+      if not metrics:
+        return
+      # Its evaluation was interrupted and has now been done: only the metrics are new, but Orbax
+      # cannot add them to a checkpoint.
+      self.wait()
+      self.manager.delete(step)
     args = ocp.args.Composite(
       model=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
       train=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),

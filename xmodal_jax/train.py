@@ -60,6 +60,11 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   built = build_lib.Built(config)
   inputs = inputs_lib.Inputs(config)
   run = optim.Run(inputs.samples(), config.batch_size, config.total)
+  if run.total_steps < 1:
+    raise ValueError(
+      f"nothing to train: {run.samples} samples in batches of config.batch_size={run.batch_size} "
+      f"for config.total={run.total!r} are {run.total_steps} steps"
+    )
   schedule = optim.make_schedule(config.optim, run)
   tx = built.optimizer(schedule)
   shardings = built.state_shardings(tx)

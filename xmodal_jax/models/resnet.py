@@ -97,6 +97,7 @@ class Stage(nnx.Module):
     x = self.first(x, train)
     if self.rest is None:
       return x
+
     def body(x, block):
       y = block(x, train)
       return y, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat))
