@@ -32,7 +32,7 @@ setuptools.setup(
     "numpy>=2.4",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
-    "pillow>=13.0",
+    "pillow>=12.3",
     "regex>=2026.11",
     "tensorboard>=2.21",  # clu imports it, and TensorFlow no longer brings it
     "tensorflow>=2.21",

@@ -75,7 +75,7 @@ def write_results(
       eccv_caption=bool(e.eccv_dir),
       ties="lower index first",
     ),
-    data=dict(name=config.data.tfds or str(config.data.dir), fingerprint=split.fingerprint),
+    data=dict(name=str(config.data.dir) or config.data.tfds, fingerprint=split.fingerprint),
     checkpoint=dict(source),
     versions=_versions(),
   )
