@@ -79,4 +79,4 @@ def test_round_trip(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_from_shapes_is_the_preset(name):
   shapes = {k: shape for k, (shape, _) in layout(name).items()}
-  assert clip_itm.infer_config(shapes) == clip_itm.preset(NAMES[name])
+  assert clip_itm.infer_config(shapes) == clip_itm.PRESETS[NAMES[name]]
