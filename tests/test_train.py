@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from xmodal_jax import build, checkpoint, init, inputs, optim, sharding, train, workdir
+from xmodal_jax import build, checkpoint, evaluate, init, inputs, optim, sharding, train, workdir
 from xmodal_jax import step as step_lib
-from xmodal_jax.evaluate import Evaluator
 
 TIMINGS = ("examples_per_second", "mfu")
 
@@ -39,6 +38,7 @@ def test_run_writes_its_workdir(tiny_data, tmp_path):
   best = max(lines(tmp_path, "val"), key=lambda r: (r["rsum"], r["step"]))["step"]
   assert steps == {9, 10, best}
   assert results["checkpoint"]["step"] == best
+  assert evaluate.evaluate(tiny.config(tiny_data), tmp_path)["test"] == results["test"]
 
 
 def test_run_again_changes_nothing(tiny_data, tmp_path):
@@ -153,7 +153,7 @@ def test_no_recompilation_and_no_implicit_transfer(tiny_data):
   state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
   rng = jax.device_put(jax.random.key(0), built.replicated)
   step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
-  evaluator = Evaluator(config, read, built.graphdef, built.mesh)
+  evaluator = evaluate.Evaluator(config, read, built.graphdef, built.mesh)
   rows = sharding.batch_sharding(built.mesh)
   stream = read.train(0)
   state, _ = step(state, sharding.put_batch(next(stream), rows))

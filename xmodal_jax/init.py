@@ -1,5 +1,7 @@
 """config.init: parameters from a converted directory, a workdir, or a PyTorch file."""
 
+import contextlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,13 +96,18 @@ def _read_directory(path: epath.Path, system: str) -> tuple[dict[str, Any], dict
 def _read_file(
   path: epath.Path, system: str, want: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  state, file_info = torch_files.state_dict(path)
-  module = models.system_module(system)
-  module.infer_config({k: v.shape for k, v in state.items()})  # refuses other systems by name
-  # The file's own shapes: tables of another resolution are resized afterwards.
-  leaves, _ = convert.to_jax(state, module.RULES, want, check_shapes=False)
-  info = dict(kind=file_info["format"], source=path.name, sha256=torch_files.sha256(path))
-  return leaves, info
+  with contextlib.ExitStack() as stack:
+    local = path
+    if "://" in str(path):  # it is mapped into memory, so it has to be on this machine
+      local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
+      path.copy(local)
+    state, file_info = torch_files.state_dict(local)
+    module = models.system_module(system)
+    module.infer_config({k: v.shape for k, v in state.items()})  # refuses other systems by name
+    # The file's own shapes: tables of another resolution are resized afterwards.
+    leaves, _ = convert.to_jax(state, module.RULES, want, check_shapes=False)
+    sha256 = torch_files.sha256(local)
+  return leaves, dict(kind=file_info["format"], source=path.name, sha256=sha256)
 
 
 def _check(path: epath.Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
