@@ -77,11 +77,11 @@ def tiny(c):
   c.text.max_merges = 6000
   c.model.text.vocab = 512 + 6000 + 2
   c.text.length = c.model.text.context = 32
-  c.batch_size, c.total = 128, "40 epochs"
+  c.batch_size, c.total = 128, "80 epochs"
   c.data.captions, c.data.crop, c.data.flip = "one", "random", 0.5
-  c.data.crop_scale = (0.5, 1.0)
+  c.data.crop_scale = (0.4, 1.0)
   c.data.train = "train"
-  c.optim.lr, c.optim.warmup, c.optim.weight_decay = 1e-3, "2 epochs", 0.1
+  c.optim.lr, c.optim.warmup, c.optim.weight_decay = 7e-4, "4 epochs", 0.3
   c.optim.grad_clip = 1.0
   c.eval.every, c.eval.folds = "10 epochs", 0
   return c

@@ -20,9 +20,7 @@ def check_recalls(ours, name):
   want = golden_files.arrays("clip", "eval", "outputs.npz")
   atol = golden_files.manifest("clip")["tolerance"]["recalls"]["atol"]
   for theirs, key in RECALLS.items():
-    # A sum of six recalls may be off by the sum of what each may be off.
-    allowed = atol * (6 if key == "rsum" else 1)
-    np.testing.assert_allclose(ours[key], want[f"{name}/{theirs}"], rtol=0, atol=allowed)
+    np.testing.assert_allclose(ours[key], want[f"{name}/{theirs}"], rtol=0, atol=atol)
 
 
 def check_ranks(scores, caption_image, name):
