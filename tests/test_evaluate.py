@@ -1,5 +1,8 @@
 """Evaluation: blocks, bad pictures, and models that have collapsed or diverged."""
 
+import gzip
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import tiny
 
 from xmodal_jax import build, evaluate, inputs, metrics
 from xmodal_jax import step as step_lib
+from xmodal_jax.data import records
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +97,26 @@ def test_cached_features(config, built, tmp_path):
   assert path.exists()
   broken = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
   assert ev(broken, "test", path) == first  # nothing was encoded again
+
+
+def test_coco_protocol(config, built, shared_data):
+  """ECCV Caption and CxC beside the plain numbers, by the ids in the records."""
+  folder = shared_data / "coco_splits"
+  with gzip.open(folder / "dataset_coco_karpathy_test5k.json.gz") as f:
+    images = json.load(f)["images"]
+  split = [
+    records.Record(b"", i["cocoid"], "", (), tuple(s["sentid"] for s in i["sentences"]))
+    for i in images
+  ]
+  caption_image = np.repeat(np.arange(len(split)), 5)
+  rng = np.random.default_rng(0)
+  image, noise = (rng.standard_normal((n, 8), np.float32) for n in (len(split), 5 * len(split)))
+  scores = image @ (image[caption_image] + noise).T
+  coco = config.copy_and_resolve_references()
+  coco.eval.eccv_dir = str(folder / "eccv_caption")
+  report = evaluator(coco, built).report(scores, caption_image, split, "test")
+  assert report["i2t_r10"] == metrics.summarise(scores, caption_image)["i2t_r10"]
+  assert report["coco_1k_i2t_r10"] > report["i2t_r10"]
+  assert 0 < report["eccv_i2t_map_at_r"] < 100 and report["cxc_t2i_r1"] >= report["t2i_r1"]
+  plain = evaluator(coco, built).report(scores, caption_image, split, "val")
+  assert not any(key.startswith("eccv") for key in plain)

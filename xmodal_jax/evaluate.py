@@ -123,8 +123,9 @@ class Evaluator:
     if config.eccv_dir and split_key == "test":
       ids = [(r.image_id, r.caption_ids) for r in split]
       all_captions = [c for _, captions in ids for c in captions]
+      folder = epath.Path(config.eccv_dir).expanduser()
       report = metrics.coco_protocol(
-        scores, [i for i, _ in ids], all_captions, caption_image, config.eccv_dir
+        scores, [i for i, _ in ids], all_captions, caption_image, folder
       )
       # The 5K numbers keep their plain names, whatever else is reported.
       plain = {k.removeprefix("coco_5k_"): v for k, v in report.items() if k[:8] == "coco_5k_"}
