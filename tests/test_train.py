@@ -24,7 +24,9 @@ def lines(folder: pathlib.Path, kind: str | None = None) -> list[dict]:
 
 
 def test_run_writes_its_workdir(tiny_data, tmp_path):
-  results = train.train(tiny.config(tiny_data), tmp_path)
+  c = tiny.config(tiny_data)
+  c.profile.first_step, c.profile.steps = 3, 2
+  results = train.train(c, tmp_path)
   rows = lines(tmp_path, "train")
   assert [r["step"] for r in rows] == list(range(1, 11))
   assert rows[-1]["loss"] < rows[0]["loss"]
@@ -33,6 +35,7 @@ def test_run_writes_its_workdir(tiny_data, tmp_path):
   assert saved["test"] == results["test"] and saved["protocol"]["images"] == tiny.SIZES["test"]
   assert json.loads((tmp_path / "config.json").read_text())["config"]["optim.lr"] == 1e-2
   assert list(tmp_path.glob("events.out.tfevents*"))
+  assert list(tmp_path.glob("plugins/profile/*/*"))
   # latest two, and the best by RSUM among the evaluated
   steps = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
   best = max(lines(tmp_path, "val"), key=lambda r: (r["rsum"], r["step"]))["step"]

@@ -137,6 +137,8 @@ class _Quiet(py_logging.Filter):
   """Drops informational lines of libraries; their warnings pass."""
 
   def filter(self, record: py_logging.LogRecord) -> bool:
+    if "Requested `tracked_metric`" in record.getMessage():
+      return False  # said of every checkpoint between two evaluations
     return record.levelno > py_logging.INFO or not any(c in record.pathname for c in _CHATTY)
 
 

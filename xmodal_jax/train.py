@@ -165,6 +165,7 @@ def _profile(config, workdir) -> Callable[[int], Any]:
     logdir=workdir,
     first_profile=config.profile.first_step,
     num_profile_steps=config.profile.steps,
+    profile_duration_ms=None,  # else it also waits for three seconds, and a short run has no profile
     every_secs=None,
   )
 
