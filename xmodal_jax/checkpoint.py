@@ -26,6 +26,8 @@ class CheckpointError(ValueError):
 class Checkpoints:
   """The checkpoints of one workdir: the latest `keep`, and the best by `metric` (higher is better).
 
+  A reader may leave `metric` empty: the run wrote it down.
+
   Saving is asynchronous; a failure to write surfaces at the next save, wait or close.
   """
 
@@ -80,8 +82,9 @@ class Checkpoints:
 
   def best(self) -> int | None:
     """The step with the best metric; the latest one where none was evaluated."""
+    metric = self.metric or (self._steps() and self.meta(self.latest())["metric"])
     scored = {s: self.metrics(s) for s in self._steps()}
-    scored = {s: m[self.metric] for s, m in scored.items() if m and self.metric in m}
+    scored = {s: m[metric] for s, m in scored.items() if m and metric in m}
     return max(scored, key=lambda s: (scored[s], s)) if scored else self.latest()
 
   def metrics(self, step: int) -> dict[str, float] | None:

@@ -75,7 +75,12 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
         checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, metric=config.eval.metric)
       )
     )
-    meta = dict(system=config.model.system, seed=config.seed, fingerprint=inputs.fingerprint())
+    meta = dict(
+      system=config.model.system,
+      seed=config.seed,
+      fingerprint=inputs.fingerprint(),
+      metric=config.eval.metric,
+    )
     state, start, pending = _first_state(config, built, tx, shardings, checkpoints, meta)
     writer = stack.enter_context(contextlib.closing(logs.Writer(workdir)))
     writer.jsonl.resume(start, drop="val" if pending else None)
@@ -165,7 +170,7 @@ def _profile(config, workdir) -> Callable[[int], Any]:
     logdir=workdir,
     first_profile=config.profile.first_step,
     num_profile_steps=config.profile.steps,
-    profile_duration_ms=None,  # else it also waits for three seconds, and a short run has no profile
+    profile_duration_ms=None,  # else it also waits for three seconds
     every_secs=None,
   )
 
