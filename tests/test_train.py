@@ -4,6 +4,8 @@ import json
 import logging
 import pathlib
 import resource
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +235,14 @@ def test_init_from_workdir(tiny_data, tmp_path):
   assert info["step"] == 2
   saved = checkpoint.Checkpoints(tmp_path / "a", keep=1, metric="rsum", read_only=True)
   jax.tree.map(np.testing.assert_array_equal, params, saved.restore_model(2)["params"])
+  # The same through a PyTorch file of the fine-tuned weights.
+  tool = pathlib.Path(__file__).parents[1] / "tools" / "convert.py"
+  command = [sys.executable, tool, "--system", "clip", "--to", "torch"]
+  file = tmp_path / "a.pth"
+  subprocess.run([*command, "--checkpoint", tmp_path / "a", "--out", file], check=True)
+  again, _, info = init.load(str(file), "clip", built.params, built.stats)
+  assert info["kind"] == "zip"
+  jax.tree.map(np.testing.assert_array_equal, again, params)
   c.model.embed = 24
   built = build.Built(c)
   with pytest.raises(

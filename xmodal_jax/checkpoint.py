@@ -111,8 +111,10 @@ class Checkpoints:
 
   def restore_model(self, step: int, want: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Only the item `model`. want: {"params": ..., "stats": ...} of ShapeDtypeStructs; without it
-    arrays come as they were saved."""
-    args = ocp.args.Composite(model=ocp.args.StandardRestore(want))
+    arrays come to the host, whatever devices they were saved from."""
+    if want is None:
+      return load_model(self.manager.directory / str(step))
+    args = ocp.args.Composite(model=ocp.args.StandardRestore(dict(want)))
     return self.manager.restore(step, args=args)["model"]
 
   @contextlib.contextmanager
