@@ -102,6 +102,13 @@ def test_interrupted_evaluation_is_made_up_for(tiny_data, tmp_path):
   assert read(stopped).best() == read(straight).best()
 
 
+def test_what_will_be_evaluated_is_checked_first(tiny_data, tmp_path):
+  with pytest.raises(ValueError, match=r"eval\.folds is 5, but split 'test' has 12 pictures"):
+    train.train(tiny.config(tiny_data, eval__folds=5), tmp_path)
+  with pytest.raises(ValueError, match="no split 'dev'"):
+    train.train(tiny.config(tiny_data, data__val="dev"), tmp_path / "other")
+
+
 def test_nothing_to_train(tiny_data, tmp_path):
   with pytest.raises(ValueError, match=r"48 samples in batches of config\.batch_size=64"):
     train.train(tiny.config(tiny_data, batch_size=64, total="5 epochs"), tmp_path)

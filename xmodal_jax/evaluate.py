@@ -137,6 +137,18 @@ class Evaluator:
     return report
 
 
+def check_splits(config: Any, inputs: inputs_lib.Inputs) -> None:
+  """Opens what will be evaluated: a missing split or folds that do not divide show at once."""
+  e = config.eval
+  for key in {e.select} | ({"test"} if e.test else set()):
+    images = len(inputs.split(key))
+    if key == "test" and e.folds and images % e.folds:
+      raise ValueError(
+        f"config.eval.folds is {e.folds}, but split {config.data.test!r} has {images} pictures, "
+        "which do not divide into them; set it to 0 for no folds"
+      )
+
+
 def positions(image_id: np.ndarray, caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Rows of the score matrix that captions belong to, once undecodable pictures are left out.
 

@@ -59,6 +59,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   workdir = workdir_lib.claim(workdir, config)
   built = build_lib.Built(config)
   inputs = inputs_lib.Inputs(config)
+  evaluate_lib.check_splits(config, inputs)
   run = optim.Run(inputs.samples(), config.batch_size, config.total)
   if run.total_steps < 1:
     raise ValueError(
