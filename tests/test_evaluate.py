@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import tiny
 
 from xmodal_jax import build, evaluate, inputs, metrics
 from xmodal_jax import step as step_lib
-from xmodal_jax.data import records
+from xmodal_jax.data import pipeline, records
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +122,21 @@ def test_coco_protocol(config, built, shared_data):
   assert 0 < report["eccv_i2t_map_at_r"] < 100 and report["cxc_t2i_r1"] >= report["t2i_r1"]
   plain = evaluator(coco, built).report(scores, caption_image, split, "val")
   assert not any(key.startswith("eccv") for key in plain)
+
+
+def test_damaged_record_is_left_out_where_allowed(config, built, tiny_data, tmp_path):
+  folder = pathlib.Path(shutil.copytree(tiny_data, tmp_path / "data"))
+  index = records.open_split(folder, "test")._indices[0]
+  shard = next(folder.glob("*test*.tfrecord-00000-of-00001"))
+  data = bytearray(shard.read_bytes())
+  data[int(index.offsets[3]) + 40] ^= 1
+  shard.write_bytes(data)
+  other = config.copy_and_resolve_references()
+  other.data.dir = str(folder)
+  with pytest.raises(pipeline.DataError, match="max_bad_fraction = 0"):
+    evaluator(other, built)(make_state(built), "test")
+  other.data.eval_max_bad_fraction = 0.1
+  ev, state = evaluator(other, built), make_state(built)
+  assert len(ev.encode(state, "image", ev.inputs.images(ev.inputs.split("test")))[1]) == 11
+  assert len(ev.encode(state, "text", ev.inputs.texts(ev.inputs.split("test")))[1]) == 55
+  assert ev(state, "test")["i2t_r10"] > 0

@@ -47,7 +47,7 @@ def tokenizer():
   return text.ClipTokenizer(golden_files.path("clip", "mini_coco", "tiny_bpe.txt"))
 
 
-def evaluate(model, dataset, tokenizer, dtype):
+def evaluate(model, dataset, tokenizer):
   split = records.open_split(dataset, "test")
   size, context = clip_golden.config(MODEL)["image"]["size"], model.text.pos.shape[0]
   read = dict(batch_size=PROGRAM["eval_batch_size"])
@@ -65,11 +65,11 @@ def evaluate(model, dataset, tokenizer, dtype):
 
   (i, _), (t, caption_image) = embed("image", images), embed("text", texts)
   scale = np.exp(np.asarray(model.logit_scale[...]))
-  return (scale * i @ t.T).astype(dtype).astype(np.float32), caption_image
+  return scale * i @ t.T, caption_image
 
 
 def check_evaluation(model, dataset, tokenizer, want, prefix):
-  sim, caption_image = evaluate(model, dataset, tokenizer, np.float32)
+  sim, caption_image = evaluate(model, dataset, tokenizer)
   np.testing.assert_allclose(sim, want[f"{prefix}/sim_matrix"], **TOLERANCE["eval_fp32"])
   i2t, t2i = metrics.retrieval_ranks(sim, caption_image)
   np.testing.assert_array_equal(i2t + 1, want[f"{prefix}/i2t_min_rank"])
@@ -102,7 +102,7 @@ def batches(dataset, tokenizer, order, epochs):
 
 
 def pixels(b):
-  """As the original: normalised in float32 on the host, or rounded to half on the way in."""
+  """The fields that the loss reads, on the device."""
   return {k: jnp.asarray(b[k]) for k in ("image", "text_ids")}
 
 

@@ -53,11 +53,3 @@ class Built:
     params = nnx.to_pure_dict(self.params)
     opt = sharding.opt_shardings(tx, params, self.params_shardings, self.mesh)
     return step_lib.TrainState(self.replicated, self.params_shardings, self.stats_shardings, opt)
-
-  def want_model(self) -> dict[str, Any]:
-    """What `Checkpoints.restore_model` wants: abstract params and stats with their shardings."""
-    one = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return {
-      "params": jax.tree.map(one, nnx.to_pure_dict(self.params), self.params_shardings),
-      "stats": jax.tree.map(one, nnx.to_pure_dict(self.stats), self.stats_shardings),
-    }

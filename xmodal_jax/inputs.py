@@ -119,6 +119,7 @@ class Inputs:
       batch_size=self.config.eval.batch_size,
       tokenizer=self.tokenize,
       text_length=self.config.text.length,
+      max_bad_fraction=self.config.data.eval_max_bad_fraction,
       **_process(),
     )
 

@@ -88,21 +88,22 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
     evaluator = evaluate_lib.Evaluator(config, inputs, built.graphdef, built.mesh, stop)
     rng = jax.device_put(jax.random.key(config.seed), built.replicated)
     train_step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
+    rows = sharding.batch_sharding(built.mesh)
     boundary = _Boundary(config, evaluator, checkpoints, writer, meta, stop)
     if pending and not boundary(start, state, evaluate=True, save=True):
       return None
-    state = _loop(config, run, inputs, built, state, start, train_step, boundary, writer, workdir)
+    state = _loop(config, run, inputs, rows, state, start, train_step, boundary, writer, workdir)
     checkpoints.wait()
     if boundary.stopped:
       logging.info("asked to stop: saved at step %d", checkpoints.latest())
       return None
-    return _test(config, built, evaluator, checkpoints, state, writer, workdir)
+    return _test(config, evaluator, checkpoints, state, writer, workdir)
 
 
-def _loop(config, run, inputs, built, state, start, train_step, boundary, writer, workdir):
+def _loop(config, run, inputs, rows, state, start, train_step, boundary, writer, workdir):
   """Steps start + 1 .. total, or until the boundary of one says stop. Returns the last state."""
   total, last_good, per_step = run.total_steps, start, None
-  rows, clock = sharding.batch_sharding(built.mesh), logs.Clock()
+  clock = logs.Clock()
   peak = flops.device_peak(jax.devices()[0].device_kind)
   due = lambda every, step: (n := optim.steps(every, run.steps_per_epoch)) > 0 and step % n == 0
   profile = _profile(config, workdir)
@@ -200,13 +201,15 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
   return step_lib.TrainState(step, params, stats, opt_state), 0, False
 
 
-def _test(config, built, evaluator, checkpoints, state, writer, workdir) -> dict[str, Any] | None:
+def _test(config, evaluator, checkpoints, state, writer, workdir) -> dict[str, Any] | None:
   """The test split once, with the best checkpoint."""
   if not config.eval.test:
     return None
   best, last = checkpoints.best(), checkpoints.latest()
   if best != last:
-    model = checkpoints.restore_model(best, built.want_model())
+    model = {"params": state.params, "stats": state.stats}
+    want = checkpoint.abstract_state(model, jax.tree.map(lambda x: x.sharding, model))
+    model = checkpoints.restore_model(best, want)
     state = state.replace(params=model["params"], stats=model.get("stats") or {})
   source = dict(kind="checkpoint", source=str(workdir), step=best)
   cache = evaluate_lib.cache_path(config, workdir, evaluator.inputs.split("test"), source)
