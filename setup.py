@@ -50,6 +50,7 @@ setuptools.setup(
       "pytest>=9.2",
       "ruff>=0.17",
       "safetensors>=0.8",
+      "tokenizers>=0.23.3",
     ],
   },
 )

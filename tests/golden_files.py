@@ -20,7 +20,7 @@ def root(system: str) -> pathlib.Path:
   for place in places:
     for folder in (place / system, place):
       path = folder / "manifest.json"
-      if path.exists() and json.loads(path.read_text())["system"] == system:
+      if path.exists() and json.loads(path.read_text())["system"].lower() == system.lower():
         return folder
   if named:
     raise FileNotFoundError(f"XMODAL_GOLDEN={named}: no manifest.json of system {system!r} in it")

@@ -19,10 +19,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 CLIP = ["rn50", "rn101", "rn50x4", "rn50x16", "rn50x64"]
 CLIP += ["vit_b32", "vit_b16", "vit_l14", "vit_l14_336"]
 CONFIGS = {
-  "shapes": ["clip"],
+  "shapes": ["clip", "team"],
   "coco_ft": [*CLIP, "tiny"],
   "f30k_ft": [*CLIP, "tiny"],
   "coco_zeroshot": CLIP,
+  "team_pretrain": ["vit_b16", "clip_l14"],
+  "team_ft": ["coco_clip_l14", "coco_vit_b16", "f30k_clip_l14", "f30k_vit_b16"],
+  "team_eval": ["vit_b16", "clip_l14", "chinese_l14"],
 }
 ALL = [(name, variant) for name, variants in CONFIGS.items() for variant in variants]
 
@@ -39,9 +42,13 @@ def test_every_config_is_listed():
 
 
 @pytest.mark.parametrize(("name", "variant"), ALL)
-def test_config_builds_full_size(name, variant):
+def test_config_builds_full_size(name, variant, tmp_path):
   """Shapes, shardings and the optimizer of the full size, without memory."""
   config = config_lib.resolve(get_config(name, variant))
+  if config.text.vocab:  # the user's own
+    config.text.vocab = str(tmp_path / "vocab.txt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(config.model.text.vocab - 4))]
+    pathlib.Path(config.text.vocab).write_text("\n".join(words))
   config.mesh = (("data", 2), ("fsdp", 2), ("model", 2))
   built = build.Built(config)
   run = optim.Run(100_000, config.batch_size, config.total)
@@ -69,7 +76,8 @@ def test_original_recipe(recipe):
     config_lib.resolve(config)
 
 
-TABLES = [("coco_ft", "vit_b32"), ("coco_ft", "rn50"), ("shapes", "clip")]
+TABLES = [("coco_ft", "vit_b32"), ("coco_ft", "rn50"), ("shapes", "clip"), ("shapes", "team")]
+TABLES += [("team_pretrain", "vit_b16"), ("team_pretrain", "clip_l14")]
 
 
 @pytest.mark.parametrize(("name", "variant"), TABLES)

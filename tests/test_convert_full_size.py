@@ -1,17 +1,20 @@
-"""The nine released models of CLIP at full size, of random bits: both ways bit-exact, in bounded
-memory. The tool runs as a process of its own, as a user would run it."""
+"""The released models of CLIP and TEAM at full size, of random bits: both ways bit-exact, in
+bounded memory. The tool runs as a process of its own, as a user would run it."""
 
+import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from xmodal_jax import torch_files
-from xmodal_jax.models import clip_itm
+from xmodal_jax import convert, init, torch_files
+from xmodal_jax.models import clip_itm, team
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_MEMORY = 2.5  # times the file, interpreter and libraries included
@@ -31,15 +34,25 @@ NAMES = {
   "ViT-L/14@336px": "vit_l14_336",
 }  # fmt: skip
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "ViT-B/32"]
+# Name in the list of keys -> preset and number of parameters (TEAM spec, section 1).
+TEAM = {
+  "team_vitb16": ("vit_b16", 238_855_938),
+  "team_clipl14": ("clip_l14", 490_886_658),
+  "modelscope_chinese_large": ("chinese_l14", 421_195_264),
+}
 
 
-def layout(name: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def layout(name: str, system: str = "clip") -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   shared = pathlib.Path(os.environ.get("XMODAL_SHARED", ROOT.parent / "shared"))
-  file = shared / "specs" / "clip_state_dict.json"
+  file = shared / "specs" / f"{system}_state_dict.json"
   if not file.exists():
     pytest.skip(f"no list of keys at {file} (set XMODAL_SHARED)")
   keys = json.loads(file.read_text())[name]
   return {k: (tuple(shape), np.dtype(dtype)) for k, (*shape, dtype) in keys.items()}
+
+
+def shapes_of(name: str, system: str = "clip") -> dict[str, tuple[int, ...]]:
+  return {k: shape for k, (shape, _) in layout(name, system).items()}
 
 
 def bits(shape, dtype, seed: int) -> np.ndarray:
@@ -49,34 +62,106 @@ def bits(shape, dtype, seed: int) -> np.ndarray:
   return words.view(np.uint8)[:n].view(dtype).reshape(shape)
 
 
-def tool(*args: str) -> tuple[str, int]:
+def tool(system: str, *args: str) -> tuple[str, int]:
   """What the tool printed, and its peak memory in bytes."""
-  command = [sys.executable, "-c", RUN, str(ROOT / "tools" / "convert.py"), "--system", "clip"]
+  command = [sys.executable, "-c", RUN, str(ROOT / "tools" / "convert.py"), "--system", system]
   done = subprocess.run([*command, *args], capture_output=True, text=True, cwd=ROOT)
   assert done.returncode == 0, done.stderr[-2000:]
   *text, peak = done.stdout.strip().splitlines()
   return "\n".join(text), int(peak) * 1024
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's memory peaks")
-@pytest.mark.parametrize("name", ["ViT-B/32", *SLOW])
-def test_round_trip(name, tmp_path):
+def there_and_back(system: str, keys, tmp_path, prefix: str = "") -> str:
+  """What the tool said of a file of random bits with these keys, which came back as it was."""
   source, out, back = tmp_path / "a.pt", tmp_path / "dir", tmp_path / "b.pth"
   make = lambda i, shape, dtype: torch_files.Lazy(shape, dtype, lambda: bits(shape, dtype, i))
-  torch_files.write(source, {k: make(i, *v) for i, (k, v) in enumerate(layout(name).items())})
+  torch_files.write(source, {prefix + k: make(i, *v) for i, (k, v) in enumerate(keys.items())})
   size = source.stat().st_size
-  text, there = tool("--checkpoint", str(source), "--out", str(out))
-  assert f"clip {NAMES[name]}:" in text
-  _, again = tool("--checkpoint", str(out), "--out", str(back), "--to", "torch")
-  print(f"{name}: {size / 1e6:.0f} MB; peak {there / 1e6:.0f} MB, back {again / 1e6:.0f} MB")
+  text, there = tool(system, "--checkpoint", str(source), "--out", str(out))
+  _, again = tool(system, "--checkpoint", str(out), "--out", str(back), "--to", "torch")
+  print(f"{text}\n{size / 1e6:.0f} MB; peak {there / 1e6:.0f} MB, back {again / 1e6:.0f} MB")
   assert there < MAX_MEMORY * size and again < MAX_MEMORY * size
   # Names, order, dtypes, layout and values: the files themselves are equal.
   assert torch_files.sha256(source) == torch_files.sha256(back)
   for path in (source, back):
     path.unlink()
+  shutil.rmtree(out)
+  return text
+
+
+needs_proc = pytest.mark.skipif(
+  not os.path.exists("/proc/self/status"), reason="reads Linux's memory peaks"
+)
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["ViT-B/32", *SLOW])
+def test_round_trip(name, tmp_path):
+  assert f"clip {NAMES[name]}:" in there_and_back("clip", layout(name), tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_from_shapes_is_the_preset(name):
-  shapes = {k: shape for k, (shape, _) in layout(name).items()}
-  assert clip_itm.infer_config(shapes) == clip_itm.PRESETS[NAMES[name]]
+  assert clip_itm.infer_config(shapes_of(name)) == clip_itm.PRESETS[NAMES[name]]
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("name", TEAM)
+def test_team_round_trip(name, prefix, tmp_path):
+  text = there_and_back("team", layout(name, "team"), tmp_path, prefix)
+  variant, count = TEAM[name]
+  assert f"team {variant}: {count:,} values" in text
+  assert (", in module." in text) == bool(prefix)
+
+
+@pytest.mark.parametrize("name", TEAM)
+def test_team_config_from_shapes_is_the_preset(name):
+  variant, count = TEAM[name]
+  shapes = shapes_of(name, "team")
+  assert team.infer_config(shapes) == team.PRESETS[variant]
+  assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if "position_ids" not in k) == count
+
+
+@functools.cache
+def team_shapes(variant: str) -> dict[str, nnx.Variable]:
+  """{path: abstract parameter} of a released TEAM; nothing is allocated."""
+  model = nnx.eval_shape(lambda: team.build(team.preset(variant), rngs=nnx.Rngs(0)))
+  return init.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def test_team_optimizer_groups():
+  """Of the CLIP config, 314 tensors and then the 296 of the image tower (TEAM spec, 4.1)."""
+  keys = shapes_of("team_clipl14", "team")
+  want = {k: v.shape for k, v in team_shapes("clip_l14").items()}
+  names = convert.parameter_names(team.RULES, want, keys)
+  assert names == [k for k in keys if "position_ids" not in k]
+  ours = team.optimizer_names(names, [314, 296])
+  assert sorted(ours) == sorted(names)
+  slow = [n.startswith("image_model.") for n in ours]
+  assert slow == [False] * 314 + [True] * 296
+  for part in (False, True):  # each group in the order of the file
+    group = [n for n in ours if n.startswith("image_model.") == part]
+    assert group == [n for n in names if n in set(group)]
+
+
+@pytest.mark.parametrize(
+  "name, kind, variant",
+  [
+    ("init_deit_base_patch16_224", "deit", "vit_b16"),
+    ("init_clip_vit_l_14_visual", "clip", "clip_l14"),
+  ],
+)
+def test_towers_that_team_starts_from(name, kind, variant):
+  """The lists of keys fill the whole tower; only the class head is left over."""
+  tower = f"image/{kind}/"
+  want = {k: v for k, v in team_shapes(variant).items() if k.startswith(tower)}
+  if kind == "deit":
+    del want[tower + "proj/kernel"]  # new in TEAM
+  # Zeros of no memory on this side, and a byte for each value on ours.
+  state = {k: np.broadcast_to(np.int8(0), s) for k, s in shapes_of(name, "team").items()}
+  flat, report = convert.to_jax(state, team.TOWERS["image"], want, check_shapes=False)
+  assert report.dropped == [k for k in state if k.startswith("head.")]
+  wrong = {k for k in want if flat[k].shape != want[k].shape}
+  assert wrong == ({"image/deit/pos"} if kind == "deit" else set())  # 224 pixels, then 256

@@ -33,7 +33,7 @@ def make_state(built):
 
 
 def evaluator(config, built):
-  return evaluate.Evaluator(config, inputs.Inputs(config), built.graphdef, built.mesh)
+  return evaluate.Evaluator(config, inputs.Inputs(config), built)
 
 
 def test_scores_do_not_depend_on_blocks(config, built):
@@ -92,9 +92,10 @@ def test_cached_features(config, built, tmp_path):
   cached = config.copy_and_resolve_references()
   cached.eval.cache = True
   state, ev = make_state(built), evaluator(cached, built)
-  path = evaluate.cache_path(cached, tmp_path, ev.inputs.split("test"), {"step": 1})
-  assert evaluate.cache_path(config, tmp_path, ev.inputs.split("test"), {"step": 1}) is None
-  assert path != evaluate.cache_path(cached, tmp_path, ev.inputs.split("test"), {"step": 2})
+  path = ev.cache_path(tmp_path, ev.inputs.split("test"), {"step": 1})
+  plain = evaluator(config, built)
+  assert plain.cache_path(tmp_path, ev.inputs.split("test"), {"step": 1}) is None
+  assert path != ev.cache_path(tmp_path, ev.inputs.split("test"), {"step": 2})
   first = ev(state, "test", path)
   assert path.exists()
   broken = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))

@@ -1,11 +1,13 @@
 """Decoding and transforms of pictures."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 from test_pipeline import encoded
 
-from xmodal_jax.data import image
+from xmodal_jax.data import augment, image
 
 SIZE = 8
 TRANSFORM = image.clip_transform(SIZE)
@@ -58,7 +60,7 @@ def test_every_mode_becomes_rgb(mode):
   for transform in (TRANSFORM, image.Transform(SIZE, SIZE, resize="exact")):
     got = image.load(picture, transform)
     assert got.dtype == np.uint8 and got.shape == (SIZE, SIZE, 3)
-  got = image.crop_and_flip(SIZE)(picture, np.random.default_rng(0))
+  got = augment.build(TRANSFORM, crop="random")(picture, np.random.default_rng(0))
   assert got.dtype == np.uint8 and got.shape == (SIZE, SIZE, 3)
 
 
@@ -86,15 +88,51 @@ def test_random_box_fallback_is_central(width, height, box):
   assert image.crop_box(width, height, rng, (0.9, 1.0), (3 / 4, 4 / 3)) == box
 
 
-def test_crop_and_flip():
-  picture = image.decode(encoded(1, size=(30, 20)))
-  whole = {"scale": (1.0, 1.0), "ratio": (1.5, 1.5)}  # the box is the picture
-  resized = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-  draw = lambda flip: image.crop_and_flip(SIZE, flip=flip, **whole)(
-    picture, np.random.default_rng(0)
+def with_exif(pixels: np.ndarray, orientation: int, form: str) -> bytes:
+  exif, file = Image.Exif(), io.BytesIO()
+  exif[0x0112] = orientation
+  exif[0x010E] = "a description"
+  Image.fromarray(pixels).save(file, form, quality=100, lossless=True, exif=exif)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_rotation(orientation):
+  """A JPEG that says how it is to be turned: by Transform(exif=True) and by no other."""
+  pixels = np.zeros((16, 32, 3), np.uint8)
+  pixels[:8, :16] = 255  # the left upper corner
+  turned = {
+    2: pixels[:, ::-1],
+    3: pixels[::-1, ::-1],
+    4: pixels[::-1],
+    5: pixels.swapaxes(0, 1),
+    6: np.rot90(pixels, -1),
+    7: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90(pixels),
+  }
+  data = with_exif(pixels, orientation, "JPEG")
+  for on in (True, False):
+    transform = image.Transform(20, 20, resize="exact", exif=on)
+    got = image.load(data, transform).astype(int)
+    want = turned.get(orientation, pixels) if on else pixels
+    want = image.Transform(20, 20, resize="exact")(Image.fromarray(want))
+    assert abs(got - want).max() < 8  # the losses of JPEG
+
+
+def test_damaged_exif():
+  pixels = np.asarray(image.decode(encoded(0)).convert("RGB"))
+  transform = image.Transform(SIZE, SIZE, resize="exact", exif=True)
+  plain = transform(Image.fromarray(pixels))
+  data = with_exif(pixels, 3, "WEBP")
+  np.testing.assert_array_equal(
+    image.load(data, transform), transform(Image.fromarray(pixels[::-1, ::-1]))
   )
-  np.testing.assert_array_equal(draw(0.0), resized)
-  np.testing.assert_array_equal(draw(1.0), resized[:, ::-1])
-  rng, augment = np.random.default_rng(0), image.crop_and_flip(SIZE, **whole)
-  flips = sum((augment(picture, rng) != resized).any() for _ in range(200))
-  assert 70 < flips < 130
+  head = data[data.index(b"EXIF") + 8 :].removeprefix(b"Exif\0\0")[:4]
+  assert head in (b"MM\0*", b"II*\0")
+  # A header that cannot be read turns nothing.
+  np.testing.assert_array_equal(image.load(data.replace(head, b"XXXX"), transform), plain)
+  # The damaged tag of the description leaves the orientation alone.
+  start, order = data.index(head), "big" if head[:1] == b"M" else "little"
+  tags = data[start:].replace((0x010E).to_bytes(2, order), (0x0100).to_bytes(2, order), 1)
+  got = image.load(data[:start] + tags, transform)
+  np.testing.assert_array_equal(got, transform(Image.fromarray(pixels[::-1, ::-1])))

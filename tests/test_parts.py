@@ -66,7 +66,7 @@ def test_infonce_is_the_mean_of_two_cross_entropies():
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_forms_agree(causal):
   q, k, v = (jax.random.normal(key, (2, 7, 3, 4)) for key in jax.random.split(jax.random.key(1), 3))
-  plain = lambda *x: layers._attention_einsum(*x, causal)
+  plain = lambda *x: layers._attention_einsum(*x, causal=causal)
   library = lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal)
   chosen = lambda *x: layers.attention(*x, causal=causal)
   for f in (library, chosen):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xmodal_jax.data import augment as augment_lib
 from xmodal_jax.data import builder, image, order, pipeline, records, text
 
 SIZE, LENGTH = 8, 12
@@ -126,7 +127,7 @@ def test_one_caption_of_each_picture():
   assert (one != two).sum() > 5  # sorted by caption is sorted by picture: 4 in 5 change
 
 
-@pytest.mark.parametrize("augment", [None, image.crop_and_flip(SIZE)])
+@pytest.mark.parametrize("augment", [None, augment_lib.build(TRANSFORM, crop="random", flip=0.5)])
 def test_restarts_threads_and_processes_do_not_change_the_data(augment):
   # 30 pictures x 5 = 150 captions: 18 whole batches in an epoch, so 24 cross into the next.
   kw = {"max_bad_fraction": 0.2, "augment": augment}
@@ -141,7 +142,8 @@ def test_restarts_threads_and_processes_do_not_change_the_data(augment):
 
 def test_augmentation_is_drawn_per_position():
   split = FakeSplit(n=1, captions=lambda i: 16)
-  one, two = take(2, split, augment=image.crop_and_flip(SIZE, scale=(0.1, 0.5)))
+  augment = augment_lib.build(TRANSFORM, crop="random", crop_scale=(0.1, 0.5))
+  one, two = take(2, split, augment=augment)
   seen = {row.tobytes() for b in (one, two) for row in b["image"]}
   assert len(seen) == 16  # one picture, 16 captions, 16 crops
 

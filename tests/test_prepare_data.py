@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -325,6 +326,109 @@ def test_bad_tables(tmp_path, capsys):
   with args[2].open("a") as f:
     f.write("1.jpg,a caption, with a comma,11,val\n")
   assert "pairs.csv:6: 5 fields, expected 4" in fails(capsys, *args)
+
+
+def albef(root: pathlib.Path) -> tuple:
+  """Two lists of a train split under two folders, which share a picture, and a test list."""
+  lists = {
+    "a": ("one", [("1.jpg", ["a", " B. "]), ("b/2.jpg", "plain"), ("b/../1.jpg", ["c"])]),
+    "b": ("", [("two/1.jpg", [""]), ("one/b/2.jpg", ["d", "e"])]),
+    "c": ("two", [("3.jpg", ["f"])]),
+  }
+  for i, name in enumerate(("one/1.jpg", "one/b/2.jpg", "two/1.jpg", "two/3.jpg")):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(picture(i))
+  args = []
+  for name, (folder, rows) in lists.items():
+    data = [{"image": p, "caption": c, "image_id": "x", "dataset": 7} for p, c in rows]
+    (root / f"{name}.json").write_text(json.dumps(data))
+    args += ["--test" if name == "c" else "--train", root / f"{name}.json", root / folder]
+  return ("albef", *args, "--out", root / "out")
+
+
+def test_albef(tmp_path, caplog):
+  with caplog.at_level("INFO"):
+    run(*albef(tmp_path), "--check_images")
+  assert "train: 5 records, 2 merged into earlier ones" in caplog.text
+  assert "test: 1 records, 0 merged" in caplog.text
+  folder = tmp_path / "out" / "albef" / "1.0.0"
+  train = list(records.open_split(folder, "train"))
+  assert [r.captions for r in train] == [("a", " B. ", "c"), ("plain", "d", "e"), ("",)]
+  assert [r.image for r in train] == [picture(0), picture(1), picture(2)]
+  assert [r.filename for r in train] == ["1.jpg", "b/2.jpg", "two/1.jpg"]
+  assert [r.image_id for r in train] == [0, 1, 2]
+  assert [r.image_id for r in records.open_split(folder, "test")] == [3]
+  source = json.loads((folder / "source.json").read_text())
+  name = str(tmp_path / "b.json")
+  assert source["options"]["train"][1] == [name, f"{tmp_path}"]
+  assert source["sha256"][name] == hashlib.sha256((tmp_path / "b.json").read_bytes()).hexdigest()
+  # The order of the lists on the command line is that of the pictures; later flags add to it.
+  args = albef(tmp_path)
+  run("albef", *args[4:7], *args[1:4], "--out", tmp_path / "out", "--name", "turned")
+  turned = records.open_split(tmp_path / "out" / "turned", "train")
+  assert [r.captions[0] for r in turned] == ["", "d", "a"]
+
+
+def test_albef_of_the_golden_set(tmp_path):
+  data = json.loads(golden_files.path("team", "eval_data", "annotations.json").read_text())
+  pixels = golden_files.arrays("team", "eval_data", "images.npz")
+  for item in data:
+    path = tmp_path / item["image"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels[path.stem]).save(path)
+  file = golden_files.path("team", "eval_data", "annotations.json")
+  run("albef", "--test", file, tmp_path, "--out", tmp_path / "out")
+  split = records.open_split(tmp_path / "out", "test")
+  assert [(r.filename, list(r.captions)) for r in split] == [
+    (item["image"], item["caption"]) for item in data
+  ]
+  for record in split:
+    got = np.asarray(Image.open(io.BytesIO(record.image)))
+    np.testing.assert_array_equal(got, pixels[pathlib.Path(record.filename).stem])
+
+
+def test_albef_missing_pictures(tmp_path, capsys, caplog):
+  args = albef(tmp_path)
+  for name in ("one/1.jpg", "two/1.jpg"):
+    (tmp_path / name).unlink()
+  message = fails(capsys, *args)
+  assert "2 of 4 pictures are missing; check" in message and "--max_missing" in message
+  assert str(tmp_path / "two" / "1.jpg") in message and str(tmp_path / "one" / "1.jpg") in message
+  assert "missing, more than the 1 allowed" in fails(capsys, *args, "--max_missing", "1")
+  with caplog.at_level("INFO"):
+    run(*args, "--max_missing", "2")
+  assert "left out 2 missing pictures:" in caplog.text
+  train = records.open_split(tmp_path / "out", "train")
+  assert [(r.filename, r.image_id, r.caption_ids) for r in train] == [("b/2.jpg", 1, (0, 1, 2))]
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ('[{"image": "1.jpg"', "a.json: not JSON"),
+    ('{"images": []}', "a.json: not a list of records; expected ALBEF's"),
+    ("[]", "a.json: not a list of records"),
+    ('[{"image": "1.jpg", "caption": "x"}, 3]', "a.json: record 1 (counted from 0): no key"),
+    ('[{"image": "1.jpg", "captions": ["x"]}]', "a.json: record 0 (counted from 0): no key 'capt"),
+    ('[{"image": 5, "caption": "x"}]', "a.json: record 0 (counted from 0): image 5 is not a path"),
+    ('[{"image": "", "caption": "x"}]', "image '' is not a path"),
+    ('[{"image": "1.jpg", "caption": ["x", 4]}]', "record 0 (counted from 0) (1.jpg): caption"),
+    ('[{"image": "1.jpg", "caption": null}]', "(1.jpg): caption is None; expected ALBEF's"),
+    ('[{"image": "1.jpg", "caption": []}]', "record 0 (counted from 0) (1.jpg) has no captions"),
+    ('[{"image": "../two/3.jpg", "caption": "x"}]', "c.json: record 0 (counted from 0): picture"),
+  ],
+)
+def test_bad_albef(tmp_path, capsys, text, message):
+  args = albef(tmp_path)
+  (tmp_path / "a.json").write_text(text)
+  assert message in fails(capsys, *args)
+
+
+def test_albef_without_lists(tmp_path, capsys):
+  (tmp_path / "out").mkdir()
+  assert "pass --train, --val or --test" in fails(capsys, "albef", "--out", tmp_path / "out")
+  args = ("albef", "--val", tmp_path / "no.json", tmp_path, "--out", tmp_path / "out")
+  assert "no.json: no such file; check --val" in fails(capsys, *args)
 
 
 def test_runs_as_a_script_from_anywhere(tmp_path):

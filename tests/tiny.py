@@ -14,8 +14,18 @@ def data(folder: pathlib.Path) -> str:
   return str(path if path.exists() else shapes.write(folder, sizes=SIZES))
 
 
-def config(data_dir: str, **changes):
+def _change(c, changes):
   """changes: keys with "__" for the dot, e.g. optim__lr=1e-3."""
+  for key, value in changes.items():
+    *parents, last = key.split("__")
+    node = c
+    for name in parents:
+      node = node[name]
+    node[last] = value
+  return c
+
+
+def config(data_dir: str, **changes):
   c = config_lib.base()
   c.data.dir, c.data.captions = data_dir, "one"
   image = dict(kind="vit", size=16, patch=8, width=32, depth=2, heads=2)
@@ -27,10 +37,24 @@ def config(data_dir: str, **changes):
   c.optim.lr, c.optim.warmup = 1e-2, "2 steps"
   c.eval.batch_size, c.eval.block, c.eval.every = 16, (16, 64), "5 steps"
   c.checkpoint.every = "3 steps"
-  for key, value in changes.items():
-    *parents, last = key.split("__")
-    node = c
-    for name in parents:
-      node = node[name]
-    node[last] = value
-  return c
+  return _change(c, changes)
+
+
+def team(data_dir: str, **changes):
+  """The same run with a TEAM: BERT, a DeiT and two blocks of token alignment."""
+  c = config(data_dir)
+  c.model = dict(
+    system="team",
+    embed=16,
+    image=dict(kind="deit", size=16, patch=8, width=32, depth=2, heads=2),
+    text=dict(vocab=30522, context=24, width=24, depth=2, heads=2, mlp=48),
+    project_text=True,
+    matching=dict(depth=2, heads=2, embed=16, dropout=0.1),
+    same_image="exclude",
+    negatives=1,
+    layerwise=True,
+  )
+  c.text.tokenizer, c.text.max_merges = "bert", 0
+  c.eval.top_k_text, c.eval.top_k_image = 4, 3
+  c.eval.rerank_block = (2, 2)
+  return _change(c, changes)

@@ -3,6 +3,7 @@
   python tools/prepare_data.py karpathy --annotations dataset.json --images DIR --out DATA_DIR
   python tools/prepare_data.py coco --annotations DIR --images DIR --out DATA_DIR
   python tools/prepare_data.py pairs --annotations pairs.csv --images DIR --out DATA_DIR
+  python tools/prepare_data.py albef --train JSON ROOT --train JSON ROOT --out DATA_DIR
   python tools/prepare_data.py shapes --out DATA_DIR
 
 The data set goes to DATA_DIR/NAME/VERSION; give DATA_DIR/NAME as the data directory of a config.
@@ -20,10 +21,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from xmodal_jax.data import builder, shapes, sources
 
+SPLITS = ("train", "val", "test")
+
 
 def _parser() -> argparse.ArgumentParser:
   raw = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+  parser.set_defaults(max_missing=0)  # the other sources allow none
   commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
   def command(name: str, text: str, default_name: str) -> argparse.ArgumentParser:
@@ -32,9 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", default=default_name, help="(default: %(default)s)")
     sub.add_argument("--version", default="1.0.0", help="(default: %(default)s)")
     sub.add_argument("--overwrite", action="store_true", help="replace the data set if it exists")
-    if name != "shapes":
+    if name not in ("albef", "shapes"):
       sub.add_argument("--annotations", required=True)
       sub.add_argument("--images", required=True, help="folder of the pictures")
+    if name != "shapes":
       sub.add_argument("--check_images", action="store_true", help="decode each picture first")
     return sub
 
@@ -50,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(f"--{column}_column", default=default, help="(default: %(default)s)")
   for split in ("val", "test"):
     sub.add_argument(f"--{split}_fraction", type=float, default=0.0, help="drawn by path")
+  sub = command("albef", "lists of {image, caption} records in .json, as ALBEF has them", "albef")
+  for split in SPLITS:
+    text = f"a list of the {split} split and the folder of its paths; may be repeated"
+    sub.add_argument(
+      f"--{split}", nargs=2, metavar=("JSON", "ROOT"), action="append", default=[], help=text
+    )
+  text = "leave out up to so many pictures whose file does not exist (default: 0)"
+  sub.add_argument("--max_missing", type=int, default=0, help=text)
   sub = command("shapes", "the embedded data set of rendered scenes", "shapes")
   sub.add_argument("--seed", type=int, default=0)
   return parser
@@ -66,20 +79,26 @@ def _write(args: argparse.Namespace) -> epath.Path:
   elif args.source == "coco":
     options = {}
     splits = sources.read_coco(args.annotations, args.images)
+  elif args.source == "albef":
+    lists = {k: getattr(args, k) for k in SPLITS if getattr(args, k)}
+    options = {**lists, "max_missing": args.max_missing}
+    if not lists:
+      raise builder.DatasetError("no list is named; pass --train, --val or --test JSON ROOT")
+    splits = sources.read_albef(lists)
   else:
     names = ("image_column", "caption_column", "id_column", "split_column")
     options = {k: getattr(args, k) for k in (*names, "val_fraction", "test_fraction")}
     splits = sources.read_pairs(args.annotations, args.images, **options)
-  sources.check_pictures(splits, decode=args.check_images)
+  if args.source == "albef":  # by full name: lists of several folders may be called the same
+    sha256 = {f: sources.checksums(f).popitem()[1] for part in lists.values() for f, _ in part}
+  else:
+    sha256 = sources.checksums(args.annotations)
+  splits = sources.check_pictures(splits, args.check_images, args.max_missing)
   return builder.write_dataset(
     args.out,
     splits={name: sources.examples(pictures) for name, pictures in splits.items()},
     description=f"Pictures and captions, written by prepare_data.py {args.source}.",
-    sources={
-      "source": args.source,
-      "options": options,
-      "sha256": sources.checksums(args.annotations),
-    },
+    sources={"source": args.source, "options": options, "sha256": sha256},
     **where,
   )
 

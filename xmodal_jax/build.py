@@ -22,7 +22,8 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 class Built:
-  """mesh; graphdef; params, stats: abstract nnx.States; *_shardings: nested dicts like them."""
+  """mesh; system: class of the model; graphdef; params, stats: abstract nnx.States; *_shardings:
+  nested dicts like them."""
 
   def __init__(self, config: Any, devices: Sequence[jax.Device] | None = None):
     if config.precision != "default":
@@ -30,7 +31,9 @@ class Built:
     self.config = config
     self.mesh = sharding.make_mesh(config.mesh, devices)
     self.module = models.system_module(config.model.system)
-    self.graphdef, self.params, self.stats = step_lib.split(nnx.eval_shape(self.model))
+    model = nnx.eval_shape(self.model)
+    self.system = type(model)
+    self.graphdef, self.params, self.stats = step_lib.split(model)
     place = functools.partial(
       sharding.param_shardings,
       mesh=self.mesh,
@@ -44,10 +47,13 @@ class Built:
     """The model with fresh parameters, drawn from config.seed."""
     config = self.config.model.to_dict()
     dtype = compute_dtype(self.config.dtype)
-    return self.module.build(config, dtype=dtype, rngs=nnx.Rngs(self.config.seed))
+    model = self.module.build(config, dtype=dtype, rngs=nnx.Rngs(self.config.seed))
+    model.rows = sharding.batch_sharding(self.mesh)
+    return model
 
   def optimizer(self, schedule: optim.Schedule):
-    return optim.make_optimizer(self.config.optim, schedule, nnx.to_pure_dict(self.params))
+    params = nnx.to_pure_dict(self.params)
+    return optim.make_optimizer(self.config.optim, schedule, params, self.module.RULES)
 
   def state_shardings(self, tx) -> step_lib.TrainState:
     params = nnx.to_pure_dict(self.params)

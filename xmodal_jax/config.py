@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 ConfigDict = ml_collections.ConfigDict
 
 # What may differ when a workdir is resumed: where and how it runs, not what it computes.
 FREE = (
   "mesh", "rules", "min_shard", "log_every", "profile", "checkpoint", "data.dir", "data.threads",
-  "eval.batch_size", "eval.block", "eval.cache", "eval.eccv_dir", "eval.folds",
+  "eval.batch_size", "eval.block", "eval.rerank_block",
+  "eval.cache", "eval.eccv_dir", "eval.folds",
 )  # fmt: skip
 
 
@@ -22,6 +24,11 @@ def base() -> ConfigDict:
   c.recipe = "default"  # a key of `recipes`: a named set of changes to this config
   c.recipes = ConfigDict({"default": ConfigDict()})  # name -> {dotted key with "/": value}
   c.init = ""  # converted directory, workdir, checkpoint or foreign file; "" for random weights
+  # Public files of single towers, where a system starts from those: see its TOWERS. What they do
+  # not hold is random. init_half: an image tower's matrices pass through float16 (CLIP).
+  c.init_image, c.init_text, c.init_half = "", "", False
+  # A PyTorch optimizer state that belongs to config.init, to go on with a published run.
+  c.init_optimizer = ""
   c.model = ConfigDict()  # a preset of the system, filled in by the config file
   c.dtype = "auto"  # compute dtype: bfloat16 on accelerators, float32 on CPU; or a dtype's name
   c.precision = "default"  # of float32 matmuls: default, high, highest
@@ -42,28 +49,45 @@ def base() -> ConfigDict:
   d.captions = "all"  # "all": an epoch visits every caption; "one": every picture, one caption
   # The evaluation transform; size 0 is that of the model. See data.image.Transform.
   d.image = ConfigDict(dict(size=0, resize="shorter", interpolation="bicubic", rgb_first=False))
+  d.image.exif = False  # turn pictures as their EXIF orientation says
+  # Training pictures are changed in this order; see data.augment.
   d.crop = "center"  # training crop: "center" as in evaluation, or "random" resized
   d.crop_scale = (0.5, 1.0)  # share of the area that a random crop keeps
+  d.crop_ratio = (3 / 4, 4 / 3)  # width to height of a random crop, before it is resized
+  d.jitter = (0.0, 0.0, 0.0, 0.0)  # of brightness, contrast, saturation and hue; 0: none
+  d.jitter_p = 0.8  # probability of jitter, where there is any
+  d.grayscale = 0.0  # probability that a training picture loses its colour
+  d.blur = 0.0  # probability of a Gaussian blur
+  d.blur_radius = (0.1, 2.0)  # range of its standard deviation in pixels
   d.flip = 0.0  # probability that a training picture is mirrored
+  d.rand_augment = (0, 0)  # operations per picture (0: none), magnitude 0 to 10
+  d.rand_augment_mode = "corrected"  # "original": with the overflows and one-sided warps of TEAM
   d.max_bad_fraction = 1e-4  # share of undecodable training records that a run survives
   d.eval_max_bad_fraction = 0.0
   d.threads = 0  # host threads that decode; 0: TensorFlow's choice
 
   t = c.text = ConfigDict()
-  t.tokenizer = "clip_bpe"
+  t.tokenizer = "clip_bpe"  # or "bert": WordPiece
   t.vocab = ""  # file; "" for the packaged one
   t.max_merges = 0  # CLIP BPE: use only the first merges; 0 for all
+  t.lowercase = True  # BERT: lower-case and strip accents; False keeps both
+  t.clean = "none"  # BERT: caption clean-up before the tokenizer, "none" or "albef"
+  t.max_words = 0  # words that the clean-up keeps; 0 for all
   t.length = 77
   t.truncate = True  # False: a caption that is too long is an error
 
   o = c.optim = ConfigDict()
-  o.name = "adamw"
+  o.name = "adamw"  # or "lamb"
+  # LAMB's norms: "optax", of each array and layer; "original", of the original's tensors (query,
+  # key and value are one where they are fused), and no ratio where there is no weight decay.
+  o.trust = "optax"
   o.lr, o.b1, o.b2, o.eps = 1e-5, 0.9, 0.98, 1e-6
   o.weight_decay = 0.2
   o.decay = ((r"kernel$", 1.0), (".*", 0.0))  # multiples of weight_decay
   o.lr_mult = ((".*", 1.0),)
   o.grad_clip = 0.0  # global norm; 0: none
   o.schedule, o.warmup, o.end = "cosine", "500 steps", 0.0
+  o.step_every, o.step_factor = "10 epochs", 0.1  # schedule "step": lr * factor ** (step // every)
   o.bounds = ()  # (regex, low, high): parameters kept inside after every update
   o.round_to, o.round_paths = "", ()  # dtype that parameters matching the regexes are rounded to
 
@@ -74,10 +98,17 @@ def base() -> ConfigDict:
   e.select = "val"  # split evaluated in training, which the best checkpoint is chosen on
   e.metric = "rsum"
   e.test = True  # evaluate data.test once at the end, with the best checkpoint
+  # Second stage: candidates of a picture, of a caption, weight of the first stage in their scores.
+  # None: the system's own; 0 candidates: first stage only.
+  e.top_k_text = config_dict.placeholder(int)
+  e.top_k_image = config_dict.placeholder(int)
+  e.stage_mix = config_dict.placeholder(float)
+  e.rerank_block = (16, 8)  # pictures x captions of each that a device scores in a call
+  e.token_dtype = "auto"  # of the features kept on the devices for it, as `dtype`
   e.score_dtype = "float32"  # float16 reproduces CLIP_ITM's published decimals
   e.folds = 0  # COCO 1K: 5
   e.eccv_dir = ""  # id files of ECCV Caption and CxC, for the COCO 5K test split
-  e.cache = False  # keep embeddings in the workdir
+  e.cache = False  # keep embeddings in the workdir; not with a second stage
 
   c.checkpoint = ConfigDict(dict(every="1000 steps", keep=2))
   return c

@@ -57,10 +57,13 @@ def squeeze(*axes: int) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
+  """default: the value that a parameter gets where the file, by design, has no such key."""
+
   torch: str
   ours: tuple[str, ...] | str
   fn: Transform = same
   first: int = 0
+  default: float | None = None
 
   @property
   def paths(self) -> tuple[str, ...]:
@@ -75,15 +78,28 @@ class Ignore:
   keep: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Alias:
+  """Names that some files write in place of those that the rules know: re.sub(torch, means)."""
+
+  torch: str
+  means: str
+
+
+Entry = Rule | Ignore | Alias
+
+
 @dataclasses.dataclass
 class Report:
-  """keys: all of the file, in its order. missing: those that allow_missing let pass."""
+  """keys: all of the file, in its order. missing: those that allow_missing let pass. filled: names
+  that got their rule's default."""
 
   keys: list[str]
   kept: dict[str, np.ndarray]
   dropped: list[str]
   missing: list[str]
   parameters: int
+  filled: list[str] = dataclasses.field(default_factory=list)
 
 
 class ConversionError(ValueError):
@@ -119,11 +135,11 @@ def _pattern(template: str) -> re.Pattern:
   return re.compile(out)
 
 
-def plan(rules: Iterable[Rule | Ignore], shapes: Shapes) -> dict[str, _Step]:
+def plan(rules: Iterable[Entry], shapes: Shapes) -> dict[str, _Step]:
   """Every torch key of a model whose paths and shapes are given -> how it maps."""
   steps: dict[str, _Step] = {}
   for rule in rules:
-    if isinstance(rule, Ignore):
+    if not isinstance(rule, Rule):
       continue
     pattern, stacked = _pattern(rule.paths[0]), "{layer}" in rule.torch
     for path, shape in shapes.items():
@@ -141,9 +157,46 @@ def plan(rules: Iterable[Rule | Ignore], shapes: Shapes) -> dict[str, _Step]:
   return steps
 
 
+def tensors(rules: Iterable[Entry], shapes: Shapes) -> list[tuple[tuple[str, ...], bool]]:
+  """Which of our arrays are one torch tensor: (paths, stacked) for each group of them.
+
+  Several paths are pieces of the same tensor (fused query, key, value). Where stacked, each of
+  them leads with a layer axis and there is one torch tensor per layer. shapes: of all parameters.
+  Raises ConversionError for a parameter that no rule covers, ValueError for one in two groups.
+  """
+  groups = {step.paths: step.layer is not None for step in plan(rules, shapes).values()}
+  covered = [path for paths in groups for path in paths]
+  if set(covered) != set(shapes):
+    raise ConversionError(
+      parameters_without_a_rule=sorted(set(shapes) - set(covered)),
+      rules_without_a_parameter=sorted(set(covered) - set(shapes)),
+    )
+  if twice := sorted({path for path in covered if covered.count(path) > 1}):
+    raise ValueError(f"rules put {', '.join(twice)} into more than one torch tensor")
+  return list(groups.items())
+
+
+def parameter_names(rules: Sequence[Entry], shapes: Shapes, keys: Iterable[str]) -> list[str]:
+  """Those of a file's keys that are parameters of these shapes, in order, by the rules' names."""
+  steps = plan(rules, shapes)
+  return [name for name in _canonical(rules, keys).values() if name in steps]
+
+
+def _canonical(rules: Sequence[Entry], names: Iterable[str]) -> dict[str, str]:
+  """Name in a file -> name that the rules know."""
+  aliases = [r for r in rules if isinstance(r, Alias)]
+
+  def one(name: str) -> str:
+    for a in aliases:
+      name = re.sub(a.torch, a.means, name)
+    return name
+
+  return {name: one(name) for name in names}
+
+
 def to_jax(
   state: Mapping[str, Any],
-  rules: Sequence[Rule | Ignore],
+  rules: Sequence[Entry],
   abstract: Mapping[str, Any],
   *,
   allow_missing: str | None = None,
@@ -161,6 +214,9 @@ def to_jax(
   ignores = [(_pattern(r.torch), r) for r in rules if isinstance(r, Ignore)]
   known = [_pattern(r.torch) for r in rules if isinstance(r, Rule)]
   report = Report(list(state), {}, [], [], 0)
+  state = {known: state[name] for name, known in _canonical(rules, state).items()}
+  if len(state) < len(report.keys):
+    raise ConversionError(extra=["some keys are there under two names: " + ", ".join(report.keys)])
   unknown, extra, misshapen = [], [], []
   for name in state:
     if name in steps:
@@ -175,6 +231,8 @@ def to_jax(
       report.dropped.append(name)
 
   absent = [name for name in steps if name not in state]
+  report.filled = [name for name in absent if steps[name].rule.default is not None]
+  absent = [name for name in absent if steps[name].rule.default is None]
   allowed = re.compile(allow_missing).fullmatch if allow_missing else lambda _: None
   report.missing = [name for name in absent if allowed(name)]
   missing = [f"{name} -> {', '.join(steps[name].paths)}" for name in absent if not allowed(name)]
@@ -206,6 +264,9 @@ def to_jax(
     report.parameters += sum(p.size for p in pieces)
   if misshapen:
     raise ConversionError(misshapen=misshapen)
+  for name in report.filled:
+    for path in steps[name].paths:
+      flat[path] = np.full(shapes[path], steps[name].rule.default, np.float32)
   return {path: flat[path] for path in shapes if path in flat}, report
 
 
@@ -245,14 +306,15 @@ def _fetch(value: Any) -> np.ndarray:
 
 def to_torch(
   flat: Mapping[str, Any],
-  rules: Sequence[Rule | Ignore],
+  rules: Sequence[Entry],
   *,
   kept: Mapping[str, np.ndarray] | None = None,
   order: Sequence[str] = (),
 ) -> dict[str, Lazy]:
   """{path: array} -> torch state dict of arrays that are made when they are asked for.
 
-  kept: values of ignored keys, from the report of the way there. order: names that come first.
+  kept: values of ignored keys, from the report of the way there. order: the keys of the file on
+  the way there; they come first and keep their aliases, and what was filled stays out again.
   """
   steps = plan(rules, {path: tuple(x.shape) for path, x in flat.items()})
   covered = {path for step in steps.values() for path in step.paths}
@@ -262,7 +324,13 @@ def to_torch(
       rules_without_a_parameter=sorted(covered - set(flat)),
     )
   kept = dict(kept or {})
-  out = {name: _lazy(flat, step) for name, step in steps.items()}
+  alias = {known: name for name, known in _canonical(rules, order).items()}
+  filled = lambda name, step: order and step.rule.default is not None and name not in alias
+  out = {
+    alias.get(name, name): _lazy(flat, step)
+    for name, step in steps.items()
+    if not filled(name, step)
+  }
   out |= {name: Lazy(v.shape, v.dtype, lambda v=v: v) for name, v in kept.items()}
   names = dict.fromkeys([n for n in order if n in out]) | dict.fromkeys(out)
   return {name: out[name] for name in names}

@@ -1,8 +1,9 @@
 """config.init: parameters from a converted directory, a workdir, or a PyTorch file."""
 
 import contextlib
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -66,6 +67,55 @@ def load(
   )
 
 
+def load_tower(
+  source: str, side: str, system: str, params: nnx.State, half: bool = False
+) -> dict[str, np.ndarray]:
+  """Reads a public file of one tower ("image" or "text") into {path: float32 array}.
+
+  The system's TOWERS say which files those are. What of the tower the file does not have (a new
+  projection) is left out. half: matrices and their biases are rounded to float16, as CLIP's own
+  files hold them. Raises CheckpointError, ConversionError.
+  """
+  path = epath.Path(source).expanduser()
+  if not path.is_file():
+    raise checkpoint.CheckpointError(f"config.init_{side}: {path} is not a file")
+  module = models.system_module(system)
+  rules = getattr(module, "TOWERS", {}).get(side)
+  if rules is None:
+    raise checkpoint.CheckpointError(
+      f"config.init_{side}: {system} starts from whole checkpoints; use config.init"
+    )
+  want = flat(nnx.to_pure_dict(params))
+  covered = {
+    p
+    for step in convert.plan(rules, {k: tuple(v.shape) for k, v in want.items()}).values()
+    for p in step.paths
+  }
+  want = {k: v for k, v in want.items() if k in covered}
+  with _local(path) as local:
+    state, _ = torch_files.state_dict(local)
+    leaves, report = convert.to_jax(state, rules, want, check_shapes=False)
+  logging.info("%s tower from %s, %d keys not used", side, path, len(report.dropped))
+  leaves = {k: module.resize(k, v, want[k].shape) for k, v in leaves.items()}
+  _check(path, leaves, want)
+  rounds = re.compile("|".join(module.HALF_PATHS)).search if half else lambda _: False
+  return {
+    k: np.asarray(v.astype(np.float16) if rounds(k) else v, np.float32) for k, v in leaves.items()
+  }
+
+
+@contextlib.contextmanager
+def _local(path: epath.Path) -> Iterator[epath.Path]:
+  """The file on this machine, where it is mapped into memory."""
+  if "://" not in str(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = epath.Path(folder) / path.name
+    path.copy(local)
+    yield local
+
+
 def _read_directory(path: epath.Path, system: str) -> tuple[dict[str, Any], dict[str, Any]]:
   if (path / "meta.json").exists():
     meta = convert.read_meta(path)
@@ -96,11 +146,7 @@ def _read_directory(path: epath.Path, system: str) -> tuple[dict[str, Any], dict
 def _read_file(
   path: epath.Path, system: str, want: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  with contextlib.ExitStack() as stack:
-    local = path
-    if "://" in str(path):  # it is mapped into memory, so it has to be on this machine
-      local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
-      path.copy(local)
+  with _local(path) as local:
     state, file_info = torch_files.state_dict(local)
     module = models.system_module(system)
     module.infer_config({k: v.shape for k, v in state.items()})  # refuses other systems by name

@@ -1,6 +1,5 @@
 """From the `data` and `text` sections of a config to splits, tokenizer and batches."""
 
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,8 +8,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from xmodal_jax.data import image, order, pipeline, records, shapes, text
+from xmodal_jax.data import augment, image, order, pipeline, records, shapes, text
 from xmodal_jax.data.tfrecord import DatasetError
+
+# The keys of config.data that change training pictures.
+AUGMENT = (
+  "crop", "crop_scale", "crop_ratio", "jitter", "jitter_p", "grayscale", "blur", "blur_radius",
+  "flip", "rand_augment", "rand_augment_mode",
+)  # fmt: skip
 
 
 def data_home() -> epath.Path:
@@ -26,12 +31,7 @@ class Inputs:
 
   def __init__(self, config: Any):
     self.config, self._splits = config, {}
-    self.tokenizer = text.make_tokenizer(
-      config.text.tokenizer,
-      path=config.text.vocab or None,
-      max_merges=config.text.max_merges or None,
-    )
-    self.tokenize = functools.partial(self.tokenizer, truncate=config.text.truncate)
+    self.tokenizer = text.tokenizer_from(config.text)
     vocab = config.model.text.vocab
     if self.tokenizer.vocab_size > vocab:
       raise ValueError(
@@ -40,7 +40,7 @@ class Inputs:
       )
     size, keep = config.model.image.size, config.data.image
     self.transform = image.Transform(
-      keep.size or size, size, keep.resize, keep.interpolation, rgb_first=keep.rgb_first
+      keep.size or size, size, keep.resize, keep.interpolation, keep.rgb_first, keep.exif
     )
 
   def split(self, name: str) -> records.Split:
@@ -71,19 +71,10 @@ class Inputs:
     return self.split("train").fingerprint
 
   def _augment(self) -> image.Augment | None:
-    data = self.config.data
-    if data.crop not in ("center", "random"):
-      raise ValueError(f"config.data.crop is {data.crop!r}; there are 'center' and 'random'")
-    if data.crop == "random":
-      return image.crop_and_flip(
-        self.transform.crop,
-        scale=tuple(data.crop_scale),
-        interpolation=data.image.interpolation,
-        flip=data.flip,
-      )
-    if data.flip:
-      return lambda picture, rng: self.transform(image.random_flip(picture, rng, data.flip))
-    return None
+    try:
+      return augment.build(self.transform, **{k: self.config.data[k] for k in AUGMENT})
+    except ValueError as e:
+      raise ValueError(f"config.data.{e}") from None
 
   def train(self, step: int) -> Iterator[Mapping[str, np.ndarray]]:
     """This process's rows of global batches step, step + 1, ... without end."""
@@ -93,8 +84,9 @@ class Inputs:
       batch_size=c.batch_size,
       image_transform=self.transform,
       augment=self._augment(),
-      tokenizer=self.tokenize,
+      tokenizer=self.tokenizer,
       text_length=c.text.length,
+      truncate=c.text.truncate,
       captions=c.data.captions,
       seed=c.seed,
       step=step,
@@ -117,8 +109,9 @@ class Inputs:
     return pipeline.eval_texts(
       split,
       batch_size=self.config.eval.batch_size,
-      tokenizer=self.tokenize,
+      tokenizer=self.tokenizer,
       text_length=self.config.text.length,
+      truncate=self.config.text.truncate,
       max_bad_fraction=self.config.data.eval_max_bad_fraction,
       **_process(),
     )

@@ -98,6 +98,20 @@ def summarise(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, float]
   return _summary(*retrieval_ranks(scores, caption_image))
 
 
+def merge_directions(i2t: dict[str, float], t2i: dict[str, float]) -> dict[str, float]:
+  """One report of two: image to text of the first, text to image of the second, sums anew.
+
+  For systems that rerank each direction on its own, whose two score matrices differ.
+  """
+  out = {k: (t2i if "t2i" in k else i2t)[k] for k in i2t}
+  for prefix in (k.removesuffix("rsum") for k in i2t if k.endswith("rsum")):
+    r1 = [out[f"{prefix}{d}_r1"] for d in ("i2t", "t2i")]
+    out[f"{prefix}rsum"] = sum(out[f"{prefix}{d}_r{k}"] for d in ("i2t", "t2i") for k in RECALL_AT)
+    out[f"{prefix}mean_r"] = out[f"{prefix}rsum"] / (2 * len(RECALL_AT))
+    out[f"{prefix}mean_r1"] = sum(r1) / 2
+  return out
+
+
 def folds(scores: np.ndarray, caption_image: np.ndarray, n_folds: int = 5) -> dict[str, float]:
   """`summarise` averaged over `n_folds` consecutive blocks of images with their own captions.
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from xmodal_jax import convert
+
 Schedule = Callable[..., Any]
 
 
@@ -48,14 +50,19 @@ def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
 
   cosine:    linear warm-up from lr / warmup, then half a cosine down to `end` * lr at the end.
   constant:  warm-up, then lr.
+  step:      lr * step_factor ** (step // step_every), counted from step 0; warm-up comes before.
   clip_itm:  the staircase of CLIP_ITM: the cosine is followed in captions, not in batches, so that
              the position jumps by an epoch of captions at each epoch and hardly moves inside one.
   """
   lr, warmup = config["lr"], steps(config["warmup"], run.steps_per_epoch)
   end, name, total = config["end"], config["schedule"], run.total_steps
   per_epoch, samples = run.steps_per_epoch, run.samples
-  if name not in ("cosine", "constant", "clip_itm"):
-    raise ValueError(f"optim.schedule is {name!r}; there are cosine, constant, clip_itm")
+  if name not in ("cosine", "constant", "step", "clip_itm"):
+    raise ValueError(f"optim.schedule is {name!r}; there are cosine, constant, step, clip_itm")
+  if name == "step":
+    every, factor = steps(config["step_every"], run.steps_per_epoch), config["step_factor"]
+    if every < 1:
+      raise ValueError(f"optim.step_every={config['step_every']!r} are {every} steps")
 
   def schedule(step, xp=jnp):
     s, t = step, total
@@ -65,6 +72,8 @@ def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
     warm = (s + 1) / max(warmup, 1)
     if name == "constant":
       rest = 1.0
+    elif name == "step":
+      rest = factor ** (step // every)
     else:
       progress = xp.clip((s - warmup) / max(t - warmup, 1), 0, 1)
       rest = end + (1 - end) * 0.5 * (1 + xp.cos(xp.pi * progress))
@@ -105,6 +114,58 @@ def scale_per_param(factors: Any) -> optax.GradientTransformation:
   return optax.stateless(lambda u, _: jax.tree.map(lambda u, f: u * f, u, factors))
 
 
+def scale_by_trust_ratio(
+  groups: Sequence[tuple[Sequence[str], bool]],
+) -> optax.GradientTransformation:
+  """Multiplies updates by |parameter| / |update|: LAMB's step relative to what it changes.
+
+  groups: (paths, stacked). Both norms are taken over all arrays of a group together; where
+  stacked, for each index of the first axis apart. The ratio is 1 where either norm is 0, and for
+  arrays that are in no group.
+  """
+
+  def update(updates, params):
+    leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+    updates = {path_of(k): x for k, x in leaves}
+    params = {path_of(k): x for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+    for paths, stacked in groups:
+      square = lambda x: jnp.sum(jnp.square(x), axis=tuple(range(stacked, x.ndim)))
+      norm = lambda arrays: jnp.sqrt(sum(square(arrays[path]) for path in paths))  # [] or [N]
+      of_param, of_update = norm(params), norm(updates)
+      both = (of_param > 0) & (of_update > 0)
+      ratio = jnp.where(both, of_param / jnp.where(both, of_update, 1), 1)
+      for path in paths:
+        x = updates[path]
+        updates[path] = x * ratio.reshape(ratio.shape + (1,) * (x.ndim - ratio.ndim))
+    return jax.tree.unflatten(tree, updates.values())
+
+  return optax.stateless(update)
+
+
+def trust_groups(
+  trust: str, decay: Any, params: Any, rules: Sequence[convert.Entry]
+) -> list[tuple[tuple[str, ...], bool]]:
+  """Groups for `scale_by_trust_ratio`, for parameters like `params` with the torch table `rules`.
+
+  trust: see config.optim.trust. decay: nested dict of weight decays; "original" has no ratio
+  without one (use_nvlamb is off), and raises ValueError where it differs inside of one tensor.
+  """
+  shapes = {path_of(k): x.shape for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+  groups = convert.tensors(rules, shapes)
+  if trust == "optax":
+    return [((path,), stacked) for paths, stacked in groups for path in paths]
+  if trust != "original":
+    raise ValueError(f"optim.trust is {trust!r}; there are optax, original")
+  decay = {path_of(k): w for k, w in jax.tree_util.tree_flatten_with_path(decay)[0]}
+  for paths, _ in groups:
+    if len({decay[path] for path in paths}) > 1:
+      raise ValueError(
+        f"optim.decay differs between {', '.join(paths)}, which are one tensor with "
+        "optim.trust='original': give them the same"
+      )
+  return [(paths, stacked) for paths, stacked in groups if decay[paths[0]]]
+
+
 def adjust(fn: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransformation:
   """Makes the updated parameter fn(path, p + u); last of a chain."""
 
@@ -136,11 +197,17 @@ def round_trip(dtype: str, patterns: Sequence[str]) -> optax.GradientTransformat
 
 
 def make_optimizer(
-  config: Mapping[str, Any], schedule: Schedule, params: Any
+  config: Mapping[str, Any],
+  schedule: Schedule,
+  params: Any,
+  rules: Sequence[convert.Entry] = (),
 ) -> optax.GradientTransformation:
-  """The optax chain of the `optim` section, for parameters like `params` (shapes suffice)."""
-  if config["name"] != "adamw":
-    raise ValueError(f"optim.name is {config['name']!r}; there is adamw")
+  """The optax chain of the `optim` section, for parameters like `params` (shapes suffice).
+
+  rules: the system's torch table, which says what LAMB takes norms of; adamw needs none.
+  """
+  if config["name"] not in ("adamw", "lamb"):
+    raise ValueError(f"optim.name is {config['name']!r}; there are adamw, lamb")
   decay = per_param("optim.decay", config["decay"], params)
   decay = jax.tree.map(lambda m: m * config["weight_decay"], decay)
   chain = []
@@ -149,6 +216,11 @@ def make_optimizer(
   chain += [
     optax.scale_by_adam(config["b1"], config["b2"], config["eps"]),
     add_decay(decay),
+  ]
+  if config["name"] == "lamb":
+    # The decay is inside of the ratio, multiples of the learning rate are outside.
+    chain.append(scale_by_trust_ratio(trust_groups(config["trust"], decay, params, rules)))
+  chain += [
     scale_per_param(per_param("optim.lr_mult", config["lr_mult"], params)),
     optax.scale_by_learning_rate(schedule),
   ]

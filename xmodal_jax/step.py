@@ -1,6 +1,6 @@
 """TrainState, and the jitted steps of training and evaluation, written once for every system."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -69,18 +69,22 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_embed_step(graphdef: nnx.GraphDef, side: str, out_sharding: Any) -> Callable[..., Any]:
-  """jitted (params, stats, batch) -> features of `side` ("image" or "text") in inference.
+def make_embed_step(
+  graphdef: nnx.GraphDef, side: str, whole: Any, rows: Any, second_stage: Sequence[str] = ()
+) -> Callable[..., Any]:
+  """jitted (params, stats, batch) -> (first, second): features of `side` ("image" or "text").
 
-  `valid` and `image_id` of the batch come back with the features, from every process's rows.
+  second: those named by second_stage, sharded as `rows`; first: the others, sharded as `whole`,
+  with `valid` and `image_id` of the batch, from every process's rows.
   """
 
   def embed_step(params, stats, batch):
     model = nnx.merge(graphdef, params, stats)
     features = getattr(model, f"encode_{side}")(batch)
-    return features | {k: batch[k] for k in ("valid", "image_id")}
+    second = {k: features.pop(k) for k in second_stage if k in features}
+    return features | {k: batch[k] for k in ("valid", "image_id")}, second
 
-  return jax.jit(embed_step, out_shardings=out_sharding)
+  return jax.jit(embed_step, out_shardings=(whole, rows))
 
 
 def make_score_step(graphdef: nnx.GraphDef, out_sharding: Any) -> Callable[..., Array]:

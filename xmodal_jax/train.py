@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from absl import logging
 from clu import periodic_actions
+from flax import nnx
 
 from xmodal_jax import build as build_lib
-from xmodal_jax import checkpoint, flops, init, logs, optim, sharding
+from xmodal_jax import checkpoint, flops, init, logs, optim, sharding, torch_optim
 from xmodal_jax import evaluate as evaluate_lib
 from xmodal_jax import inputs as inputs_lib
 from xmodal_jax import step as step_lib
@@ -83,9 +84,14 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
       metric=config.eval.metric,
     )
     state, start, pending = _first_state(config, built, tx, shardings, checkpoints, meta)
+    if start >= run.total_steps and checkpoints.latest() is None:
+      raise ValueError(
+        f"config.init_optimizer is of step {start}, and config.total={run.total!r} are "
+        f"{run.total_steps} steps: nothing is left to train"
+      )
     writer = stack.enter_context(contextlib.closing(logs.Writer(workdir)))
     writer.jsonl.resume(start, drop="val" if pending else None)
-    evaluator = evaluate_lib.Evaluator(config, inputs, built.graphdef, built.mesh, stop)
+    evaluator = evaluate_lib.Evaluator(config, inputs, built, stop)
     rng = jax.device_put(jax.random.key(config.seed), built.replicated)
     train_step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
     rows = sharding.batch_sharding(built.mesh)
@@ -191,14 +197,39 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
     want = checkpoint.abstract_state(jax.eval_shape(new), shardings)
     logging.info("going on from step %d", latest)
     return checkpoints.restore(latest, want), latest, saved["pending"]
+  if config.init and (config.init_image or config.init_text):
+    raise ValueError(
+      "config.init is a whole model: set it, or config.init_image and config.init_text, not both"
+    )
+  opt_state, start = None, 0
+  if config.init_optimizer:
+    shapes = nnx.to_pure_dict(built.params)
+    opt_state, start = torch_optim.for_init(
+      config.init, config.init_optimizer, config.model.system, shapes, tx
+    )
   if not config.init:
-    return jax.jit(new, out_shardings=shardings)(), 0, False
+    return _with_towers(config, built, jax.jit(new, out_shardings=shardings)()), 0, False
   params, stats, _ = init.load(config.init, config.model.system, built.params, built.stats)
   params = init.put(params, built.params_shardings)
-  opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
-  step = jax.device_put(np.int32(0), built.replicated)
+  if opt_state is None:
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
+  else:
+    opt_state = init.put(opt_state, shardings.opt_state)
+  step = jax.device_put(np.int32(start), built.replicated)
   stats = init.put(stats, built.stats_shardings)
-  return step_lib.TrainState(step, params, stats, opt_state), 0, False
+  return step_lib.TrainState(step, params, stats, opt_state), start, False
+
+
+def _with_towers(config, built, state):
+  """A first state whose towers are those of config.init_image and config.init_text."""
+  params = init.flat(state.params)
+  shardings = init.flat(built.params_shardings)
+  for side, source in (("image", config.init_image), ("text", config.init_text)):
+    if source:
+      half = config.init_half and side == "image"
+      leaves = init.load_tower(source, side, config.model.system, built.params, half)
+      params |= {k: jax.device_put(v, shardings[k]) for k, v in leaves.items()}
+  return state.replace(params=init.nested(params))
 
 
 def _test(config, evaluator, checkpoints, state, writer, workdir) -> dict[str, Any] | None:
@@ -212,7 +243,7 @@ def _test(config, evaluator, checkpoints, state, writer, workdir) -> dict[str, A
     model = checkpoints.restore_model(best, want)
     state = state.replace(params=model["params"], stats=model.get("stats") or {})
   source = dict(kind="checkpoint", source=str(workdir), step=best)
-  cache = evaluate_lib.cache_path(config, workdir, evaluator.inputs.split("test"), source)
+  cache = evaluator.cache_path(workdir, evaluator.inputs.split("test"), source)
   try:
     report = evaluator(state, "test", cache)
   except evaluate_lib.Interrupted:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 Interpolation = Literal["bicubic", "bilinear"]
 Augment = Callable[[Image.Image, np.random.Generator], np.ndarray]
@@ -27,7 +27,8 @@ class DecodeError(Exception):
 def decode(source: bytes | np.ndarray | Image.Image) -> Image.Image:
   """Bytes of any format that Pillow reads, or pixels uint8 [H, W] or [H, W, 3 or 4], to a picture.
 
-  The mode stays that of the file and EXIF rotation is not applied, as in the published systems.
+  The mode stays that of the file. EXIF rotation is left to `Transform`, for most of the published
+  systems do without.
   """
   if isinstance(source, Image.Image):
     return source
@@ -62,6 +63,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
   return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def upright(image: Image.Image) -> Image.Image:
+  """Turned and mirrored as its EXIF orientation says; itself where that is absent or unreadable."""
+  # Not ImageOps.exif_transpose, which also writes the other tags anew and fails on damaged ones.
+  try:
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+  except Exception:  # SyntaxError, struct.error and others, by the damage
+    return image
+  return image if turn is None else image.transpose(turn)
+
+
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+
+
 def pixels(image: Image.Image) -> np.ndarray:
   """uint8 [H, W, 3]."""
   return np.asarray(to_rgb(image))
@@ -81,6 +103,8 @@ class Transform:
   rgb_first: bool = True
   """False: resize in the file's own mode, then convert, as CLIP does. It matters for palette
   pictures (nearest neighbour on indices) and RGBA (premultiplied alpha, then dropped)."""
+  exif: bool = False
+  """Turn the picture as its EXIF orientation says, before everything else."""
 
   def __post_init__(self):
     if not 0 < self.crop <= self.size:
@@ -89,6 +113,8 @@ class Transform:
       raise ValueError(f"unknown resize or interpolation in {self}")
 
   def __call__(self, image: Image.Image) -> np.ndarray:
+    if self.exif:
+      image = upright(image)
     if self.rgb_first:
       image = to_rgb(image)
     width, height = target = self.target(image.width, image.height)
@@ -161,20 +187,3 @@ def random_flip(
   if rng.random() < probability:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   return image
-
-
-def crop_and_flip(
-  size: int,
-  scale: tuple[float, float] = (0.08, 1.0),
-  ratio: tuple[float, float] = (3 / 4, 4 / 3),
-  interpolation: Interpolation = "bicubic",
-  flip: float = 0.5,
-) -> Augment:
-  """A training augmentation: (picture, generator) -> uint8 [size, size, 3]."""
-
-  def augment(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    image = to_rgb(image)
-    image = random_resized_crop(image, rng, size, scale, ratio, interpolation)
-    return pixels(random_flip(image, rng, flip))
-
-  return augment

@@ -185,6 +185,7 @@ def train_batches(
   augment: image_lib.Augment | None = None,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
+  truncate: bool = True,
 ) -> Stream:
   """This process's rows of global batches step, step + 1, ... without end.
 
@@ -196,7 +197,8 @@ def train_batches(
   sample indices, in place of the shuffle; the same number in every epoch. A bad record is replaced
   by another sample that its place in the epoch determines; DataError if more than max_bad_fraction
   of the split's records were found bad by this process. on_bad: called with (record, reason) for
-  each. threads: of reading and decoding; None: tf.data decides.
+  each. threads: of reading and decoding; None: tf.data decides. truncate: False makes a caption
+  that is too long a ValueError. A tokenizer with `graph` (see wordpiece) runs inside tf.data.
   """
   local = _local_batch(batch_size, process_index, process_count)
   offsets, ledger = _offsets(split), Ledger(split, max_bad_fraction, on_bad)
@@ -235,13 +237,8 @@ def train_batches(
   blank = _blank(lambda image: transform(image, order_lib.generator(0, seed, 0)))
   example_blanks = [blank, b"", np.int64(0), np.int64(0)]
 
-  def tokens(texts: np.ndarray):
-    return tokenizer([text.decode() for text in texts], text_length)
-
-  token_blanks = [np.zeros((local, text_length), t) for t in (np.int32, bool)]
-
   def assemble(image, texts, record, caption, ok):
-    ids, mask, tokens_ok = ledger.call(tokens, [texts], token_blanks)
+    ids, mask, tokens_ok = _tokens(texts, tokenizer, text_length, truncate, ledger)
     int32 = lambda x: tf.cast(x, tf.int32)
     return {
       "image": image,
@@ -258,6 +255,29 @@ def train_batches(
   )
   dataset = dataset.batch(local, drop_remainder=True).map(assemble)
   return Stream(_options(dataset, threads), ledger)
+
+
+def _tokens(
+  texts: tf.Tensor, tokenizer: Tokenizer, length: int, truncate: bool, ledger: Ledger
+) -> list[tf.Tensor]:
+  """Strings [b] -> ids int32 [b, length], mask bool [b, length] and the flag of `Ledger.call`."""
+  options = {} if truncate else {"truncate": False}
+
+  def call(texts: np.ndarray):
+    return tokenizer([text.decode() for text in texts], length, **options)
+
+  if not hasattr(tokenizer, "graph"):
+    blanks = [np.zeros((texts.shape[0], length), t) for t in (np.int32, bool)]
+    return ledger.call(call, [texts], blanks)
+  ids, mask = tokenizer.graph(texts, length, truncate)
+  if truncate:
+    return [ids, mask, tf.constant(True)]
+
+  def check(texts: np.ndarray, mask: np.ndarray):
+    call(texts[~mask.any(1)])  # a row without a token did not fit: raises the error that says so
+    return ()
+
+  return [ids, mask, *ledger.call(check, [texts, mask], [])]
 
 
 def _read(split: Split, ledger: Ledger, record: int) -> Record | None:
@@ -339,12 +359,14 @@ def eval_texts(
   max_bad_fraction: float = 0.0,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
+  truncate: bool = True,
 ) -> Stream:
   """Every caption once, in order: this process's rows of each global batch.
 
   Fields: text_ids int32 [b, L], text_mask bool [b, L], caption_id int32 [b], image_id int32 [b] of
   the caption's picture, valid bool [b]. Rows that are not valid hold the empty caption, so that no
   mask is empty; those that fill up the last batch have ids -1, those of a bad record keep theirs.
+  truncate: see `train_batches`.
   """
   local = _local_batch(batch_size, process_index, process_count)
   ledger, offsets = Ledger(split, max_bad_fraction, on_bad), _offsets(split)
@@ -355,7 +377,7 @@ def eval_texts(
     caption = np.where(valid, caption, -1)
     record = np.full(local, -1)
     record[valid], j = order_lib.locate(caption[valid], offsets, "all", 0, 0)
-    texts = [""] * local
+    texts = np.full(local, b"", object)
     # A whole batch at a time: neighbouring captions share a record, which is read once.
     for i in np.unique(record[valid]):
       mine = np.flatnonzero(record == i)
@@ -364,15 +386,24 @@ def eval_texts(
         valid[mine] = False
         continue
       for row in mine:
-        texts[row] = content.captions[j[row]]
-    ids, mask = tokenizer(texts, text_length)
-    return ids, mask, caption.astype(np.int32), record.astype(np.int32), valid
+        texts[row] = content.captions[j[row]].encode()
+    return texts, caption.astype(np.int32), record.astype(np.int32), valid
 
-  blanks = [np.zeros((local, text_length), t) for t in (np.int32, bool)]
-  blanks += [np.zeros(local, t) for t in (np.int32, np.int32, bool)]
-  fields = ("text_ids", "text_mask", "caption_id", "image_id", "valid", "ok")
+  blanks = [np.full(local, b"", object), *(np.zeros(local, t) for t in (np.int32, np.int32, bool))]
+
+  def batch(step: tf.Tensor):
+    texts, caption, record, valid, ok = ledger.call(rows, [step], blanks)
+    ids, mask, tokens_ok = _tokens(texts, tokenizer, text_length, truncate, ledger)
+    return {
+      "text_ids": ids,
+      "text_mask": mask,
+      "caption_id": caption,
+      "image_id": record,
+      "valid": valid,
+      "ok": ok & tokens_ok,
+    }
+
   dataset = tf.data.Dataset.range(-(-int(offsets[-1]) // batch_size)).map(
-    lambda step: dict(zip(fields, ledger.call(rows, [step], blanks), strict=True)),
-    num_parallel_calls=_parallel(threads),
+    batch, num_parallel_calls=_parallel(threads)
   )
   return Stream(_options(dataset, threads), ledger)

@@ -13,7 +13,9 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -53,25 +55,46 @@ def example(picture: Picture) -> Example:
   }
 
 
-def check_pictures(splits: Splits, decode: bool = False) -> None:
-  """Checks that every picture file exists and, if asked, that Pillow decodes it; lists failures."""
+def check_pictures(splits: Splits, decode: bool = False, max_missing: int = 0) -> Splits:
+  """The splits, having checked that every picture file exists and, if asked, decodes.
+
+  Failures are listed in an error; up to max_missing files that do not exist are left out instead.
+  """
+  missing = _faults(splits, lambda p: None if p.path.exists() else "")
+  if len(missing) > max_missing:
+    remedy = "check --images (or ROOT, --max_missing)"
+    allowed = f", more than the {max_missing} allowed" if max_missing else ""
+    _fail(splits, missing, f"missing{allowed}", remedy)
+  if missing:
+    logging.info("left out %d missing pictures:%s", len(missing), _named(missing))
+    absent = {id(p) for p, _ in missing}
+    splits = {n: [p for p in split if id(p) not in absent] for n, split in splits.items()}
+  if decode and (broken := _faults(splits, _decode_error)):
+    _fail(splits, broken, "broken", "replace them, or take them out of the annotations")
+  return splits
+
+
+Faults = list[tuple[Picture, str]]
+
+
+def _faults(splits: Splits, fault: Callable[[Picture], str | None]) -> Faults:
+  """What `fault` says of the pictures of which it says something."""
   pictures = [p for split in splits.values() for p in split]
-  _report(pictures, lambda p: None if p.path.exists() else "", "missing", "check --images")
-  if decode:
-    _report(pictures, _decode_error, "broken", "replace them, or take them out of the annotations")
-
-
-def _report(pictures: list[Picture], fault: Callable, what: str, remedy: str) -> None:
+  # By the hundred: a task per picture of a set of millions would fill the memory.
+  parts = [pictures[i : i + 100] for i in range(0, len(pictures), 100)]
   with concurrent.futures.ThreadPoolExecutor(16) as pool:  # threads for folders far away
-    faults = list(pool.map(fault, pictures))
-  bad = [
-    f"\n  {p.path} {f}".rstrip() for p, f in zip(pictures, faults, strict=True) if f is not None
-  ]
-  if bad:
-    more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
-    raise DatasetError(
-      f"{len(bad)} of {len(pictures)} pictures are {what}; {remedy}:{''.join(bad[:5])}{more}"
-    )
+    found = pool.map(lambda part: [(p, fault(p)) for p in part], parts)
+    return [(p, f) for part in found for p, f in part if f is not None]
+
+
+def _named(faults: Faults) -> str:
+  more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+  return "".join(f"\n  {p.path} {f}".rstrip() for p, f in faults[:5]) + more
+
+
+def _fail(splits: Splits, faults: Faults, what: str, remedy: str) -> None:
+  total = sum(map(len, splits.values()))
+  raise DatasetError(f"{len(faults)} of {total} pictures are {what}; {remedy}:{_named(faults)}")
 
 
 def _decode_error(picture: Picture) -> str | None:
@@ -102,7 +125,7 @@ def _text(path: epath.Path) -> str:
     raise DatasetError(f"{path}: neither UTF-8 text nor gzip of it ({e}); fetch it again") from e
 
 
-def _json(path: epath.Path) -> dict:
+def _json(path: epath.Path) -> dict | list:
   try:
     return json.loads(_text(path))
   except json.JSONDecodeError as e:
@@ -294,6 +317,56 @@ def read_pairs(
   if val_fraction + test_fraction:
     splits = {s: splits[s] for s in asked}  # an empty one is then an error when it is written
   return dict(splits)
+
+
+def read_albef(files: Mapping[str, Sequence[tuple[epath.PathLike, epath.PathLike]]]) -> Splits:
+  """ALBEF's lists of {"image": path, "caption": str or [str]}, one after another in each split.
+
+  files: split -> (json file, folder that its paths start from); a path from the root stands for
+  itself. Records of the same full path are one picture, with the captions of all of them, at the
+  place of the first. Ids count from 0 over all splits; other keys are ignored.
+  """
+  layout = 'ALBEF\'s, [{"image": path, "caption": text or list of texts}]'
+  splits, owner = {}, {}
+  for split, parts in files.items():
+    found: dict[str, tuple[str, epath.Path, list[str]]] = {}
+    records = 0
+    for file, root in parts:
+      file, root = epath.Path(file), epath.Path(root)
+      if not file.exists():
+        raise DatasetError(f"{file}: no such file; check --{split}")
+      data = _json(file)
+      if not isinstance(data, list) or not data:
+        raise DatasetError(f"{file}: not a list of records; expected {layout}")
+      for i, item in enumerate(data):
+        where = f"{file}: record {i} (counted from 0)"
+        _keys(where, item, ("image", "caption"), layout)
+        name, captions = item["image"], item["caption"]
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(name, str) or not name:
+          raise DatasetError(f"{where}: image {name!r} is not a path; expected {layout}")
+        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+          raise DatasetError(f"{where} ({name}): caption is {captions!r:.80}; expected {layout}")
+        if not captions:
+          raise DatasetError(f"{where} ({name}) has no captions; add some or take it out")
+        path = root / name
+        key = os.path.normpath(path)  # "a/../b" is "b"
+        if owner.setdefault(key, split) != split:
+          raise DatasetError(
+            f"{where}: picture {path} is also in split {owner[key]!r}; splits must not share "
+            "pictures"
+          )
+        found.setdefault(key, (name, path, []))[2].extend(captions)
+      records += len(data)
+    merged = records - len(found)
+    text = "%s: %d records, %d merged into earlier ones of their picture"
+    logging.info(text, split, records, merged)
+    first = len(owner) - len(found)
+    splits[split] = [
+      Picture(name, path, first + i, tuple(captions))
+      for i, (name, path, captions) in enumerate(found.values())
+    ]
+  return splits
 
 
 def _drawn_split(name: str, val: float, test: float) -> str:

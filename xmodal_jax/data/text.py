@@ -1,13 +1,13 @@
-"""Captions to token ids: CLIP's byte pair encoding."""
+"""Captions to token ids: the tokenizers by name, and CLIP's byte pair encoding."""
 
 import gzip
 import html
 import importlib.resources
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ftfy
 import numpy as np
@@ -20,7 +20,9 @@ class Tokenizer(Protocol):
   vocab_size: int
   pad_id: int
 
-  def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+  def __call__(
+    self, texts: Sequence[str], length: int, truncate: bool = True
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 [B, length] and bool [B, length], true where an id is a token and not padding."""
 
 
@@ -169,7 +171,19 @@ class ClipTokenizer:
     return out, np.arange(length) < lengths[:, None]
 
 
-TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {"clip_bpe": ClipTokenizer}
+def _bert(**options) -> Tokenizer:
+  from xmodal_jax.data import wordpiece  # here, because it imports TensorFlow
+
+  return wordpiece.BertTokenizer(**options)
+
+
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {"clip_bpe": ClipTokenizer, "bert": _bert}
+
+OPTIONS = {
+  "clip_bpe": {"max_merges": 0},
+  "bert": {"lowercase": True, "clean": "none", "max_words": 0},
+}
+"""What each tokenizer takes beside a file, with the values that stand for its own defaults."""
 
 
 def make_tokenizer(name: str, **options) -> Tokenizer:
@@ -177,3 +191,22 @@ def make_tokenizer(name: str, **options) -> Tokenizer:
   if name not in TOKENIZERS:
     raise ValueError(f"no tokenizer {name!r}; there are {sorted(TOKENIZERS)}")
   return TOKENIZERS[name](**options)
+
+
+def tokenizer_from(section: Mapping[str, Any]) -> Tokenizer:
+  """The tokenizer that the `text` section of a config describes.
+
+  ValueError for one that does not exist, or an option set that only another tokenizer takes.
+  """
+  name, chosen = section["tokenizer"], {}
+  for owner, options in OPTIONS.items():
+    for key, default in options.items():
+      if section[key] == default:
+        continue
+      if owner != name and name in TOKENIZERS:
+        raise ValueError(
+          f"config.text.{key} is {section[key]!r}, but the tokenizer {name!r} has no such option, "
+          f"only {owner!r} has: leave it at {default!r}"
+        )
+      chosen[key] = section[key]
+  return make_tokenizer(name, path=section["vocab"] or None, **chosen)

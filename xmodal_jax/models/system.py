@@ -15,10 +15,19 @@ class System(nnx.Module):
   """Base of every system. Subclasses define `encode_image`, `encode_text`, `score` and `align`.
 
   `mean`, `std` (three floats each) are the pixel statistics that the system was trained with.
+  A system with a second stage defines `rerank` and says how it is used: `top_k_text` captions of
+  each picture and `top_k_image` pictures of each caption are candidates, ordered by `rerank` plus
+  `stage_mix` times the first stage; `second_stage` names the features that only it reads.
+  `rows` is the sharding of a batch's rows, None for one device: who builds it for a mesh sets it.
   """
 
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
+  top_k_text: int = 0
+  top_k_image: int = 0
+  stage_mix: float = 0.0
+  second_stage: tuple[str, ...] = ()
+  rows: jax.sharding.NamedSharding | None = None
 
   def pixels(self, image: Array) -> Array:
     """uint8 [B, H, W, 3] -> normalised float32; floats are taken as already normalised."""
@@ -41,6 +50,13 @@ class System(nnx.Module):
     """First-stage scores of all pairs -> float32 [I, T]."""
     raise NotImplementedError(f"{type(self).__name__} has no first stage")
 
+  def rerank(self, images: Features, texts: Features) -> Array:
+    """Second-stage scores of M captions for each of G pictures -> float32 [G, M].
+
+    images: features [G, ...]; texts: features [G, M, ...].
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no second stage")
+
   def align(
     self, images: Features, texts: Features, batch: Batch, key: Array
   ) -> tuple[Array, dict[str, Array]]:
@@ -55,7 +71,10 @@ class System(nnx.Module):
     return self.align(images, texts, batch, k_align)
 
 
-def l2_normalize(x: Array) -> Array:
-  """x / |x| over the last axis in float32, without an epsilon. [..., E] -> float32 [..., E]."""
+def l2_normalize(x: Array, eps: float = 0.0) -> Array:
+  """x / max(|x|, eps) over the last axis in float32. [..., E] -> float32 [..., E]."""
   x = x.astype(jnp.float32)
-  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  if not eps:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  # The square is bounded, not its root, whose gradient at 0 would be NaN.
+  return x / jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), eps**2))

@@ -1,0 +1,366 @@
+"""Random changes of training pictures, on the host.
+
+Each takes an RGB picture and the sample's own generator, draws from nothing else, and gives an RGB
+picture of the same size (the crop apart). `build` puts them together from the values of a config.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from xmodal_jax.data import image as image_lib
+
+Mode = Literal["corrected", "original"]
+Step = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+MAX_MAGNITUDE = 10  # of RandAugment
+FILL = 128  # grey of what a warp leaves empty
+
+# ------------------------------------------------------------------------------------------ colour
+
+
+def color_jitter(
+  image: Image.Image,
+  rng: np.random.Generator,
+  brightness: float,
+  contrast: float,
+  saturation: float,
+  hue: float,
+) -> Image.Image:
+  """The four changes in random order, as torchvision makes them; a strength of 0 leaves one out.
+
+  The factors of the first three are uniform in [max(0, 1 - strength), 1 + strength]; the hue is
+  turned by a share of the circle uniform in [-hue, hue].
+  """
+  strengths = (brightness, contrast, saturation, hue)
+  for i in rng.permutation(4):
+    if strengths[i] and i == 3:
+      image = turn_hue(image, rng.uniform(-hue, hue))
+    elif strengths[i]:
+      factor = rng.uniform(max(0.0, 1 - strengths[i]), 1 + strengths[i])
+      image = _ENHANCERS[i](image).enhance(factor)
+  return image
+
+
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+def turn_hue(image: Image.Image, turn: float) -> Image.Image:
+  """turn: share of the circle. In Pillow's 8-bit HSV, 255 steps to the circle, cut off."""
+  steps = int(turn * 255)
+  hues = [(i + steps) % 256 for i in range(256)]
+  return image.convert("HSV").point(hues + 2 * list(range(256))).convert("RGB")
+
+
+def random_grayscale(
+  image: Image.Image, rng: np.random.Generator, probability: float
+) -> Image.Image:
+  """The luma in all three channels, with the given probability."""
+  return image.convert("L").convert("RGB") if rng.random() < probability else image
+
+
+def random_blur(
+  image: Image.Image,
+  rng: np.random.Generator,
+  probability: float,
+  radius: tuple[float, float] = (0.1, 2.0),
+) -> Image.Image:
+  """Pillow's Gaussian blur with a standard deviation uniform in `radius`."""
+  if rng.random() < probability:
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(*radius)))
+  return image
+
+
+# ------------------------------------------------------------------------------------- RandAugment
+#
+# Ten operations at magnitudes 0 to 10 (Cubuk et al., 2020), in the variant of the ALBEF family of
+# programs. Two of theirs overflow 8 bits; TEAM's also never flips the sign of a warp. Pixels agree
+# with OpenCV's, on which they were written.
+
+
+def random_operations(
+  image: Image.Image, rng: np.random.Generator, n: int, magnitude: int, mode: Mode = "corrected"
+) -> Image.Image:
+  """n operations drawn from OPERATIONS with replacement, each applied with probability 0.5.
+
+  `corrected` clips where the published program wraps round, and turns shear, translation and
+  rotation the other way half of the time; `original` does neither.
+  """
+  for _ in range(n):
+    name = _NAMES[rng.integers(len(_NAMES))]
+    if rng.random() < 0.5:
+      negative = mode == "corrected" and name in _SIGNED and bool(rng.random() < 0.5)
+      image = operation(image, name, magnitude, mode, negative)
+  return image
+
+
+def operation(
+  image: Image.Image,
+  name: str,
+  magnitude: int,
+  mode: Mode = "corrected",
+  negative: bool = False,
+) -> Image.Image:
+  """One operation by its name. negative: warps go the other way; the others take no notice."""
+  share = magnitude / MAX_MAGNITUDE
+  return OPERATIONS[name](image, -share if negative else share, mode == "original")
+
+
+def _identity(image: Image.Image, share: float, original: bool) -> Image.Image:
+  return image
+
+
+def _autocontrast(image: Image.Image, share: float, original: bool) -> Image.Image:
+  level, tables = np.arange(256), []
+  for low, high in image.getextrema():
+    if high == low:
+      table = level
+    elif original:  # which negates the lowest level as an unsigned byte
+      table = level * (255 / (high - low)) + -low % 256 * (255 / (high - low))
+    else:
+      table = (level - low) * 255 // (high - low)
+    tables.append(np.clip(table, 0, 255).astype(np.uint8))
+  return image.point(np.concatenate(tables).tolist())
+
+
+def _equalize(image: Image.Image, share: float, original: bool) -> Image.Image:
+  return ImageOps.equalize(image)
+
+
+def _factor(share: float) -> float:
+  return 1.8 * abs(share) + 0.1
+
+
+def _brightness(image: Image.Image, share: float, original: bool) -> Image.Image:
+  table = np.clip(np.arange(256) * _factor(share), 0, 255).astype(np.uint8)
+  return image.point(3 * table.tolist())
+
+
+def _sharpness(image: Image.Image, share: float, original: bool) -> Image.Image:
+  # Pillow's SMOOTH is the kernel (1 1 1, 1 5 1, 1 1 1) / 13 with the border as it was.
+  smooth, factor = image.filter(ImageFilter.SMOOTH), _factor(share)
+  if not original:
+    return Image.blend(smooth, image, factor)  # clips
+  d, x = (np.asarray(a).astype(np.float32) for a in (smooth, image))
+  # Through int32: what a negative float becomes as an unsigned byte is up to the compiler.
+  return Image.fromarray((d + np.float32(factor) * (x - d)).astype(np.int32).astype(np.uint8))
+
+
+def _shear_x(image: Image.Image, share: float, original: bool) -> Image.Image:
+  return warp(image, np.array([[1, np.float32(0.3 * share), 0], [0, 1, 0]]))
+
+
+def _shear_y(image: Image.Image, share: float, original: bool) -> Image.Image:
+  return warp(image, np.array([[1, 0, 0], [np.float32(0.3 * share), 1, 0]]))
+
+
+def _translate_x(image: Image.Image, share: float, original: bool) -> Image.Image:
+  return _shift(image, -round(10 * share), 0)
+
+
+def _translate_y(image: Image.Image, share: float, original: bool) -> Image.Image:
+  return _shift(image, 0, -round(10 * share))
+
+
+def _shift(image: Image.Image, right: int, down: int) -> Image.Image:
+  out = Image.new("RGB", image.size, (FILL,) * 3)
+  out.paste(image, (right, down))
+  return out
+
+
+def _rotate(image: Image.Image, share: float, original: bool) -> Image.Image:
+  """Counter-clockwise about (W / 2, H / 2)."""
+  angle, x, y = math.radians(30 * share), image.width / 2, image.height / 2
+  cos, sin = math.cos(angle), math.sin(angle)
+  forward = [[cos, sin, (1 - cos) * x - sin * y], [-sin, cos, sin * x + (1 - cos) * y]]
+  return warp(image, np.array(forward))
+
+
+OPERATIONS: dict[str, Callable[[Image.Image, float, bool], Image.Image]] = {
+  "Identity": _identity,
+  "AutoContrast": _autocontrast,
+  "Equalize": _equalize,
+  "Brightness": _brightness,
+  "Sharpness": _sharpness,
+  "ShearX": _shear_x,
+  "ShearY": _shear_y,
+  "TranslateX": _translate_x,
+  "TranslateY": _translate_y,
+  "Rotate": _rotate,
+}
+_NAMES = tuple(OPERATIONS)
+_SIGNED = frozenset(n for n in _NAMES if n.startswith(("Shear", "Translate", "Rotate")))
+
+
+def warp(image: Image.Image, forward: np.ndarray) -> Image.Image:
+  """The picture under a map of coordinates, float64 [2, 3], bilinear, with FILL around it.
+
+  In the fixed-point numbers of OpenCV's warpAffine: source coordinates are rounded to 1/32 of a
+  pixel, so that the weights of the four neighbours are multiples of 1/1024.
+  """
+  width, height = image.size
+  a, b = forward[:, :2].astype(np.float64), forward[:, 2].astype(np.float64)
+  inverse = np.array([[a[1, 1], -a[0, 1]], [-a[1, 0], a[0, 0]]])
+  inverse *= 1 / (a[0, 0] * a[1, 1] - a[0, 1] * a[1, 0])
+  shift = -(inverse @ b)
+  columns = np.rint(inverse[:, :1] * np.arange(width) * 1024).astype(np.int32)  # [2, W]
+  rows = np.rint((inverse[:, 1:] * np.arange(height) + shift[:, None]) * 1024).astype(np.int32)
+  columns += 16
+  # Source positions in 1/32 pixel; all that is further out than the margin is FILL alike. Here and
+  # below in place: fresh arrays of this size cost more than the arithmetic on them.
+  x, y = (rows[i][:, None] + columns[i] for i in range(2))  # int32 [H, W]
+  for position, size in ((x, width), (y, height)):
+    position >>= 5
+    np.clip(position, -64, 32 * size, out=position)
+  stride = width + 4
+  index = (y >> 5).astype(np.intp)
+  index += 2
+  index *= stride
+  index += x >> 5
+  index += 2
+  x &= 31
+  y &= 31
+
+  canvas = Image.new("RGB", (stride, height + 4), (FILL,) * 3)
+  canvas.paste(image, (2, 2))
+  words = _pack(np.asarray(canvas.convert("RGBA")).view("<u4").ravel())
+  at = lambda k: words[k:].take(index, mode="clip")
+  x, y = x.astype(np.uint64), y.astype(np.uint64)
+  mixed = _mix(_mix(at(0), at(1), x), _mix(at(stride), at(stride + 1), x), y)
+  mixed += _pack(np.uint32(0x020202)) << 8  # a half, of 1024
+  mixed >>= 10
+  return Image.frombytes("RGB", image.size, _unpack(mixed).tobytes(), "raw", "RGBX")
+
+
+# Three channels in one word of 64 bits, 20 bits each, so that one product serves all of them. A
+# difference may borrow from the next lane, but what is added up at the end does not.
+
+
+def _pack(rgbx: np.ndarray) -> np.ndarray:
+  """uint32, red in the lowest byte -> uint64 of the same shape."""
+  rgbx = rgbx.astype(np.uint64)
+  out = rgbx & 0xFF
+  for byte in (1, 2):
+    out |= (rgbx & (0xFF << 8 * byte)) << 12 * byte
+  return out
+
+
+def _mix(p: np.ndarray, q: np.ndarray, weight: np.ndarray) -> np.ndarray:
+  """(32 - weight) p + weight q, in p; spoils q."""
+  q -= p
+  q *= weight
+  p <<= 5
+  p += q
+  return p
+
+
+def _unpack(words: np.ndarray) -> np.ndarray:
+  """uint64 -> uint32 of the same shape, the lowest 8 bits of each lane; spoils the words."""
+  out = words & 0xFF
+  for byte in (1, 2):
+    words >>= 12
+    out |= words & (0xFF << 8 * byte)
+  return out.astype("<u4")
+
+
+# ----------------------------------------------------------------------------------------- together
+
+
+def build(
+  transform: image_lib.Transform,
+  *,
+  crop: Literal["center", "random"] = "center",
+  crop_scale: Sequence[float] = (0.08, 1.0),
+  crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+  jitter: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
+  jitter_p: float = 0.8,
+  grayscale: float = 0.0,
+  blur: float = 0.0,
+  blur_radius: Sequence[float] = (0.1, 2.0),
+  flip: float = 0.0,
+  rand_augment: Sequence[int] = (0, 0),
+  rand_augment_mode: Mode = "corrected",
+) -> image_lib.Augment | None:
+  """A training augmentation (picture, generator) -> uint8 [crop, crop, 3]; None if nothing is on.
+
+  The steps come in the order of the arguments. transform: the evaluation transform, which gives
+  size, filter and EXIF rotation, and is itself the first step of a "center" crop. The rest are the
+  keys of `config.data`; ValueError for a bad value, its message beginning with the key.
+  """
+  if crop not in ("center", "random"):
+    raise ValueError(f"crop is {crop!r}; there are 'center' and 'random'")
+  _check("crop_scale", crop_scale, 2, 0, 1, above=True, rising=True)
+  _check("crop_ratio", crop_ratio, 2, 0, math.inf, above=True, rising=True)
+  _check("jitter", jitter, 4, 0, math.inf)
+  if jitter[3] > 0.5:
+    raise ValueError(f"jitter is {tuple(jitter)!r}; its last number, the hue, is at most 0.5")
+  for key, value in dict(jitter_p=jitter_p, grayscale=grayscale, blur=blur, flip=flip).items():
+    if not 0 <= value <= 1:
+      raise ValueError(f"{key} is {value!r}; expected a probability")
+  _check("blur_radius", blur_radius, 2, 0, math.inf, rising=True)
+  if len(rand_augment) != 2 or any(int(v) != v or v < 0 for v in rand_augment):
+    raise ValueError(f"rand_augment is {tuple(rand_augment)!r}; expected (operations, magnitude)")
+  n, magnitude = map(int, rand_augment)
+  if magnitude > MAX_MAGNITUDE:
+    raise ValueError(f"rand_augment has magnitude {magnitude}; expected 0 to {MAX_MAGNITUDE}")
+  if rand_augment_mode not in ("corrected", "original"):
+    raise ValueError(
+      f"rand_augment_mode is {rand_augment_mode!r}; there are 'corrected' and 'original'"
+    )
+
+  steps: list[Step] = []
+  if crop == "random":
+    size, scale, ratio = transform.crop, tuple(crop_scale), tuple(crop_ratio)
+    steps.append(functools.partial(_random_crop, transform, size=size, scale=scale, ratio=ratio))
+  if any(jitter) and jitter_p:
+    steps.append(lambda im, rng: color_jitter(im, rng, *jitter) if rng.random() < jitter_p else im)
+  if grayscale:
+    steps.append(functools.partial(random_grayscale, probability=grayscale))
+  if blur:
+    radius = tuple(blur_radius)
+    steps.append(functools.partial(random_blur, probability=blur, radius=radius))
+  if flip:
+    steps.append(functools.partial(image_lib.random_flip, probability=flip))
+  if n:
+    how = {"n": n, "magnitude": magnitude, "mode": rand_augment_mode}
+    steps.append(functools.partial(random_operations, **how))
+  if not steps:
+    return None
+  if crop == "center":
+    steps.insert(0, lambda im, rng: Image.fromarray(transform(im)))
+
+  def augment(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    for step in steps:
+      image = step(image, rng)
+    return image_lib.pixels(image)
+
+  return augment
+
+
+def _random_crop(
+  transform: image_lib.Transform, image: Image.Image, rng: np.random.Generator, **kw
+) -> Image.Image:
+  image = image_lib.to_rgb(image_lib.upright(image) if transform.exif else image)
+  return image_lib.random_resized_crop(image, rng, interpolation=transform.interpolation, **kw)
+
+
+def _check(
+  key: str,
+  values: Sequence[float],
+  count: int,
+  low: float,
+  high: float,
+  *,
+  above: bool = False,
+  rising: bool = False,
+) -> None:
+  """ValueError unless there are `count` finite numbers from low (above it, if so) to high."""
+  inside = lambda v: math.isfinite(v) and (low < v if above else low <= v) and v <= high
+  if len(values) != count or not all(map(inside, values)) or (rising and values[0] > values[-1]):
+    bound = f"{'above' if above else 'from'} {low:g}" + (f" up to {high:g}" * (high < math.inf))
+    order = ", the smaller first" if rising else ""
+    raise ValueError(f"{key} is {tuple(values)!r}; expected {count} numbers {bound}{order}")

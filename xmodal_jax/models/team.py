@@ -1,0 +1,340 @@
+"""TEAM: token embeddings alignment, retrieval in two stages (Xie et al., 2022)."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xmodal_jax import models, positions
+from xmodal_jax.convert import Alias, ConversionError, Entry, Ignore, Rule, linear
+from xmodal_jax.losses import contrastive, exchange, tokens
+from xmodal_jax.models import bert, clip_itm, layers, system, torch_names, vit
+from xmodal_jax.models import matching as matching_lib
+
+Array = jax.Array
+
+TEMPERATURE = 2.66  # log of the initial scales, which are bounded by MAX_SCALE
+MAX_SCALE = 100.0
+
+# Image towers by `image.kind`. DeiT's tokens are normalised, CLIP's are the raw residual stream.
+_TOWERS = {
+  "deit": dict(act="gelu", eps=1e-6, ln_pre=False, patch_bias=True),
+  "clip": dict(act="quick_gelu", eps=1e-5, ln_pre=True, patch_bias=False),
+}
+
+
+def _preset(kind, size, patch, width, depth, vocab, embed, blocks, token_embed) -> dict[str, Any]:
+  text = dict(vocab=vocab, context=512, width=768, depth=12, heads=12, mlp=3072)
+  return dict(
+    system="team",
+    embed=embed,
+    image=dict(kind=kind, size=size, patch=patch, width=width, depth=depth, heads=width // 64),
+    text=text,
+    project_text=width != text["width"],
+    matching=dict(depth=blocks, heads=width // 64, mlp_ratio=2, embed=token_embed),
+  )
+
+
+# The released models: image tower, vocabulary, width of embeddings, blocks, width of tokens scored.
+PRESETS = {
+  "vit_b16": _preset("deit", 256, 16, 768, 12, 30522, 512, 6, 512),
+  "clip_l14": _preset("clip", 224, 14, 1024, 24, 30522, 768, 6, 512),
+  "chinese_l14": _preset("clip", 224, 14, 1024, 24, 21128, 768, 1, 768),
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+  """The model section of a config for one of PRESETS, as a fresh nested dict.
+
+  With what is not in a file: how each loop over layers is compiled (see layers.scan), dropout, and
+  the objective.
+  """
+  if name not in PRESETS:
+    raise ValueError(f"team has no variant {name!r}; there are {', '.join(PRESETS)}")
+  c = copy.deepcopy(PRESETS[name])
+  c["image"] |= dict(remat="nothing_saveable", unroll=1)
+  c["text"] |= dict(remat="", unroll=1, dropout=0.1, attention_dropout=0.1)
+  c["matching"] |= dict(remat="", unroll=1, dropout=0.1)
+  return c | dict(same_image="exclude", negatives=1, layerwise=True)
+
+
+class TEAM(system.System):
+  """Cosine of pooled embeddings, then alignment of all tokens for the best candidates.
+
+  batch: image [B, S, S, 3], text_ids int [B, L], text_mask bool [B, L], image_id int [B].
+  Features: embed float32 [B, E], unit rows; tokens [B, P, D] of a picture, [B, L, D] of a text with
+  mask bool [B, L].
+  same_image: see losses.contrastive.infonce. negatives: sampled for each picture and each text.
+  layerwise: the matching loss is a sum over the blocks; False: of the last block.
+  """
+
+  mean, std = clip_itm.MEAN, clip_itm.STD
+  top_k_text = top_k_image = 16
+  second_stage = ("tokens", "mask")
+
+  def __init__(
+    self,
+    *,
+    embed: int,
+    image: Mapping[str, Any],
+    text: Mapping[str, Any],
+    matching: Mapping[str, Any],
+    project_text: bool,
+    same_image: str = "exclude",
+    negatives: int = 1,
+    layerwise: bool = True,
+    dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    if same_image not in contrastive.SAME_IMAGE:
+      choices = ", ".join(contrastive.SAME_IMAGE)
+      raise ValueError(f"model.same_image is {same_image!r}; there are {choices}")
+    self.same_image, self.count, self.layerwise = same_image, negatives, layerwise
+    kw = dict(dtype=dtype, rngs=rngs)
+    image = dict(image)
+    self.kind = image.pop("kind")
+    if self.kind not in _TOWERS:
+      raise ValueError(f"model.image.kind is {self.kind!r}; team has {', '.join(_TOWERS)}")
+    tower = vit.ViT(embed=embed, **image, **_TOWERS[self.kind], **kw)
+    # A tower stands under its kind, because files of another kind have other names for its parts.
+    self.image = nnx.Dict({self.kind: tower})
+    self.text = bert.Bert(**text, **kw)
+    width, dim = text["width"], image["width"]
+    if not project_text and width != dim:
+      raise ValueError(
+        f"model.text.width is {width} and model.image.width {dim}: set model.project_text, so that "
+        "the tokens of both have one width"
+      )
+    self.text_proj = layers.linear(width, embed, ("embed", None), use_bias=False, **kw)
+    self.text_tokens = nnx.data(
+      layers.linear(width, dim, ("embed", None), **kw) if project_text else None
+    )
+    self.matching = matching_lib.TokenMatching(dim=dim, **matching, **kw)
+    self.logit_scale = nnx.Param(jnp.float32(TEMPERATURE), axes=())
+    self.logit_scale_team = nnx.Param(jnp.float32(TEMPERATURE), axes=())
+
+  def encode_image(self, batch, key=None):
+    tower = self.image[self.kind]
+    x = tower(self.pixels(batch["image"]))
+    normalised = self.kind == "deit"
+    return {
+      "embed": system.l2_normalize(tower.pool(x), eps=1e-12),
+      "tokens": tower.ln_post(x) if normalised else x,
+    }
+
+  def encode_text(self, batch, key=None):
+    mask = batch["text_mask"]
+    x = self.text(batch["text_ids"], mask, key)
+    embed = self.text_proj(x[:, 0])
+    if self.text_tokens is not None:
+      x = self.text_tokens(layers.rows(x)).reshape(*x.shape[:2], -1)
+    return {"embed": system.l2_normalize(embed, eps=1e-12), "tokens": x, "mask": mask}
+
+  def score(self, images, texts):
+    """Cosine [I, T]: the temperature does not change an order."""
+    return jnp.dot(images["embed"], texts["embed"].T, precision="highest")
+
+  def rerank(self, images, texts):
+    """The scores after all blocks, summed: in [-K, K] for K blocks."""
+    return self.matching(images["tokens"], texts["tokens"], texts["mask"]).sum(-1)
+
+  def scales(self) -> tuple[Array, Array]:
+    """The two temperatures in use. The bound acts after exp, so that its gradient is 0 beyond."""
+    bounded = lambda p: jnp.minimum(jnp.exp(p[...]), MAX_SCALE)
+    return bounded(self.logit_scale), bounded(self.logit_scale_team)
+
+  def excluded(self, batch) -> Array:
+    """bool [B, B]: what is never sampled, the row itself and, unless kept, its picture's others."""
+    own = jnp.eye(len(batch["image_id"]), dtype=bool)
+    if self.same_image == "keep":
+      return own
+    return own | contrastive.off_diagonal_same(batch["image_id"])
+
+  def negatives(self, images, texts, batch, key) -> tuple[tokens.Negatives, tokens.Negatives]:
+    """Sampled pictures for each text, and texts for each picture."""
+    logits = jax.lax.stop_gradient(self.scales()[0] * self.score(images, texts))  # [I, T]
+    same = self.excluded(batch)
+    k_image, k_text = jax.random.split(key)
+    return (
+      tokens.sample_negatives(logits.T, same, self.count, k_image),
+      tokens.sample_negatives(logits, same, self.count, k_text),
+    )
+
+  def match(
+    self, images, texts, wrong_images: tokens.Negatives, wrong_texts: tokens.Negatives, key
+  ) -> tuple[Array, Array]:
+    """Scores after each of K blocks: true pairs [B, K], and all sampled ones [B, 2n, K], those with
+    a wrong picture first."""
+    k_own, k_wrong = (None, None) if key is None else jax.random.split(key)
+    take = lambda x, chosen: exchange.take_rows(x, chosen.index, self.rows)
+    text, mask = texts["tokens"], texts["mask"]
+    join = lambda own, x: jnp.concatenate([own[:, None], take(own, x)], axis=1)  # [B, 1 + n, ...]
+    own = self.matching(
+      images["tokens"], join(text, wrong_texts), join(mask, wrong_texts), k_own
+    )  # [B, 1 + n, K]
+    n = wrong_images.index.shape[1]
+    other = take(images["tokens"], wrong_images)  # [B, n, P, D]
+    each = lambda x: jnp.repeat(x, n, axis=0)[:, None]  # [B n, 1, ...]
+    other = self.matching(other.reshape(-1, *other.shape[2:]), each(text), each(mask), k_wrong)
+    other = other.reshape(len(text), n, -1)  # [B, n, K]
+    return own[:, 0], jnp.concatenate([other, own[:, 1:]], axis=1)
+
+  def align(self, images, texts, batch, key):
+    k_sample, k_drop = jax.random.split(key)
+    scale, scale_team = self.scales()
+    contrast, metrics = contrastive.infonce(
+      images["embed"], texts["embed"], scale, batch["image_id"], self.same_image
+    )
+    chosen = self.negatives(images, texts, batch, k_sample)
+    right, wrong = self.match(images, texts, *chosen, k_drop)
+    found = jnp.concatenate([c.found for c in chosen], axis=1)
+    each = tokens.matching_loss(right, wrong, found, scale_team)  # [K]
+    match = each.sum() if self.layerwise else each[-1]
+    best_wrong = jnp.where(found, wrong[..., -1], -jnp.inf).max(1)
+    metrics |= {
+      "loss_contrastive": contrast,
+      "loss_matching": match,
+      "accuracy_matching": (right[:, -1] > best_wrong).mean(),
+      "logit_scale": scale,
+      "logit_scale_team": scale_team,
+    }
+    return contrast + match, metrics
+
+
+def build(config: Mapping[str, Any], *, dtype=jnp.float32, rngs: nnx.Rngs) -> TEAM:
+  """A TEAM from the model section of a config (see `preset`)."""
+  config = {k: v for k, v in config.items() if k != "system"}
+  return TEAM(**config, dtype=dtype, rngs=rngs)
+
+
+# --- PyTorch files ------------------------------------------------------------------------------
+
+_BLOCK, _OURS = "team_block_list.{layer}", "matching/blocks"
+
+RULES: Sequence[Entry] = [
+  # The Chinese release has one block under another name, and no temperatures.
+  Alias(r"^cross_model\.", "team_block_list."),
+  Rule("logit_scale", "logit_scale", default=TEMPERATURE),
+  Rule("logit_scale_team", "logit_scale_team", default=TEMPERATURE),
+  Ignore("text_model.bert.embeddings.position_ids"),
+  *torch_names.bert("text_model.bert.", "text"),
+  Rule("text_model.projector.weight", "text_proj/kernel", linear),
+  *torch_names.dense("text_model.projector_token_embeds", "text_tokens"),
+  *torch_names.timm_vit("image_model.vit.", "image/deit"),
+  Rule("image_model.projector.weight", "image/deit/proj/kernel", linear),
+  *torch_names.clip_vit("image_model.vision_transformer", "image/clip"),
+  *torch_names.norm(f"{_BLOCK}.norm1", f"{_OURS}/ln_1"),
+  *torch_names.norm(f"{_BLOCK}.norm2", f"{_OURS}/ln_2"),
+  *torch_names.norm(f"{_BLOCK}.norm3", f"{_OURS}/ln_3"),
+  *torch_names.attention(f"{_BLOCK}.self_attn", f"{_OURS}/self_attn"),
+  *torch_names.attention(f"{_BLOCK}.cross_attn", f"{_OURS}/cross_attn"),
+  *torch_names.dense(f"{_BLOCK}.ffn.fc1", f"{_OURS}/wi"),
+  *torch_names.dense(f"{_BLOCK}.ffn.fc2", f"{_OURS}/wo"),
+  *torch_names.dense("image_tensor_fc", "matching/image_fc"),
+  *torch_names.dense("text_tensor_fc", "matching/text_fc"),
+]
+
+# Public files of single towers: DeiT or an OpenAI CLIP archive, and a Hugging Face BERT.
+TOWERS: Mapping[str, Sequence[Entry]] = {
+  "image": [
+    *torch_names.timm_vit("", "image/deit"),
+    *torch_names.TIMM_REST,
+    *torch_names.clip_vit("visual", "image/clip"),
+    *torch_names.CLIP_REST,
+  ],
+  "text": [*torch_names.bert("bert.", "text"), *torch_names.BERT_REST],
+}
+
+
+# What passes through float16 on the way from an OpenAI CLIP file into the original.
+HALF_PATHS = (
+  r"^image/clip/(patch|proj)/kernel$",
+  r"^image/clip/blocks/(q|k|v|out|wi|wo)/(kernel|bias)$",
+)
+
+
+def optimizer_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
+  """Parameter names in the order of an optimizer file's ids; groups: sizes of its groups.
+
+  With two groups the image tower, which learns at a tenth of the rate, comes last.
+  """
+  if len(groups) == 1:
+    return list(names)
+  slow = [n for n in names if "image_model" in n and "tensor_fc" not in n]
+  return [n for n in names if n not in set(slow)] + slow
+
+
+def infer_config(
+  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+  """The model section of a config from the shapes of a state dict (TEAM spec, 7.3)."""
+  del scalars
+  deit, clip = "image_model.vit.", "image_model.vision_transformer."
+  kind = "deit" if deit + "pos_embed" in shapes else "clip"
+  need = {
+    "image_tensor_fc.weight": 2,
+    "text_model.projector.weight": 2,
+    "text_model.bert.embeddings.word_embeddings.weight": 2,
+    "text_model.bert.embeddings.position_embeddings.weight": 2,
+    "text_model.bert.encoder.layer.0.intermediate.dense.weight": 2,
+  }
+  if kind == "deit":
+    need |= {deit + "pos_embed": 3, deit + "patch_embed.proj.weight": 4}
+  else:
+    need |= {clip + "positional_embedding": 2, clip + "conv1.weight": 4}
+  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
+  if wrong:
+    what = models.describe_keys(shapes)
+    raise ConversionError(missing=[f"not a TEAM state dict ({what}); no {', '.join(wrong)}"])
+
+  if kind == "deit":
+    pos, patch_name, layer = deit + "pos_embed", deit + "patch_embed.proj.weight", r"blocks\.(\d+)"
+    rows, tower = shapes[pos][1], deit
+  else:
+    pos, patch_name = clip + "positional_embedding", clip + "conv1.weight"
+    rows, tower, layer = shapes[pos][0], clip, r"transformer\.resblocks\.(\d+)"
+  width, _, patch, _ = shapes[patch_name]
+  size = patch * torch_names.side(rows, pos)
+  count = lambda pattern: len(torch_names.distinct(pattern + r"\..*", shapes))
+  vocab, text_width = shapes["text_model.bert.embeddings.word_embeddings.weight"]
+  token_embed, dim = shapes["image_tensor_fc.weight"]
+  heads = lambda width: max(width // 64, 1)
+  return dict(
+    system="team",
+    embed=shapes["text_model.projector.weight"][0],
+    image=dict(
+      kind=kind,
+      size=size,
+      patch=patch,
+      width=width,
+      depth=count(re.escape(tower) + layer),
+      heads=heads(width),
+    ),
+    text=dict(
+      vocab=vocab,
+      context=shapes["text_model.bert.embeddings.position_embeddings.weight"][0],
+      width=text_width,
+      depth=count(r"text_model\.bert\.encoder\.layer\.(\d+)"),
+      heads=heads(text_width),
+      mlp=shapes["text_model.bert.encoder.layer.0.intermediate.dense.weight"][0],
+    ),
+    project_text="text_model.projector_token_embeds.weight" in shapes,
+    matching=dict(
+      depth=count(r"(?:team_block_list|cross_model)\.(\d+)"),
+      heads=heads(dim),
+      mlp_ratio=2,
+      embed=token_embed,
+    ),
+  )
+
+
+def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Image positions of another resolution are resized; everything else is left as it is."""
+  if path in ("image/deit/pos", "image/clip/pos") and value.shape != shape:
+    return positions.resize_table(value, shape[0])
+  return value

@@ -1,0 +1,149 @@
+"""Rule tables of the towers: the names and layouts of public PyTorch files, under any prefix."""
+
+import math
+import re
+from collections.abc import Iterable
+
+from xmodal_jax.convert import (
+  Alias,
+  ConversionError,
+  Entry,
+  Ignore,
+  Rule,
+  conv,
+  linear,
+  same,
+  split,
+  squeeze,
+)
+
+
+def norm(torch: str, ours: str, first: int = 0) -> list[Rule]:
+  """LayerNorm."""
+  return [
+    Rule(f"{torch}.weight", f"{ours}/scale", first=first),
+    Rule(f"{torch}.bias", f"{ours}/bias", first=first),
+  ]
+
+
+def batch_norm(torch: str, ours: str, first: int = 0) -> list[Rule]:
+  names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+  return [Rule(f"{torch}.{a}", f"{ours}/{b}", first=first) for a, b in names.items()]
+
+
+def dense(torch: str, ours: str) -> list[Rule]:
+  return [
+    Rule(f"{torch}.weight", f"{ours}/kernel", linear),
+    Rule(f"{torch}.bias", f"{ours}/bias"),
+  ]
+
+
+def fused(weight: str, bias: str, ours: str) -> list[Rule]:
+  """One matrix for query, key and value, in this order of rows; `ours` is what holds q, k, v."""
+  paths = lambda name: tuple(f"{ours}/{x}/{name}" for x in "qkv")
+  return [
+    Rule(weight, paths("kernel"), split(3, linear)),
+    Rule(bias, paths("bias"), split(3)),
+  ]
+
+
+def attention(torch: str, ours: str) -> list[Rule]:
+  """torch.nn.MultiheadAttention."""
+  return [
+    *fused(f"{torch}.in_proj_weight", f"{torch}.in_proj_bias", ours),
+    *dense(f"{torch}.out_proj", f"{ours}/out"),
+  ]
+
+
+def clip_blocks(torch: str, ours: str) -> list[Rule]:
+  """OpenAI CLIP's `transformer`."""
+  block, blocks = f"{torch}.resblocks.{{layer}}", f"{ours}/blocks"
+  return [
+    *attention(f"{block}.attn", blocks),
+    *norm(f"{block}.ln_1", f"{blocks}/ln_1"),
+    *norm(f"{block}.ln_2", f"{blocks}/ln_2"),
+    *dense(f"{block}.mlp.c_fc", f"{blocks}/wi"),
+    *dense(f"{block}.mlp.c_proj", f"{blocks}/wo"),
+  ]
+
+
+def clip_vit(torch: str, ours: str) -> list[Rule]:
+  """OpenAI CLIP's `visual`, where it is a ViT."""
+  return [
+    Rule(f"{torch}.conv1.weight", f"{ours}/patch/kernel", conv),
+    Rule(f"{torch}.class_embedding", f"{ours}/cls"),
+    Rule(f"{torch}.positional_embedding", f"{ours}/pos"),
+    Rule(f"{torch}.proj", f"{ours}/proj/kernel", same),  # already [in, out]
+    *norm(f"{torch}.ln_pre", f"{ours}/ln_pre"),
+    *norm(f"{torch}.ln_post", f"{ours}/ln_post"),
+    *clip_blocks(f"{torch}.transformer", ours),
+  ]
+
+
+def timm_vit(torch: str, ours: str) -> list[Rule]:
+  """timm's and DeiT's VisionTransformer. torch: a prefix with its dot, "" for a bare file."""
+  block, blocks = f"{torch}blocks.{{layer}}", f"{ours}/blocks"
+  return [
+    Rule(f"{torch}cls_token", f"{ours}/cls", squeeze(0, 1)),
+    Rule(f"{torch}pos_embed", f"{ours}/pos", squeeze(0)),
+    Rule(f"{torch}patch_embed.proj.weight", f"{ours}/patch/kernel", conv),
+    Rule(f"{torch}patch_embed.proj.bias", f"{ours}/patch/bias"),
+    *norm(f"{block}.norm1", f"{blocks}/ln_1"),
+    *fused(f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias", blocks),
+    *dense(f"{block}.attn.proj", f"{blocks}/out"),
+    *norm(f"{block}.norm2", f"{blocks}/ln_2"),
+    *dense(f"{block}.mlp.fc1", f"{blocks}/wi"),
+    *dense(f"{block}.mlp.fc2", f"{blocks}/wo"),
+    *norm(f"{torch}norm", f"{ours}/ln_post"),
+  ]
+
+
+def bert(torch: str, ours: str) -> list[Rule]:
+  """Hugging Face's BertModel without pooler. torch: a prefix with its dot, "" for a bare file."""
+  table, layer, blocks = f"{torch}embeddings", f"{torch}encoder.layer.{{layer}}", f"{ours}/blocks"
+  return [
+    Rule(f"{table}.word_embeddings.weight", f"{ours}/word/embedding"),
+    Rule(f"{table}.position_embeddings.weight", f"{ours}/pos"),
+    Rule(f"{table}.token_type_embeddings.weight", f"{ours}/type"),
+    *norm(f"{table}.LayerNorm", f"{ours}/ln"),
+    *dense(f"{layer}.attention.self.query", f"{blocks}/q"),
+    *dense(f"{layer}.attention.self.key", f"{blocks}/k"),
+    *dense(f"{layer}.attention.self.value", f"{blocks}/v"),
+    *dense(f"{layer}.attention.output.dense", f"{blocks}/out"),
+    *norm(f"{layer}.attention.output.LayerNorm", f"{blocks}/ln_1"),
+    *dense(f"{layer}.intermediate.dense", f"{blocks}/wi"),
+    *dense(f"{layer}.output.dense", f"{blocks}/wo"),
+    *norm(f"{layer}.output.LayerNorm", f"{blocks}/ln_2"),
+  ]
+
+
+# What stands in public files of one tower beside the tower, and is of no use here.
+CLIP_REST: list[Entry] = [
+  Ignore(name, keep=False)
+  for name in (
+    *("logit_scale", "input_resolution", "context_length", "vocab_size", "positional_embedding"),
+    *("text_projection", "token_embedding.weight", "ln_final.*", "transformer.*"),
+  )
+]
+TIMM_REST: list[Entry] = [Ignore(name, keep=False) for name in ("head.*", "pre_logits.*")]
+BERT_REST: list[Entry] = [
+  # Files with a language model's head have the prefix; the oldest have TensorFlow's LayerNorms.
+  Alias(r"^(?=embeddings\.|encoder\.|pooler\.)", "bert."),
+  Alias(r"LayerNorm\.gamma$", "LayerNorm.weight"),
+  Alias(r"LayerNorm\.beta$", "LayerNorm.bias"),
+  *(Ignore(f"{n}.*", keep=False) for n in ("cls", "bert.pooler")),
+  Ignore("bert.embeddings.position_ids", keep=False),
+]
+
+
+def distinct(pattern: str, names: Iterable[str]) -> set[str]:
+  """The first groups of the names that match a whole pattern: numbers of layers."""
+  return {m[1] for name in names if (m := re.fullmatch(pattern, name))}
+
+
+def side(rows: int, name: str) -> int:
+  """Side of the square grid of a position table that also has a row for one more token."""
+  out = math.isqrt(max(rows - 1, 0))
+  if out * out != rows - 1 or not out:
+    raise ConversionError(misshapen=[f"{name}: {rows} rows are no square and one more"])
+  return out

@@ -1,0 +1,239 @@
+"""The second stage of retrieval: the best candidates of each query, scored pair by pair.
+
+Features that only this stage reads never leave the devices. Pictures stay where they were encoded;
+captions are handed to every device a block at a time; each device scores, in calls of one static
+shape, the candidate pairs of its own pictures, several captions of a picture together.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xmodal_jax import metrics
+
+
+class Bank:
+  """Features of one side on the devices: batch after batch in leaves [S, b, ...], b sharded.
+
+  valid: bool [S * b], which rows hold something. floating leaves are kept in `dtype`.
+  """
+
+  def __init__(self, steps: int, rows: NamedSharding, dtype: Any):
+    self.steps, self.dtype, self.leaves, self.valid = steps, dtype, {}, []
+    self.sharding = NamedSharding(rows.mesh, P(None, *rows.spec))
+
+  def add(self, features: dict[str, jax.Array], valid: np.ndarray) -> None:
+    """Stores the rows [b, ...] of the next batch."""
+    step = len(self.valid)
+    if not self.leaves:
+      self.leaves = self._empty({k: jax.typeof(v) for k, v in features.items()})
+    at = jax.device_put(np.int32(step), NamedSharding(self.sharding.mesh, P()))
+    self.leaves = _store(self.leaves, features, at)
+    self.valid.append(valid)
+
+  def _empty(self, types: dict[str, Any]) -> dict[str, jax.Array]:
+    def make():
+      kind = lambda t: self.dtype if jnp.issubdtype(t.dtype, jnp.floating) else t.dtype
+      return {k: jnp.zeros((self.steps, *t.shape), kind(t)) for k, t in types.items()}
+
+    return jax.jit(make, out_shardings=self.sharding)()
+
+  @property
+  def rows(self) -> np.ndarray:
+    """int [N]: place of each valid row, counted over all batches."""
+    return np.flatnonzero(np.concatenate(self.valid))
+
+  def block(self, first: int, steps: int) -> dict[str, jax.Array]:
+    """Leaves [steps * b, ...] of batches first .. first + steps, whole on every device."""
+    start = jax.device_put(np.int32(first), NamedSharding(self.sharding.mesh, P()))
+    return _block(self.leaves, start, steps, NamedSharding(self.sharding.mesh, P()))
+
+
+@jax.jit(donate_argnums=0)
+def _store(leaves, features, step):
+  put = lambda bank, x: jax.lax.dynamic_update_index_in_dim(bank, x.astype(bank.dtype), step, 0)
+  return {k: put(leaves[k], features[k]) for k in leaves}
+
+
+@jax.jit(static_argnums=(2, 3))
+def _block(leaves, first, steps, whole):
+  def one(x):
+    part = jax.lax.dynamic_slice_in_dim(x, first, steps)
+    return jax.lax.with_sharding_constraint(part.reshape(-1, *x.shape[2:]), whole)
+
+  return jax.tree.map(one, leaves)
+
+
+def make_rerank_step(graphdef: nnx.GraphDef, rows: NamedSharding) -> Callable[..., jax.Array]:
+  """jitted (params, stats, picture bank, caption block, picture [N], caption [N, M]) -> [N, M].
+
+  N is sharded like the rows of a batch. picture counts a device's own rows of the bank, caption
+  the rows of the block. The scores, float32, are whole on every device.
+  """
+  spec, whole = rows.spec, NamedSharding(rows.mesh, P())
+  banked = P(None, *spec)
+
+  def fetch(bank, block, picture, caption):
+    pick = lambda x: x.reshape(-1, *x.shape[2:])[picture]
+    return jax.tree.map(pick, bank), jax.tree.map(lambda x: x[caption], block)
+
+  fetch = jax.shard_map(
+    fetch, mesh=rows.mesh, in_specs=(banked, P(), spec, spec), out_specs=(spec, spec)
+  )
+
+  def step(params, stats, bank, block, picture, caption):
+    images, texts = fetch(bank, block, picture, caption)
+    return nnx.merge(graphdef, params, stats).rerank(images, texts).astype(jnp.float32)
+
+  return jax.jit(step, out_shardings=whole)
+
+
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+  """Positions of the k highest of each row of [Q, N], ascending; ties go to the lower position."""
+  k = min(k, scores.shape[1])
+  out = np.empty((len(scores), k), np.int64)
+  for start in range(0, len(scores), 1024):  # bounds the copy that a partition makes
+    block = scores[start : start + 1024]
+    chosen = np.argpartition(block, -k, axis=1)[:, -k:] if k < block.shape[1] else None
+    if chosen is None:
+      out[start : start + len(block)] = np.arange(k)
+      continue
+    lowest = np.take_along_axis(block, chosen, 1).min(1, keepdims=True)
+    chosen.sort(1)
+    for row in np.flatnonzero((block >= lowest).sum(1) > k):  # a tie at the last place
+      chosen[row] = np.sort(np.argsort(-block[row], kind="stable")[:k])
+    out[start : start + len(block)] = chosen
+  return out
+
+
+class Calls(NamedTuple):
+  """What each call scores: picture int32 [C, N], caption int32 [C, N, M], pair int64 [C, N, M] the
+  number of the pair, -1 for filling."""
+
+  picture: np.ndarray
+  caption: np.ndarray
+  pair: np.ndarray
+
+
+def schedule(
+  picture: np.ndarray,
+  caption: np.ndarray,
+  *,
+  batch: int,
+  devices: int,
+  block: int,
+  shape: tuple[int, int],
+) -> dict[int, Calls]:
+  """Spreads pairs over devices and calls, by the number of the block of captions.
+
+  picture, caption: int [N], places in the banks, whose batches have `batch` rows spread evenly
+  over `devices`. block: captions of a block. shape: pictures and captions of a device's call.
+  """
+  share = batch // devices  # rows of a batch on a device
+  device, step = picture % batch // share, picture // batch
+  local = step * share + picture % share
+  per_call, width = shape
+  out = {}
+  for first in range(0, int(caption.max(initial=-1)) + 1, block):
+    pairs = np.flatnonzero((caption >= first) & (caption < first + block))
+    pairs = pairs[np.lexsort((caption[pairs], local[pairs], device[pairs]))]
+    if not len(pairs):
+      continue
+    # Pairs of one picture are neighbours now; every `width` of them begin a new row of a call.
+    key = device[pairs] * (local.max() + 1) + local[pairs]
+    change = np.flatnonzero(np.diff(key, prepend=-1))
+    run = np.searchsorted(change, np.arange(len(pairs)), "right") - 1
+    place = np.arange(len(pairs)) - change[run]
+    begins = place % width == 0
+    row = np.cumsum(begins) - 1  # over all devices
+    owner = device[pairs[begins]]
+    row -= np.searchsorted(owner, device[pairs])  # within the device
+    calls = -(-(row.max() + 1) // per_call)
+    at = (row // per_call, device[pairs] * per_call + row % per_call)
+    n = (calls, devices * per_call)
+    pictures, captions = np.zeros(n, np.int32), np.zeros((*n, width), np.int32)
+    numbers = np.full((*n, width), -1)
+    pictures[at] = local[pairs]
+    captions[(*at, place % width)] = caption[pairs] - first
+    numbers[(*at, place % width)] = pairs
+    out[first // block] = Calls(pictures, captions, numbers)
+  return out
+
+
+class Reranker:
+  """Second-stage scores of candidates. block: captions on every device at a time."""
+
+  def __init__(
+    self, graphdef: nnx.GraphDef, rows: NamedSharding, *, block: int, shape: Sequence[int]
+  ):
+    self.rows, self.block, self.shape = rows, block, tuple(shape)
+    self.step = make_rerank_step(graphdef, rows)
+
+  def scores(
+    self,
+    state: Any,
+    images: Bank,
+    texts: Bank,
+    picture: np.ndarray,
+    caption: np.ndarray,
+    stop: Callable[[], None] = lambda: None,
+  ) -> np.ndarray:
+    """float32 [N]: scores of pairs of places in the banks. Raises NonFiniteError."""
+    batch = len(images.valid[0])
+    steps = min(max(self.block // len(texts.valid[0]), 1), texts.steps)
+    devices = batch // self.rows.shard_shape((batch,))[0]
+    planned = schedule(
+      picture,
+      caption,
+      batch=batch,
+      devices=devices,
+      block=steps * len(texts.valid[0]),
+      shape=self.shape,
+    )
+    out = np.full(len(picture), np.nan, np.float32)
+    pending = None
+    for n, calls in planned.items():
+      first = min(n * steps, texts.steps - steps)  # all blocks have one size: the last begins early
+      moved = (n * steps - first) * len(texts.valid[0])
+      block = texts.block(first, steps)
+      for pictures, captions, numbers in zip(*calls, strict=True):
+        stop()
+        put = lambda x: jax.device_put(x, self.rows)
+        scores = self.step(
+          state.params, state.stats, images.leaves, block, put(pictures), put(captions + moved)
+        )
+        # One call stays in flight, so that the host never makes the device wait.
+        self._take(pending, out)
+        pending = scores, numbers
+    self._take(pending, out)
+    metrics.check_finite("second-stage scores", out[:, None])
+    return out
+
+  @staticmethod
+  def _take(pending, out: np.ndarray) -> None:
+    if pending is not None:
+      scores, numbers = jax.device_get(pending[0]), pending[1]
+      out[numbers[numbers >= 0]] = scores[numbers >= 0]
+
+
+def promote(first: np.ndarray, candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:
+  """First-stage scores [Q, N] in which the candidates [Q, k] of each row lead in the order of
+  their second-stage `scores` [Q, k]; the others keep their order behind them.
+
+  What leads is a place, written as a number above all first-stage scores: second-stage scores of
+  any size keep their order, and equal ones go to the lower position.
+  """
+  k = candidates.shape[1]
+  order = np.argsort(-scores, axis=1, kind="stable")  # candidates ascend
+  place = np.empty_like(order)
+  np.put_along_axis(place, order, np.arange(k)[None], 1)
+  out = np.array(first, np.float32)
+  lead = np.ceil(max(float(out.max()), 0.0)) + 1
+  np.put_along_axis(out, candidates, (lead + k - place).astype(np.float32), 1)
+  return out
