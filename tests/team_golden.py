@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xmodal_jax import convert, init, optim
 from xmodal_jax import config as config_lib
+from xmodal_jax import convert, init, optim
 from xmodal_jax import step as step_lib
 from xmodal_jax.losses import tokens
 from xmodal_jax.models import team

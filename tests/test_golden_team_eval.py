@@ -8,6 +8,7 @@ import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL
 import pytest
 import team_golden
 from PIL import Image
@@ -30,6 +31,12 @@ def exact_matmuls():
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> pathlib.Path:
   """The evaluation set, prepared as a user would."""
+  recorded = team_golden.MANIFEST["versions"]["Pillow"]
+  if PIL.__version__.split(".")[0] < recorded.split(".")[0]:
+    pytest.skip(
+      f"recorded with Pillow {recorded}; {PIL.__version__} resizes in another order of passes, "
+      "which moves pixels by one level"
+    )
   root = tmp_path_factory.mktemp("albef")
   annotations = golden_files.path("team", "eval_data", "annotations.json")
   pictures = golden_files.arrays("team", "eval_data", "images.npz")
@@ -52,7 +59,7 @@ def evaluated(name: str, data_dir: str):
   c.text.length = team_golden.MANIFEST["variants"][name]["text_length"]
   c.text.clean, c.text.max_words = "albef", 30
   c.eval.batch_size, c.eval.block, c.eval.rerank_block = 8, (8, 32), (2, 4)
-  assert (TOP, TOP) == (golden.model().top_k_text, golden.model().top_k_image)
+  assert (golden.model().top_k_text, golden.model().top_k_image) == (TOP, TOP)
   built = build.Built(c)
   read = inputs.Inputs(c)
   ev = evaluate.Evaluator(c, read, built)

@@ -1,14 +1,16 @@
-"""Measures the pieces: ranks, the input pipeline, both towers forward, and a training step.
+"""Measures the pieces: ranks, input pipeline, both towers, a training step, the second stage.
 
   python tools/benchmark.py ranks --data DIR [--against eccv_caption]
   python tools/benchmark.py data --data_dir DIR --split train
   python tools/benchmark.py encode --model vit_b32 --batch 32 [--against torch]
   python tools/benchmark.py step --model vit_b32 --batch 32 [--against torch]
+  python tools/benchmark.py rerank --scale 0.02 [--against torch]
 
 Every side runs in a process of its own that stays alive, on the same cores with the same number of
 threads. Sides take turns (ours, theirs, ours, ...), so that a busy machine is as busy for both, and
 the ratio is reported pair by pair. The waiting side sleeps; its CPU time is reported to prove it.
-Of several forms of the other side (attention, memory format, compilation) the fastest counts.
+Of several forms of the other side (attention, memory format, compilation) the fastest counts;
+those of `rerank` are of three kinds (query by query, in batches, on our plan), each compared.
 """
 
 import argparse
@@ -30,7 +32,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # Side -> the file beside this one with its `forms(args)`: name -> function that prepares that form
 # and returns (run, info). `run()` does the work once and waits for it; what is callable in info is
 # called after every run, outside of its time.
-SIDES = {"ours": "benchmark_ours", "torch": "benchmark_torch", "eccv_caption": "benchmark_ranks"}
+# `times` in info says how often a run's work is in all of it: both clocks are multiplied by it.
+SIDES = {
+  "ours": "benchmark_ours",
+  "torch": "benchmark_torch",
+  "torch rerank": "benchmark_rerank_torch",
+  "eccv_caption": "benchmark_ranks",
+}
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorflow", "torch", "transformers", "eccv_caption")
 
 
@@ -64,6 +72,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--against", choices=["torch"])
     command.add_argument("--form", help="the only form of the other side to measure")
     command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+  command = commands.add_parser("rerank", parents=[common], help="TEAM's second stage")
+  command.add_argument("--scale", type=float, default=0.02, help="of COCO's 5,000 images")
+  command.add_argument("--width", type=int, default=1024, help="of tokens; the heads are width/64")
+  command.add_argument("--blocks", type=int, default=6)
+  command.add_argument(
+    "--rerank_block", type=int, nargs=2, default=(16, 8), help="images, captions of each in a call"
+  )
+  command.add_argument("--against", choices=["torch"])
+  command.add_argument("--form", help="the only form of the other side to measure")
+  command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+  command.add_argument(
+    "--slice", type=int, default=256, help="pairs that a run of the other side scores; 0: all"
+  )
   args = parser.parse_args(argv)
   for name in ("against", "form"):
     setattr(args, name, getattr(args, name, None))
@@ -121,7 +142,8 @@ def serve(side: str) -> None:
   os.dup2(2, 1)
   cpu = lambda: sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
   reply = lambda **kw: print(json.dumps(kw), file=answers, flush=True)
-  forms = importlib.import_module(SIDES[side]).forms(ARGS)
+  file = SIDES.get(f"{side} {ARGS.command}", SIDES[side])
+  forms = importlib.import_module(file).forms(ARGS)
   reply(forms=list(forms))
   current, run, info = None, None, {}
   for line in sys.stdin:
@@ -144,6 +166,7 @@ def serve(side: str) -> None:
       reply(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
       continue
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    wall, used = (x * info.get("times", 1) for x in (wall, used))
     extra = {key: value() if callable(value) else value for key, value in info.items()}
     reply(wall=wall, cpu=used, peak_gb=peak, info=extra)
 
@@ -172,21 +195,30 @@ def environment() -> dict[str, Any]:
   } | versions
 
 
-def choose(ours: Side, theirs: Side) -> tuple[str, dict[str, Any]]:
-  """The fastest form of the other side, and what was measured of each.
+def kinds(forms: list[str]) -> dict[str, list[str]]:
+  """Forms of the other side by kind: only those of `rerank` are of several, their first words."""
+  out: dict[str, list[str]] = {}
+  for form in forms:
+    out.setdefault(form.split()[0] if ARGS.command == "rerank" else "", []).append(form)
+  return out
+
+
+def choose(ours: Side, theirs: Side, forms: list[str]) -> tuple[str, dict[str, Any]]:
+  """The fastest of these forms of the other side, and what was measured of each.
 
   Forms are measured minutes apart, on a machine that may be busier for one than for another: they
   are ranked by their time over ours, in pairs.
   """
   measured: dict[str, Any] = {}
-  for form in theirs.form_names:
+  tries = 1 if ARGS.command == "rerank" else 3
+  for form in forms:
     pairs = []
-    for _ in range(3):
+    for _ in range(tries):
       answer = theirs.ask(form)
       if "error" in answer:
         break
       pairs.append((answer["wall"], answer["wall"] / ours.ask(ours.form_names[0])["wall"]))
-    if len(pairs) < 3:
+    if len(pairs) < tries:
       measured[form] = answer
       print(f"  {theirs.name} {form}: {answer['error']}", flush=True)
       continue
@@ -202,15 +234,28 @@ def choose(ours: Side, theirs: Side) -> tuple[str, dict[str, Any]]:
 def main() -> None:
   result: dict[str, Any] = {"args": vars(ARGS), "environment": environment()}
   print(", ".join(f"{k} {v}" for k, v in result["environment"].items()), flush=True)
-  sides, form = {"ours": Side("ours")}, {}
-  form["ours"] = sides["ours"].form_names[0]
+  sides, forms = {"ours": Side("ours")}, {"": [""]}
   if ARGS.against:
     theirs = sides[ARGS.against] = Side(ARGS.against)
-    form[ARGS.against] = ARGS.form or theirs.form_names[0]
-    if form[ARGS.against] not in theirs.form_names:
+    if ARGS.form and ARGS.form not in theirs.form_names:
       raise SystemExit(f"benchmark: --form {ARGS.form}: there are {', '.join(theirs.form_names)}")
-    if not ARGS.form and len(theirs.form_names) > 1:
-      form[ARGS.against], result["forms"] = choose(sides["ours"], theirs)
+    forms = kinds([ARGS.form] if ARGS.form else theirs.form_names)
+  for kind, names in forms.items():
+    part = result.setdefault("kinds", {}).setdefault(kind, {}) if kind else result
+    form = {"ours": sides["ours"].form_names[0]}
+    if ARGS.against:
+      form[ARGS.against] = names[0]
+      if len(names) > 1:
+        form[ARGS.against], part["forms"] = choose(sides["ours"], theirs, names)
+    part |= measure(sides, form)
+  for side in sides.values():
+    side.close()
+  if ARGS.json:
+    pathlib.Path(ARGS.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(sides: dict[str, Side], form: dict[str, str]) -> dict[str, Any]:
+  """The sides take turns, each in its form. Prints and returns what came out."""
   runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
   # One run of each is thrown away: it is where a side prepares its form.
   for turn in range(-1 if ARGS.warmup else 0, ARGS.repeats):
@@ -223,8 +268,7 @@ def main() -> None:
       if turn >= 0:
         runs[name].append(answer)
       time.sleep(0.05)  # thread pools spin for a moment after work; not on the other side's time
-  for side in sides.values():
-    side.close()
+  result: dict[str, Any] = {}
   result["sides"] = {name: describe(name, form[name], answers) for name, answers in runs.items()}
   if ARGS.against:
     # Both clocks: other work on the machine takes wall time from either side, but not CPU time.
@@ -234,8 +278,7 @@ def main() -> None:
       result[f"{clock}_ratio"] = ratio | {"pairs": pairs}
       print(f"{clock} time of {ARGS.against} / ours, {len(pairs)} pairs: {numbers(ratio, 'x')}")
     compare(result)
-  if ARGS.json:
-    pathlib.Path(ARGS.json).write_text(json.dumps(result, indent=1) + "\n")
+  return result
 
 
 def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -251,7 +294,12 @@ def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, A
   line += f"  peak {out['peak_gb']:.2f} GB  other side idle {out['idle_cpu']:.2f} CPU s"
   if "examples" in info:
     out["examples_per_s"] = info["examples"] / out["wall"]
-    line += f"  {out['examples_per_s']:.1f} examples/s"
+    line += f"  {out['examples_per_s']:.1f} {'pairs' if 'scores' in info else 'examples'}/s"
+  if "unique" in info:
+    line += f" of {info['examples']} ({info['unique'] / out['wall']:.1f} different ones/s, "
+    line += f"calls filled to {100 * info['filled']:.0f} %)"
+  if "times" in info:
+    line += f" (1/{info['times']:.1f} of the work measured)"
   if "flops" in info:
     out["gflops_per_s"] = info["flops"] / out["wall"] / 1e9
     line += f"  {out['gflops_per_s']:.1f} GFLOP/s"
@@ -263,12 +311,20 @@ def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, A
 
 
 def compare(result: dict[str, Any]) -> None:
-  """Says whether both sides did the same: metrics of `ranks`, parameters of the models."""
+  """Says whether both sides did the same: metrics, second-stage scores, numbers of parameters."""
   ours, theirs = (result["sides"][name]["info"] for name in ("ours", ARGS.against))
   if "metrics" in theirs:
     off = {k: abs(v - ours["metrics"][k]) for k, v in theirs["metrics"].items()}
     result["largest_difference"] = max(off.values())
     print(f"{len(off)} metrics in common, largest difference {max(off.values()):.1e} of 100")
+  if "scores" in theirs:
+    mine, scores = ours.pop("scores"), theirs.pop("scores")
+    common = mine.keys() & scores.keys()  # `shared` fills calls up with pairs that nobody asked for
+    off = max(abs(scores[k] - mine[k]) for k in common)
+    result["largest_difference"] = off
+    print(f"{len(common)} scores in common, largest difference {off:.1e}")
+    if not off < 1e-4:
+      raise SystemExit("benchmark: the two sides do not compute the same scores")
   if "parameters" in theirs:
     result["same_parameters"] = ours["parameters"] == theirs["parameters"]
     print(f"parameters: ours {ours['parameters']:,}, theirs {theirs['parameters']:,}")

@@ -16,6 +16,10 @@ def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
     import benchmark_ranks
 
     return {"coco_protocol": lambda: benchmark_ranks.ours(args)}
+  if args.command == "rerank":
+    import benchmark_rerank
+
+    return {"pairs once, scheduled": lambda: benchmark_rerank.ours(args)}
   prepare = {"data": pipeline, "encode": encode, "step": train_step}[args.command]
   return {args.command: lambda: prepare(args)}
 

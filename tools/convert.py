@@ -49,10 +49,12 @@ def to_jax(system: str, source: pathlib.Path, out: pathlib.Path, allow_missing: 
   )
   parts = [{k: v for k, v in flat.items() if (k in stats) == s} for s in (False, True)]
   checkpoint.save_model(out, *(init.nested(p) for p in parts), meta)
+  filled = f", {len(report.filled)} not in the file: {', '.join(report.filled)}"
   return (
     f"{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "
     f"{system} {variant or 'of its own size'}: {report.parameters:,} values in {len(flat)} arrays, "
     f"{len(report.kept)} buffers kept, {len(report.dropped)} dropped, {len(report.missing)} missing"
+    f"{filled if report.filled else ''}"
   )
 
 

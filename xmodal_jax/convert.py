@@ -7,6 +7,7 @@ listed together and raise. Values keep their dtypes and bits; widening them is f
 """
 
 import base64
+import collections
 import dataclasses
 import json
 import re
@@ -214,9 +215,12 @@ def to_jax(
   ignores = [(_pattern(r.torch), r) for r in rules if isinstance(r, Ignore)]
   known = [_pattern(r.torch) for r in rules if isinstance(r, Rule)]
   report = Report(list(state), {}, [], [], 0)
-  state = {known: state[name] for name, known in _canonical(rules, state).items()}
+  names = _canonical(rules, state)
+  state = {known: state[name] for name, known in names.items()}
   if len(state) < len(report.keys):
-    raise ConversionError(extra=["some keys are there under two names: " + ", ".join(report.keys)])
+    count = collections.Counter(names.values())
+    twice = [f"{name} is {known}" for name, known in names.items() if count[known] > 1]
+    raise ConversionError(keys_under_two_names=twice)
   unknown, extra, misshapen = [], [], []
   for name in state:
     if name in steps:

@@ -55,7 +55,7 @@ def load(
   else:
     have, info = _read_file(path, system, want)
   module = models.system_module(system)
-  have = {k: module.resize(k, v, want[k].shape) if k in want else v for k, v in have.items()}
+  have = _resize(path, module, have, want)
   _check(path, have, want)
   logging.info("parameters from %s (%s)", path, info["kind"])
   have = {k: np.asarray(v, np.float32) for k, v in have.items()}
@@ -74,7 +74,7 @@ def load_tower(
 
   The system's TOWERS say which files those are. What of the tower the file does not have (a new
   projection) is left out. half: matrices and their biases are rounded to float16, as CLIP's own
-  files hold them. Raises CheckpointError, ConversionError.
+  files hold them. Raises CheckpointError, ConversionError, FileFormatError.
   """
   path = epath.Path(source).expanduser()
   if not path.is_file():
@@ -94,9 +94,14 @@ def load_tower(
   want = {k: v for k, v in want.items() if k in covered}
   with _local(path) as local:
     state, _ = torch_files.state_dict(local)
-    leaves, report = convert.to_jax(state, rules, want, check_shapes=False)
+    try:
+      leaves, report = convert.to_jax(state, rules, want, check_shapes=False)
+    except convert.ConversionError as e:
+      what = models.describe_keys(state)
+      e.args = (f"config.init_{side}: {path}, {what}, is not the {side} tower of {system}: {e}",)
+      raise
   logging.info("%s tower from %s, %d keys not used", side, path, len(report.dropped))
-  leaves = {k: module.resize(k, v, want[k].shape) for k, v in leaves.items()}
+  leaves = _resize(path, module, leaves, want)
   _check(path, leaves, want)
   rounds = re.compile("|".join(module.HALF_PATHS)).search if half else lambda _: False
   return {
@@ -154,6 +159,14 @@ def _read_file(
     leaves, _ = convert.to_jax(state, module.RULES, want, check_shapes=False)
     sha256 = torch_files.sha256(local)
   return leaves, dict(kind=file_info["format"], source=path.name, sha256=sha256)
+
+
+def _resize(path, module, have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
+  """Tables of another resolution, as the system adapts them; all else as it is."""
+  try:
+    return {k: module.resize(k, v, want[k].shape) if k in want else v for k, v in have.items()}
+  except ValueError as e:
+    raise checkpoint.CheckpointError(f"{path}: {e}") from None
 
 
 def _check(path: epath.Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:

@@ -57,6 +57,14 @@ class System(nnx.Module):
     """
     raise NotImplementedError(f"{type(self).__name__} has no second stage")
 
+  def relate(self, images: Features, texts: Features) -> dict[str, Array]:
+    """What the tokens of N texts look at in their N pictures, for people to see.
+
+    attention float32 [N, L, P]: weights of each text token over the image tokens, in rows that sum
+    to 1; agreement float32 [N, L]: what each text token scores.
+    """
+    raise NotImplementedError(f"{type(self).__name__} does not align tokens")
+
   def align(
     self, images: Features, texts: Features, batch: Batch, key: Array
   ) -> tuple[Array, dict[str, Array]]:

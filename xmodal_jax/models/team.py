@@ -143,6 +143,11 @@ class TEAM(system.System):
     """The scores after all blocks, summed: in [-K, K] for K blocks."""
     return self.matching(images["tokens"], texts["tokens"], texts["mask"]).sum(-1)
 
+  def relate(self, images, texts):
+    """The last block's: attention over the image tokens, cosine with what was retrieved."""
+    traced = self.matching.trace(images["tokens"], texts["tokens"][:, None], texts["mask"][:, None])
+    return {k: traced[k][-1, :, 0] for k in ("attention", "agreement")}
+
   def scales(self) -> tuple[Array, Array]:
     """The two temperatures in use. The bound acts after exp, so that its gradient is 0 beyond."""
     bounded = lambda p: jnp.minimum(jnp.exp(p[...]), MAX_SCALE)

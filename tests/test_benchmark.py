@@ -1,0 +1,31 @@
+"""tools/benchmark.py at toy sizes: that it runs and that both sides compute the same."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(folder, *args: str) -> dict:
+  """The result of one run of the tool, which must succeed."""
+  command = [sys.executable, "tools/benchmark.py", *args, "--json", f"{folder}/out.json"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads((folder / "out.json").read_text())
+
+
+def test_rerank(tmp_path):
+  toy = ["rerank", "--scale", "0.004", "--width", "64", "--blocks", "2", "--slice", "64"]
+  against = ["--against", "torch", "--no_compile"] if importlib.util.find_spec("torch") else []
+  out = run(tmp_path, *toy, "--repeats", "1", "--warmup", "0", "--rerank_block", "4", "8", *against)
+  if not against:
+    assert out["sides"]["ours"]["examples_per_s"] > 0
+    pytest.skip("ours ran; torch is not there to compare with")
+  assert list(out["kinds"]) == ["query", "batch", "shared"]
+  for kind in out["kinds"].values():
+    assert kind["largest_difference"] < 1e-4 and kind["same_parameters"]
+    # 20 images with 16 captions each, 100 captions with 16 images each.
+    assert kind["sides"]["ours"]["info"]["examples"] == 1920
+    assert kind["sides"]["ours"]["info"]["unique"] <= 1920
