@@ -154,7 +154,7 @@ def batch(size, seed=0):
 def test_eight_devices_equal_one(small):
   """Loss, every metric and every gradient, dropout and the sampled negatives included."""
   results = []
-  for rows in (rows_of(1), rows_of(8), rows_of(8, fsdp=2)):
+  for rows in (rows_of(1), rows_of(8, fsdp=2)):
     graphdef, params, _ = build_team(small, rows)
     params = jax.device_put(nnx.to_pure_dict(params), NamedSharding(rows.mesh, P()))
 
@@ -164,10 +164,7 @@ def test_eight_devices_equal_one(small):
       return jax.value_and_grad(loss, has_aux=True)(params)
 
     results.append(jax.device_get(run(params, jax.device_put(batch(16), rows))))
-  for other in results[1:]:
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), results[0], other
-    )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
 def align_temporaries(config, devices, plain, local=4):
@@ -193,7 +190,7 @@ def align_temporaries(config, devices, plain, local=4):
 
 def test_objective_does_not_grow_with_the_devices(small):
   """At 4 pairs per device: the whole matching loss, gradients to all tokens included."""
-  config = small | {"negatives": 1}
+  config = small | {"negatives": 1, "matching": small["matching"] | {"depth": 1, "dropout": 0.0}}
   ring = [align_temporaries(config, n, plain=False) for n in (2, 8)]
   plain = [align_temporaries(config, n, plain=True) for n in (2, 8)]
   assert ring[1] < 1.02 * ring[0]

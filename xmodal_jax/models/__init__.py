@@ -15,6 +15,7 @@ _SIGNATURES = (
   (r"image_encoder\.model\.|text_encoder\.model\.", "ZeroVL"),
   (r"layers\.\d+\.blocks\.\d+\.attn\.relative_position", "Swin Transformer"),
   (r"(bert\.)?(embeddings\.word_embeddings|encoder\.layer\.\d+\.attention)", "BERT"),
+  (r"visual\.(conv1|class_embedding)|text_projection", "OpenAI CLIP"),
   (r"(text|vision)_model\.(encoder|embeddings)\.", "Hugging Face CLIP, with other names"),
   (r"blocks\.\d+\.attn\.qkv", "timm vision transformer"),
   (r"layer1\.0\.conv1\.weight", "torchvision ResNet"),
