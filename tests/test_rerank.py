@@ -156,4 +156,21 @@ def test_bank_keeps_the_rows_of_its_device():
   assert bank.leaves["tokens"].dtype == jnp.bfloat16 and bank.leaves["mask"].dtype == bool
   assert bank.leaves["tokens"].addressable_shards[0].data.shape == (3, 2, 2)
   np.testing.assert_array_equal(bank.rows, [i for i in range(24) if i % 8 != 7])
-  np.testing.assert_array_equal(bank.block(1, 2)["tokens"], x[1:].reshape(16, 2))
+  places = np.array([3, 17, 3, 22])
+  np.testing.assert_array_equal(bank.block(places)["tokens"], x.reshape(24, 2)[places])
+
+
+def test_captions_are_cut_to_the_longest_of_a_block():
+  rows = sharding.batch_sharding(sharding.make_mesh((("data", -1),), jax.devices()[:2]))
+  bank = rerank.Bank(1, rows, jnp.float32)
+  mask = np.arange(30) < np.array([3, 9, 30, 1])[:, None]
+  tokens = np.random.default_rng(0).standard_normal((4, 30, 5)).astype(np.float32)
+  other = np.ones((4, 7), np.float32)  # not along the tokens
+  leaves = dict(tokens=tokens, mask=mask, other=other)
+  bank.add({k: jax.device_put(v, rows) for k, v in leaves.items()}, np.ones(4, bool))
+  np.testing.assert_array_equal(bank.lengths(), [3, 9, 30, 1])
+  block = bank.block(np.array([3, 1]), 16)
+  assert {k: v.shape for k, v in block.items()} == dict(
+    tokens=(2, 16, 5), mask=(2, 16), other=(2, 7)
+  )
+  np.testing.assert_array_equal(block["tokens"], tokens[[3, 1], :16])

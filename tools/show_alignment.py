@@ -90,7 +90,7 @@ class Model:
   def batch(self, pixels: np.ndarray, captions: list[str], boxes=None, regions=None) -> dict:
     """Pixels uint8 [N, H, W, 3] with N captions, and of N = 1 picture its regions."""
     c = self.config.text
-    ids, mask = self.inputs.tokenizer(captions, c.length, **({} if c.truncate else FULL))
+    ids, mask = self.inputs.tokenizer(captions, c.length, c.truncate)
     out = dict(image=pixels, text_ids=ids, text_mask=mask)
     if boxes is not None:
       out["boxes"] = boxes[None]
@@ -115,11 +115,15 @@ class Model:
     crop = self.inputs.transform.crop
     return alignment.places(tokens, crop, crop, self.config.model.image.get("patch"), boxes)
 
+  def cut(self, caption: str) -> str:
+    """A remark on a caption that is too long for the model; else nothing."""
+    tokens, length = len(self.inputs.tokenizer.encode(caption)) + 2, self.config.text.length
+    if tokens <= length:
+      return ""
+    return f"; the caption's {tokens} tokens are cut to config.text.length = {length}"
+
   def words(self, ids: np.ndarray, mask: np.ndarray) -> list[alignment.Word]:
     return alignment.words(self.inputs.tokenizer.pieces(ids), mask)
-
-
-FULL = {"truncate": False}
 
 
 def seen_boxes(boxes: np.ndarray, size: tuple[int, int], transform: image.Transform) -> np.ndarray:
@@ -132,6 +136,7 @@ def seen_boxes(boxes: np.ndarray, size: tuple[int, int], transform: image.Transf
 
 
 def record_of(model: Model, split: str, index: int) -> records.Record:
+  """Picture `index` of a split, by its key in the config's data section."""
   found = model.inputs.split(split)
   if not 0 <= index < len(found):
     raise SystemExit(f"--index {index}: split {split!r} has pictures 0 to {len(found) - 1}")
@@ -146,6 +151,8 @@ def show(model: Model, args: argparse.Namespace) -> tuple[str, alignment.Panel, 
   else:
     record = record_of(model, args.split, args.index)
     encoded, n = record.image, len(record.captions)
+    if not encoded:
+      raise SystemExit(f"picture {args.index} of split {args.split!r} is stored without its pixels")
     if caption is None and not 0 <= args.caption_number < n:
       raise SystemExit(f"--caption_number {args.caption_number}: picture {args.index} has {n}")
     caption = record.captions[args.caption_number] if caption is None else caption
@@ -349,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
       draw(args.out, title, plain, rest)
   except (OSError, ValueError, image.DecodeError, records.BadRecordError) as e:
     raise SystemExit(str(e)) from e
-  print(f"{args.out}: {len(rest)} words, {plain.detail}")
+  print(f"{args.out}: {len(rest)} words, {plain.detail}{model.cut(title)}")
 
 
 if __name__ == "__main__":

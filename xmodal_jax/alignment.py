@@ -121,7 +121,7 @@ def pointing(attention: np.ndarray, where: Places, boxes: np.ndarray) -> dict[st
   x, y = (where.boxes[:, i] / 2 + where.boxes[:, i + 2] / 2 for i in (0, 1))  # [Q]
   x1, y1, x2, y2 = boxes.T[:, :, None]  # [N, 1]
   own = (x1 <= x) & (x < x2) & (y1 <= y) & (y < y2)
-  own |= (cover == cover.max(1, keepdims=True)) & (cover > 0)
+  own |= (cover >= (1 - 1e-6) * cover.max(1, keepdims=True)) & (cover > 0)
   total = located.sum(1)
   return {
     "mass": (located * cover).sum(1) / np.maximum(total, 1e-12),

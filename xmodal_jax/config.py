@@ -103,7 +103,7 @@ def base() -> ConfigDict:
   e.top_k_text = config_dict.placeholder(int)
   e.top_k_image = config_dict.placeholder(int)
   e.stage_mix = config_dict.placeholder(float)
-  e.rerank_block = (16, 8)  # pictures x captions of each that a device scores in a call
+  e.rerank_block = (8, 8)  # pictures x captions of each that a device scores in a call
   e.token_dtype = "auto"  # of the features kept on the devices for it, as `dtype`
   e.score_dtype = "float32"  # float16 reproduces CLIP_ITM's published decimals
   e.folds = 0  # COCO 1K: 5

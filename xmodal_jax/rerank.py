@@ -1,8 +1,9 @@
 """The second stage of retrieval: the best candidates of each query, scored pair by pair.
 
 Features that only this stage reads never leave the devices. Pictures stay where they were encoded;
-captions are handed to every device a block at a time; each device scores, in calls of one static
-shape, the candidate pairs of its own pictures, several captions of a picture together.
+captions, ordered by length, are handed to every device a block at a time, cut to the longest of
+the block; each device scores, in calls of few static shapes, the candidate pairs of its own
+pictures, several captions of a picture together.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax import metrics
+
+_TOKENS = 8  # lengths of captions are rounded up to multiples, so that few programs are compiled
 
 
 class Bank:
@@ -49,10 +52,22 @@ class Bank:
     """int [N]: place of each valid row, counted over all batches."""
     return np.flatnonzero(np.concatenate(self.valid))
 
-  def block(self, first: int, steps: int) -> dict[str, jax.Array]:
-    """Leaves [steps * b, ...] of batches first .. first + steps, whole on every device."""
-    start = jax.device_put(np.int32(first), NamedSharding(self.sharding.mesh, P()))
-    return _block(self.leaves, start, steps, NamedSharding(self.sharding.mesh, P()))
+  def lengths(self) -> np.ndarray:
+    """int [S * b]: tokens in each row by the leaf `mask`; the same for all without one."""
+    if "mask" not in self.leaves:
+      return np.zeros(self.steps * len(self.valid[0]), int)
+    whole = NamedSharding(self.sharding.mesh, P())
+    count = jax.jit(lambda mask: mask.sum(-1).reshape(-1), out_shardings=whole)
+    return np.asarray(jax.device_get(count(self.leaves["mask"])))
+
+  def block(self, places: np.ndarray, length: int | None = None) -> dict[str, jax.Array]:
+    """Leaves [K, ...] of the rows at `places` [K], whole on every device.
+
+    length: of the token axis, where there is a mask; what is cut off must be padding. None: all.
+    """
+    whole = NamedSharding(self.sharding.mesh, P())
+    step, row = (jax.device_put(x, whole) for x in np.divmod(places, len(self.valid[0])))
+    return _block(self.leaves, step, row, length, whole)
 
 
 @jax.jit(donate_argnums=0)
@@ -61,11 +76,13 @@ def _store(leaves, features, step):
   return {k: put(leaves[k], features[k]) for k in leaves}
 
 
-@jax.jit(static_argnums=(2, 3))
-def _block(leaves, first, steps, whole):
+@jax.jit(static_argnums=(3, 4))
+def _block(leaves, step, row, length, whole):
+  full = leaves["mask"].shape[2] if length is not None and "mask" in leaves else None
+
   def one(x):
-    part = jax.lax.dynamic_slice_in_dim(x, first, steps)
-    return jax.lax.with_sharding_constraint(part.reshape(-1, *x.shape[2:]), whole)
+    x = x[:, :, :length] if x.ndim > 2 and x.shape[2] == full else x
+    return jax.lax.with_sharding_constraint(x[step, row], whole)
 
   return jax.tree.map(one, leaves)
 
@@ -132,8 +149,9 @@ def schedule(
 ) -> dict[int, Calls]:
   """Spreads pairs over devices and calls, by the number of the block of captions.
 
-  picture, caption: int [N], places in the banks, whose batches have `batch` rows spread evenly
-  over `devices`. block: captions of a block. shape: pictures and captions of a device's call.
+  picture: int [N], places in a bank whose batches have `batch` rows spread evenly over `devices`.
+  caption: int [N], of which `block` neighbours make a block. shape: pictures and captions of a
+  device's call.
   """
   share = batch // devices  # rows of a batch on a device
   device, step = picture % batch // share, picture // batch
@@ -186,27 +204,27 @@ class Reranker:
   ) -> np.ndarray:
     """float32 [N]: scores of pairs of places in the banks. Raises NonFiniteError."""
     batch = len(images.valid[0])
-    steps = min(max(self.block // len(texts.valid[0]), 1), texts.steps)
-    devices = batch // self.rows.shard_shape((batch,))[0]
+    lengths = texts.lengths()
+    order = np.argsort(lengths, kind="stable")  # neighbours in a block are as long as each other
+    size = min(self.block, len(order))
     planned = schedule(
       picture,
-      caption,
+      np.argsort(order)[caption],
       batch=batch,
-      devices=devices,
-      block=steps * len(texts.valid[0]),
+      devices=batch // self.rows.shard_shape((batch,))[0],
+      block=size,
       shape=self.shape,
     )
     out = np.full(len(picture), np.nan, np.float32)
+    put = lambda x: jax.device_put(x, self.rows)
     pending = None
     for n, calls in planned.items():
-      first = min(n * steps, texts.steps - steps)  # all blocks have one size: the last begins early
-      moved = (n * steps - first) * len(texts.valid[0])
-      block = texts.block(first, steps)
+      places = np.resize(order[n * size : (n + 1) * size], size)
+      block = texts.block(places, -(-int(lengths[places].max()) // _TOKENS) * _TOKENS)
       for pictures, captions, numbers in zip(*calls, strict=True):
         stop()
-        put = lambda x: jax.device_put(x, self.rows)
         scores = self.step(
-          state.params, state.stats, images.leaves, block, put(pictures), put(captions + moved)
+          state.params, state.stats, images.leaves, block, put(pictures), put(captions)
         )
         # One call stays in flight, so that the host never makes the device wait.
         self._take(pending, out)
