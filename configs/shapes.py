@@ -67,11 +67,14 @@ def team(c):
       layerwise=True,
     )
   )
-  c.text.tokenizer, c.text.length = "bert", 32
-  c.total = "16 epochs"
-  c.eval.every = "8 epochs"
-  c.checkpoint.every = "8 epochs"
+  c.text.tokenizer, c.text.length = "bert", 37
+  c.batch_size, c.total = 125, "20 epochs"  # many small steps: the sampled negatives need them
+  c.eval.batch_size = 250
+  # The blocks alone have seen too little after five minutes to overrule the first stage.
+  c.eval.stage_mix = 1.0
+  c.eval.every = "10 epochs"
+  c.checkpoint.every = "10 epochs"
   o = c.optim
-  o.lr, o.b2, o.warmup, o.weight_decay = 1.5e-3, 0.98, "3 epochs", 0.1
+  o.lr, o.b2, o.warmup, o.weight_decay = 1.5e-3, 0.98, "2 epochs", 0.1
   o.grad_clip = 1.0
   return c

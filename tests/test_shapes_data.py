@@ -58,7 +58,7 @@ def test_pictures_show_the_scene():
     pixels = np.asarray(image, np.float32)
     for (colour, shape, size, cell), box in zip(scene, boxes, strict=True):
       x, y = (box[:2] + box[2:]) / 2
-      assert abs(pixels[int(y), int(x)] - shapes._COLOURS[colour]).max() < 25
+      assert abs(pixels[int(y), int(x)] - shapes.COLOURS[colour]).max() < 25
       assert (int(x) // 32, int(y) // 32) == (cell % 3, cell // 3)
       if shape == "circle":
         assert (max(box[2:] - box[:2]) > 20) == (size == "large")
@@ -72,7 +72,7 @@ def test_captions_say_what_is_there():
     for text in texts:
       words = text.replace(",", "").replace(";", "").replace(":", "").split()
       vocabulary |= set(words)
-      assert sorted(w for w in words if w in shapes._COLOURS) == sorted(o[0] for o in scene)
+      assert sorted(w for w in words if w in shapes.COLOURS) == sorted(o[0] for o in scene)
     for text in texts[:3]:
       assert sum(text.count(f) for f in (" at the ", " in the ", " on the ")) + sum(
         text.startswith(f) for f in ("at the ", "in the ", "on the ")

@@ -145,7 +145,7 @@ def get_config(variant=None):
 
 @pytest.fixture(scope="module")
 def model(tool, flags):
-  return tool.Model(tool.load_config(flags[1]), flags[3])
+  return tool.Model(tool.load_config(flags[1]), flags[3], "relevance")
 
 
 def text_of(capsys, main, arguments) -> str:
@@ -193,6 +193,8 @@ def test_scores_are_those_of_the_system(model):
   batch = model.batch(pixels, ["a red star", "two shapes: a blue cross and a triangle"])
   out = model(batch)
   np.testing.assert_allclose(out["attention"].sum(-1)[batch["text_mask"]], 1, rtol=1e-5)
+  np.testing.assert_allclose(out["relevance"].sum(-1)[batch["text_mask"]], 1, rtol=1e-4)
+  np.testing.assert_array_equal(out["weights"], out["relevance"])
   last = [row[m].mean() for row, m in zip(out["agreement"], batch["text_mask"], strict=True)]
   assert model.config.model.matching.depth == 2
   assert (np.abs(out["second"] - last) <= 1).all()  # the first block's part is a cosine
@@ -203,8 +205,8 @@ def test_scores_are_those_of_the_system(model):
 
 def test_words_name_the_objects_that_the_pixels_show(tool, tiny_data):
   """Which box a word belongs to is derived from the scenes; here from the colours in the box."""
-  palette = np.array(list(shapes._COLOURS.values()), np.float32)
-  names, checked = list(shapes._COLOURS), 0
+  palette = np.array(list(shapes.COLOURS.values()), np.float32)
+  names, checked = list(shapes.COLOURS), 0
   for record in records.open_split(tiny_data, "test"):
     scene = shapes.scenes(0, record.image_id + 1)[-1]
     pixels = np.asarray(image.decode(record.image), np.float32)
@@ -224,8 +226,8 @@ def test_measure_counts_every_word_that_names_one_object(tool, flags, tiny_data,
   tool.main([*flags, "--split", "test", "--measure"])
   lines = capsys.readouterr().out.splitlines()
   said = [re.findall(r"\w+", c) for r in records.open_split(tiny_data, "test") for c in r.captions]
-  kinds = {w: (0, w) for w in shapes._COLOURS}
-  kinds |= {w: (1, name) for name, all_names in shapes._SHAPES.items() for w in all_names}
+  kinds = {w: (0, w) for w in shapes.COLOURS}
+  kinds |= {w: (1, name) for name, all_names in shapes.SHAPES.items() for w in all_names}
   counts = [0, 0]
   for caption in said:
     # Every caption names every object once, so what occurs once fits one object.

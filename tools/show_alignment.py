@@ -5,9 +5,10 @@
   python tools/show_alignment.py --config configs/shapes.py:team --workdir DIR \
     --split test --index 3 --out alignment.html
 
-For every system that relates tokens (TEAM). The picture is drawn as the model saw it. A word's
-attention is scaled to its own strongest patch; beside it stands its score, and the share of its
-attention that lies on the class token, which has no place.
+For every system that relates tokens (TEAM). The picture is drawn as the model saw it. Shown is the
+relevance of each patch to a word's score, or, with --weights attention, where the word looks,
+whether it scores by it or not; scaled to its own strongest patch. Beside it stand the score, and
+the share that lies on the class token, which has no place.
 
   python tools/show_alignment.py --config configs/shapes.py:team --workdir DIR \
     --split test --measure
@@ -62,7 +63,7 @@ def load_config(name: str) -> Any:
 class Model:
   """A system with its parameters, on one device."""
 
-  def __init__(self, config: Any, source: str):
+  def __init__(self, config: Any, source: str, weights: str):
     self.config = config
     built = build.Built(config, jax.devices()[:1])
     name, system = config.model.system, built.system
@@ -80,6 +81,7 @@ class Model:
       model = nnx.merge(built.graphdef, params, stats)
       images, texts = model.encode_image(batch), model.encode_text(batch)
       out = model.relate(images, texts) | {"first": model.score(images, texts).diagonal()}
+      out["weights"] = out[weights]
       if self.second:
         each = jax.tree.map(lambda x: x[:, None], texts)
         out["second"] = model.rerank(images, each)[:, 0] + self.second[2] * out["first"]
@@ -99,7 +101,7 @@ class Model:
     return out
 
   def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """attention [N, L, P], agreement [N, L], first [N] and, with a second stage, second [N]."""
+    """weights [N, L, P], agreement [N, L], first [N] and, with a second stage, second [N]."""
     try:
       return jax.device_get(self.relate(self.params, self.stats, batch))
     except KeyError as e:
@@ -163,13 +165,13 @@ def show(model: Model, args: argparse.Namespace) -> tuple[str, alignment.Panel, 
   out = {k: v[0] for k, v in model(batch).items()}
   if boxes is not None:
     boxes = seen_boxes(boxes, picture.size, transform)
-  where = model.places(out["attention"].shape[-1], boxes)
+  where = model.places(out["weights"].shape[-1], boxes)
   found = model.words(batch["text_ids"][0], batch["text_mask"][0])
   if not args.special:
     found = [word for word in found if not word.special]
   if not found:
     raise SystemExit("the caption has no words")
-  attention, agreement = (alignment.joined(out[k], found) for k in ("attention", "agreement"))
+  attention, agreement = (alignment.joined(out[k], found) for k in ("weights", "agreement"))
   scores = f"first stage {out['first']:+.3f}"
   if model.second:
     scores += f", second stage {out['second']:+.3f}"
@@ -206,8 +208,8 @@ def draw(path: pathlib.Path, title: str, plain: alignment.Panel, rest: list) -> 
 
 
 # What the captions of the embedded data set call things.
-COLOURS = {name: name for name in shapes._COLOURS}
-SHAPES = {word: name for name, synonyms in shapes._SHAPES.items() for word in synonyms}
+COLOURS = {name: name for name in shapes.COLOURS}
+SHAPES = {word: name for name, synonyms in shapes.SHAPES.items() for word in synonyms}
 
 
 def named(record: records.Record, scene: shapes.Scene, word: str) -> tuple[str, int] | None:
@@ -247,7 +249,7 @@ def measure(model: Model, split: str) -> dict[str, dict[str, np.ndarray]]:
   while batch := list(itertools.islice(stream, BATCH)):
     full = [*batch, *[batch[-1]] * (BATCH - len(batch))]  # one program for all
     arrays = model.batch(np.stack([b[0] for b in full]), [b[1].captions[b[3]] for b in full])
-    attention = model(arrays)["attention"]
+    attention = model(arrays)["weights"]
     where = model.places(attention.shape[-1])
     rows: dict[str, list] = {kind: [] for kind in found}
     for n, (_, record, scene, _) in enumerate(batch):
@@ -318,6 +320,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--caption", help="with --image, or in place of the data set's own")
   parser.add_argument("--caption_number", type=int, default=0, help="of the picture's captions")
   parser.add_argument("--out", type=pathlib.Path, help="a .png or .html file")
+  parser.add_argument("--weights", choices=("relevance", "attention"), default="relevance")
   parser.add_argument("--smooth", action="store_true", help="bilinear between patches")
   parser.add_argument("--special", action="store_true", help="also [CLS] and [SEP]")
   parser.add_argument("--measure", action="store_true")
@@ -345,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
 
   tf.config.set_visible_devices([], "GPU")  # TensorFlow only reads data
   try:
-    model = Model(load_config(args.config), args.workdir or args.init)
+    model = Model(load_config(args.config), args.workdir or args.init, args.weights)
     if args.measure:
       print(table(measure(model, args.split)))
       return

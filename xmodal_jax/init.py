@@ -92,7 +92,7 @@ def load_tower(
     for p in step.paths
   }
   want = {k: v for k, v in want.items() if k in covered}
-  with _local(path) as local:
+  with local_copy(path) as local:
     state, _ = torch_files.state_dict(local)
     try:
       leaves, report = convert.to_jax(state, rules, want, check_shapes=False)
@@ -110,7 +110,7 @@ def load_tower(
 
 
 @contextlib.contextmanager
-def _local(path: epath.Path) -> Iterator[epath.Path]:
+def local_copy(path: epath.Path) -> Iterator[epath.Path]:
   """The file on this machine, where it is mapped into memory."""
   if "://" not in str(path):
     yield path
@@ -151,7 +151,7 @@ def _read_directory(path: epath.Path, system: str) -> tuple[dict[str, Any], dict
 def _read_file(
   path: epath.Path, system: str, want: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  with _local(path) as local:
+  with local_copy(path) as local:
     state, file_info = torch_files.state_dict(local)
     module = models.system_module(system)
     module.infer_config({k: v.shape for k, v in state.items()})  # refuses other systems by name

@@ -1,10 +1,8 @@
 """Adam moments out of a PyTorch optimizer file, to go on with a run that PyTorch began."""
 
-import contextlib
 import dataclasses
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from xmodal_jax import convert, models, torch_files
+from xmodal_jax.init import local_copy
 from xmodal_jax.optim import path_of
 
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_states")
@@ -111,7 +110,11 @@ def for_init(
     )
   module = models.system_module(system)
   shapes = {path_of(k): x.shape for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
-  with _local(init) as file, _local(init_optimizer) as optimizer_file:
+  paths = [epath.Path(source).expanduser() for source in (init, init_optimizer)]
+  for path in paths:
+    if not path.exists():
+      raise ValueError(f"{path} does not exist")
+  with local_copy(paths[0]) as file, local_copy(paths[1]) as optimizer_file:
     state, info = torch_files.state_dict(file)
     if info["format"] not in _ORDERED:
       raise ValueError(
@@ -129,19 +132,6 @@ def for_init(
     )
   logging.info("optimizer state of step %d from %s", step, init_optimizer)
   return opt_state, step
-
-
-@contextlib.contextmanager
-def _local(source: str) -> Iterator[epath.Path]:
-  """The file, copied to this machine where it is on another: it is mapped into memory."""
-  path = epath.Path(source).expanduser()
-  if not path.exists():
-    raise ValueError(f"{source} does not exist")
-  if "://" not in str(path):
-    yield path
-    return
-  with tempfile.TemporaryDirectory() as folder:
-    yield path.copy(epath.Path(folder) / path.name)
 
 
 def _find(tree: Any, file: str | os.PathLike) -> tuple[dict[Any, dict[str, Any]], Groups]:

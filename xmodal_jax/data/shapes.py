@@ -24,7 +24,7 @@ _CELL, _SCALE = WIDTH // 3, 2  # drawn at twice the size and averaged: cheap smo
 _CROP = 8  # a region's pixels are seen at 8 x 8
 REGION_DIM = 3 * _CROP * _CROP + 6 + 7
 
-_COLOURS = {
+COLOURS = {
   "red": (208, 40, 38),
   "orange": (238, 130, 22),
   "yellow": (236, 210, 40),
@@ -34,7 +34,7 @@ _COLOURS = {
   "pink": (242, 140, 182),
   "brown": (118, 72, 38),
 }
-_SHAPES = {
+SHAPES = {
   "circle": ("circle", "disc", "ball"),
   "square": ("square", "box", "block"),
   "triangle": ("triangle",),
@@ -57,7 +57,7 @@ def scenes(seed: int, count: int) -> list[Scene]:
   pick = lambda words: list(words)[int(rng.random() * len(words))]
   while len(seen) < count:
     cells = np.argsort(rng.random(9))[: 2 + int(rng.random() < 0.5)]
-    scene = tuple((pick(_COLOURS), pick(_SHAPES), pick(_RADIUS), int(c)) for c in np.sort(cells))
+    scene = tuple((pick(COLOURS), pick(SHAPES), pick(_RADIUS), int(c)) for c in np.sort(cells))
     seen[scene] = None
   return list(seen)
 
@@ -97,7 +97,7 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, np.ndar
     radius = _RADIUS[size] * float(uniform(0.92, 1.08))
     play = max(_CELL / 2 - radius - 1, 0.0)
     centre = np.array([cell % 3, cell // 3]) * _CELL + _CELL / 2 + uniform(-play, play, 2)
-    fill = tuple(int(v) for v in np.clip(_COLOURS[colour] + uniform(-18, 18, 3), 0, 255))
+    fill = tuple(int(v) for v in np.clip(COLOURS[colour] + uniform(-18, 18, 3), 0, 255))
     turn = float(uniform(-0.3, 0.3))
     if shape == "circle":
       low, high = centre - radius, centre + radius
@@ -146,7 +146,7 @@ def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Object]:
 def _noun(item: Object, rng: np.random.Generator, size: bool = True) -> str:
   colour, shape, extent, _ = item
   words = [_choice(rng, _SIZE_WORDS[extent])] if size else []
-  return " ".join([*words, colour, _choice(rng, _SHAPES[shape])])
+  return " ".join([*words, colour, _choice(rng, SHAPES[shape])])
 
 
 def _article(noun: str) -> str:

@@ -5,6 +5,7 @@ tokens, block after block, and a pair scores how well the retrieved vectors agre
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,35 +40,54 @@ class Block(nnx.Module):
     The text tokens steer, as a position embedding would: they enter queries and keys and never the
     values or the residual stream. Keys and values of an image are made once for its M texts.
     """
-    n, m, length, dim = r.shape
-    keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-    drop = lambda x, key: layers.dropout(x.reshape(r.shape), self.dropout, key)
-    each = lambda x: x.reshape(n * m, length, dim)
-    y = self.ln_1(r)
-    steered = each(texts + y)
-    y = self.self_attn(steered, steered, each(y), mask.reshape(n * m, length))
-    r = r + drop(y, keys[0])
-    steered = (texts + self.ln_2(r)).reshape(n, m * length, dim)
-    r = r + drop(self.cross_attn(steered, images, images), keys[1])
-    y = layers.ACTIVATIONS["gelu"](self.wi(layers.rows(self.ln_3(r))))
-    y = self.wo(layers.dropout(y, self.dropout, keys[2])).reshape(r.shape)
-    # Twice, as in the original: after the second layer and again before the residual is added.
-    k_out, k_add = (None, None) if key is None else jax.random.split(keys[3])
-    return r + drop(drop(y, k_out), k_add)
+    k_self, k_cross, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
+    r, steered = self._steer(r, texts, mask, k_self)
+    y = self.cross_attn(steered, images, images).reshape(r.shape)
+    return self._mlp(r + layers.dropout(y, self.dropout, k_cross), k_mlp)
 
-  def attention(self, r: Array, texts: Array, mask: Array, images: Array) -> Array:
-    """Weights of the cross attention, mean over heads [N, M, L, P], for pictures of them."""
+  def _steer(self, r: Array, texts: Array, mask: Array, key: Array | None) -> tuple[Array, Array]:
+    """(r after the self attention, queries of the cross attention [N, M * L, D])."""
     n, m, length, dim = r.shape
     each = lambda x: x.reshape(n * m, length, dim)
     y = self.ln_1(r)
     steered = each(texts + y)
     y = self.self_attn(steered, steered, each(y), mask.reshape(n * m, length))
-    r = r + y.reshape(r.shape)
-    q = (texts + self.ln_2(r)).reshape(n, m * length, dim)
-    q, k, _ = self.cross_attn.heads_of(q, images, images)
+    r = r + layers.dropout(y.reshape(r.shape), self.dropout, key)
+    return r, (texts + self.ln_2(r)).reshape(n, m * length, dim)
+
+  def _mlp(self, r: Array, key: Array | None) -> Array:
+    drop = lambda x, key: layers.dropout(x, self.dropout, key)
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    y = layers.ACTIVATIONS["gelu"](self.wi(layers.rows(self.ln_3(r))))
+    y = self.wo(drop(y, keys[0])).reshape(r.shape)
+    # Twice, as in the original: after the second layer and again before the residual is added.
+    return r + drop(drop(y, keys[1]), keys[2])
+
+  def look(
+    self, r: Array, texts: Array, mask: Array, images: Array, agreement: Callable[[Array], Array]
+  ) -> dict[str, Array]:
+    """What the cross attention looks at, in inference, mean over heads, rows that sum to 1.
+
+    attention [N, M, L, P]: its weights. relevance [N, M, L, P]: of each weight what it adds to
+    agreement(r after the block) [N, M, L], next to attending as before, where that is positive:
+    weight times gradient (as Chefer et al., 2021, equation 5), the gradient centred, because
+    weights that sum to 1 only ever move from one image token to another.
+    """
+    r, q = self._steer(r, texts, mask, None)
+    q, k, v = self.cross_attn.heads_of(q, images, images)
     s = jnp.einsum("nqhd,nphd->nhqp", q, k, preferred_element_type=jnp.float32)
-    s = jax.nn.softmax(s * q.shape[-1] ** -0.5, axis=-1).mean(1)  # [N, M * L, P]
-    return s.reshape(n, m, length, -1)
+    weights = jax.nn.softmax(s * q.shape[-1] ** -0.5, axis=-1)  # [N, H, M * L, P]
+
+    def after(weights):  # a token's agreement depends on its own weights only
+      y = jnp.einsum("nhqp,nphd->nqhd", weights.astype(v.dtype), v)
+      return agreement(self._mlp(r + self.cross_attn.join(y).reshape(r.shape), None)).sum()
+
+    gain = jax.grad(after)(weights)
+    gain = gain - (weights * gain).sum(-1, keepdims=True)
+    relevance = jnp.maximum(weights * gain, 0).mean(1)
+    relevance = relevance / jnp.maximum(relevance.sum(-1, keepdims=True), 1e-12)
+    shape = (*r.shape[:3], -1)
+    return dict(attention=weights.mean(1).reshape(shape), relevance=relevance.reshape(shape))
 
 
 class TokenMatching(nnx.Module):
@@ -130,14 +150,16 @@ class TokenMatching(nnx.Module):
     """What happens inside, of the same inputs, in inference, block after block.
 
     retrieved [K, N, M, L, D]; agreement float32 [K, N, M, L], the cosine of each token;
-    attention float32 [K, N, M, L, P], mean over heads.
+    attention, relevance float32 [K, N, M, L, P], see Block.look.
     """
     target = self._project(self.text_fc, texts)
 
+    agreement = lambda r: self._agreement(r, target)
+
     def step(r, block):
-      attention = block.attention(r, texts, mask, images)
+      seen = block.look(r, texts, mask, images, agreement)
       r = block(r, texts, mask, images)
-      return r, dict(retrieved=r, agreement=self._agreement(r, target), attention=attention)
+      return r, seen | dict(retrieved=r, agreement=agreement(r))
 
     return jax.lax.scan(step, jnp.zeros_like(texts), self.blocks)[1]
 

@@ -61,7 +61,8 @@ class System(nnx.Module):
     """What the tokens of N texts look at in their N pictures, for people to see.
 
     attention float32 [N, L, P]: weights of each text token over the image tokens, in rows that sum
-    to 1; agreement float32 [N, L]: what each text token scores.
+    to 1; relevance, like it: of those the ones that its score is due to; agreement float32 [N, L]:
+    what each text token scores.
     """
     raise NotImplementedError(f"{type(self).__name__} does not align tokens")
 

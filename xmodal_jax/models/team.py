@@ -144,9 +144,9 @@ class TEAM(system.System):
     return self.matching(images["tokens"], texts["tokens"], texts["mask"]).sum(-1)
 
   def relate(self, images, texts):
-    """The last block's: attention over the image tokens, cosine with what was retrieved."""
+    """The last block's; agreement is the cosine of a token with what it retrieved."""
     traced = self.matching.trace(images["tokens"], texts["tokens"][:, None], texts["mask"][:, None])
-    return {k: traced[k][-1, :, 0] for k in ("attention", "agreement")}
+    return {k: traced[k][-1, :, 0] for k in ("attention", "relevance", "agreement")}
 
   def scales(self) -> tuple[Array, Array]:
     """The two temperatures in use. The bound acts after exp, so that its gradient is 0 beyond."""
