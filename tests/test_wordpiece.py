@@ -228,6 +228,8 @@ def test_config(tmp_path):
   assert cased.vocab_size == 8 and cased.encode("A a") == [5, 6]
   cut = text.tokenizer_from(section(tokenizer="bert", vocab=str(path), clean="albef", max_words=1))
   assert cut.encode("A. b") == [6]
+  with pytest.raises(ValueError, match=r"config\.text\.vocab: there is no file none\.txt"):
+    text.tokenizer_from(section(tokenizer="bert", vocab="none.txt"))
   with pytest.raises(ValueError, match=r"text\.clean is 'albef', but the tokenizer 'clip_bpe' has"):
     text.tokenizer_from(section(clean="albef"))
   with pytest.raises(ValueError, match=r"text\.max_merges is 9, but the tokenizer 'bert' has"):

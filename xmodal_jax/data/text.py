@@ -209,4 +209,9 @@ def tokenizer_from(section: Mapping[str, Any]) -> Tokenizer:
           f"only {owner!r} has: leave it at {default!r}"
         )
       chosen[key] = section[key]
+  if section["vocab"] and not Path(section["vocab"]).is_file():
+    raise ValueError(
+      f"config.text.vocab: there is no file {section['vocab']}; name the vocabulary that the model "
+      "was trained with, or leave it empty for the packaged one"
+    )
   return make_tokenizer(name, path=section["vocab"] or None, **chosen)
