@@ -48,6 +48,7 @@ setuptools.setup(
       "eccv_caption>=0.1.0",
       "matplotlib>=3.9",
       "pytest>=9.2",
+      "pytest-xdist>=3.8",
       "ruff>=0.17",
       "safetensors>=0.8",
       "tokenizers>=0.23.3",

@@ -148,8 +148,8 @@ def close_to_scale(ours, theirs, factor, what):
   assert error <= factor * np.abs(theirs).max(), f"{what}: {error} of {np.abs(theirs).max()}"
 
 
-def optimizer(name: str, schedule, params, factor: float = 1.0):
-  """The published LAMB as the manifest words it; factor: on every group's rate."""
+def optimizer(name: str, schedule, params):
+  """The published LAMB as the manifest words it."""
   text = MANIFEST["variants"][name]["optimizer"]
   c = config_lib.base().optim
   b1, b2 = re.search(r"betas \(([0-9.]+),([0-9.]+)\)", text).groups()
@@ -160,5 +160,4 @@ def optimizer(name: str, schedule, params, factor: float = 1.0):
     c.weight_decay, c.grad_clip = number(text, "weight_decay"), number(text, "max_grad_norm")
     c.decay = ((".*", 1.0),)
     c.lr_mult = (*((("^image/", 0.1),) if slow else ()), (".*", 1.0))
-  lr = factor * number(text, "lr")
-  return optim.make_optimizer(c, schedule or (lambda step: lr), params, team.RULES)
+  return optim.make_optimizer(c, schedule, params, team.RULES)

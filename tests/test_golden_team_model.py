@@ -6,6 +6,7 @@ import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import team_golden
 from flax import nnx
@@ -90,6 +91,8 @@ def test_hidden_states_of_every_layer(name, golden):
   np.testing.assert_array_equal(states[0], text.embed(b["text_ids"]))
 
 
+KEY = jax.random.key(0)
+
 SCENARIOS = {
   "train": {},
   "train_no_mask_noise": dict(same_image="keep"),
@@ -99,14 +102,9 @@ SCENARIOS = {
 
 
 @functools.cache
-def trained(name, scenario):
-  golden = team_golden.Golden(name, **SCENARIOS[scenario])
-  inputs, want = arrays(name)
-  params = golden.params
-  if scenario == "train_clamped":
-    params = params | {"logit_scale": jnp.float32(5.0), "logit_scale_team": jnp.float32(4.75)}
-  b = team_golden.batch(inputs)
-  b |= {k: want[f"{scenario}/{k}_idx"].astype(np.int32) for k in ("neg_image", "neg_text")}
+def program(name, **changes):
+  """(a golden TEAM, jitted (params, batch) -> everything recorded of a training step)."""
+  golden = team_golden.Golden(name, **changes)
 
   @jax.jit
   def run(params, b):
@@ -137,7 +135,20 @@ def trained(name, scenario):
     }
     return out, grads
 
-  return run(params, b)
+  return golden, run
+
+
+@functools.cache
+def trained(name, scenario):
+  golden, run = program(name, **SCENARIOS[scenario])
+  inputs, want = arrays(name)
+  params = golden.params
+  if scenario == "train_clamped":
+    params = params | {"logit_scale": jnp.float32(5.0), "logit_scale_team": jnp.float32(4.75)}
+  b = team_golden.batch(inputs)
+  b |= {k: want[f"{scenario}/{k}_idx"].astype(np.int32) for k in ("neg_image", "neg_text")}
+  with jax.default_matmul_precision("highest"):
+    return run(params, b)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -170,39 +181,58 @@ def test_gradients(name, scenario):
     np.testing.assert_allclose(norm, want["train/grad_global_norm"], rtol=GRADIENT)
 
 
-@pytest.mark.parametrize("run", ["traj", "traj_hi_lr", "traj_resumed"])
-@pytest.mark.parametrize("devices", [1, 4])
-def test_trajectories(name, golden, run, devices):
-  if devices > 1 and run != "traj":
-    pytest.skip("one run on several devices is enough")
-  inputs, want = arrays(name)
-  lr = want[f"{run}/lr"].max()
-  factor = lr / want["traj/lr"].max()
-  tx = team_golden.optimizer(name, lambda step: lr, golden.params, factor)
+TRAJECTORIES = [
+  (name, run, devices)
+  for name in VARIANTS
+  for run, devices in (("traj", 1), ("traj", 8), ("traj_hi_lr", 1), ("traj_resumed", 1))
+  if run != "traj_resumed" or (golden_files.root("team") / name / "epoch0_opt.pth").exists()
+]
+
+
+HIGH = 1000  # count of the schedule from which the rate is that of traj_hi_lr
+
+
+@functools.cache
+def stepper(name, devices):
+  """(golden TEAM, optimizer, step, sharding of rows or None) for all trajectories of a variant."""
+  golden = team_golden.Golden(name)
+  _, want = arrays(name)
+  low, high = (want[f"{run}/lr"].max() for run in ("traj", "traj_hi_lr"))
+  schedule = lambda count: jnp.where(count < HIGH, low, high)
+  tx = team_golden.optimizer(name, schedule, golden.params)
+  if devices == 1:
+    return golden, tx, step_lib.make_train_step(golden.graphdef, tx, KEY, None, schedule), None
+  mesh = sharding.make_mesh((("data", -1),), jax.devices()[:devices])
+  model = golden.model()
+  model.rows = sharding.batch_sharding(mesh)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shardings = jax.tree.map(lambda _: whole, golden.state(tx))
+  step = step_lib.make_train_step(step_lib.split(model)[0], tx, KEY, shardings, schedule)
+  return golden, tx, step, model.rows
+
+
+@pytest.mark.parametrize(("variant", "run", "devices"), TRAJECTORIES)
+def test_trajectories(variant, run, devices):
+  name, (inputs, want) = variant, arrays(variant)
+  size = inputs["img_idx"].shape[0]
+  devices = max(d for d in range(1, devices + 1) if size % d == 0)
+  golden, tx, step, rows = stepper(name, devices)
   state = golden.state(tx)
   if run == "traj_resumed":
-    path = golden.path.with_name("epoch0_opt.pth")
-    if not path.exists():
-      pytest.skip(f"the set has no optimizer state of {name}")
-    shapes = golden.params
-    opt_state, count = torch_optim.for_init(str(golden.path), str(path), "team", shapes, tx)
+    path = golden_files.path("team", name, "epoch0_opt.pth")
+    opt_state, count = torch_optim.for_init(str(golden.path), str(path), "team", golden.params, tx)
     assert count == 3
     state = state.replace(opt_state=opt_state)
-  graphdef = golden.graphdef
+  if run == "traj_hi_lr":
+    counter = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    raise_rate = lambda x: x._replace(count=jnp.int32(HIGH)) if counter(x) else x
+    state = state.replace(opt_state=jax.tree.map(raise_rate, state.opt_state, is_leaf=counter))
   batches = [team_golden.batch(inputs, "traj/", k) for k in range(len(want[f"{run}/loss"]))]
-  shardings = None
-  if devices > 1:
-    size = len(batches[0]["image_id"])
-    devices = max(d for d in range(1, devices + 1) if size % d == 0)
-    mesh = sharding.make_mesh((("data", -1),), jax.devices()[:devices])
-    model = golden.model()
-    model.rows = sharding.batch_sharding(mesh)
-    graphdef = step_lib.split(model)[0]
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state = jax.device_put(state, whole)
-    shardings = jax.tree.map(lambda _: whole, state)
-    batches = [jax.device_put(b, model.rows) for b in batches]
-  step = step_lib.make_train_step(graphdef, tx, jax.random.key(0), shardings, lambda step: lr)
+  if rows is not None:
+    state = jax.device_put(
+      state, jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
+    )
+    batches = [jax.device_put(b, rows) for b in batches]
   tolerance = team_golden.trajectory_tolerance(run)
   for k, b in enumerate(batches):
     for side in ("neg_image", "neg_text"):

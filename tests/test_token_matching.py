@@ -167,6 +167,25 @@ def test_eight_devices_equal_one(small):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
+def test_bfloat16_computes_the_same_in_few_digits(small):
+  b = batch(4)
+  results = []
+  for dtype in (jnp.float32, jnp.bfloat16):
+    model = team.build(small, dtype=dtype, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def run(model, b):
+      images, texts = model.encode_image(b), model.encode_text(b)
+      return images, texts, model.rerank(images, jax.tree.map(lambda x: x[:, None], texts))
+
+    images, texts, scores = run(model, b)
+    assert images["tokens"].dtype == texts["tokens"].dtype == dtype
+    assert images["embed"].dtype == texts["embed"].dtype == scores.dtype == jnp.float32
+    results.append((images["embed"], texts["embed"], scores))
+  for plain, half in zip(*results, strict=True):
+    assert 0 < abs(plain - half).max() < 0.05
+
+
 def align_temporaries(config, devices, plain, local=4):
   rows = rows_of(devices)
   graphdef, params, _ = build_team(config, None if plain else rows)

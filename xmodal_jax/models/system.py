@@ -17,7 +17,9 @@ class System(nnx.Module):
   `mean`, `std` (three floats each) are the pixel statistics that the system was trained with.
   A system with a second stage defines `rerank` and says how it is used: `top_k_text` captions of
   each picture and `top_k_image` pictures of each caption are candidates, ordered by `rerank` plus
-  `stage_mix` times the first stage; `second_stage` names the features that only it reads.
+  `stage_mix` times the first stage; `second_stage` names the features that only it reads. Of texts
+  with a `mask` [B, L] among these, whatever is as long as it along the second axis may be cut to
+  fewer positions, as long as all of them are padding: `rerank` may not depend on padding.
   `rows` is the sharding of a batch's rows, None for one device: who builds it for a mesh sets it.
   """
 
