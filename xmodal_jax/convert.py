@@ -58,13 +58,15 @@ def squeeze(*axes: int) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """default: the value that a parameter gets where the file, by design, has no such key."""
+  """default: the value that a parameter gets where the file, by design, has no such key: it is one
+  of those with a key that `default_beside`, a regular expression, matches as a whole."""
 
   torch: str
   ours: tuple[str, ...] | str
   fn: Transform = same
   first: int = 0
   default: float | None = None
+  default_beside: str = ".*"
 
   @property
   def paths(self) -> tuple[str, ...]:
@@ -195,6 +197,12 @@ def _canonical(rules: Sequence[Entry], names: Iterable[str]) -> dict[str, str]:
   return {name: one(name) for name in names}
 
 
+def _has_default(rule: Rule, keys: Sequence[str]) -> bool:
+  """Whether a file with these keys gets the default of a rule whose own key it lacks."""
+  beside = re.compile(rule.default_beside).fullmatch
+  return rule.default is not None and any(beside(key) for key in keys)
+
+
 def to_jax(
   state: Mapping[str, Any],
   rules: Sequence[Entry],
@@ -235,8 +243,8 @@ def to_jax(
       report.dropped.append(name)
 
   absent = [name for name in steps if name not in state]
-  report.filled = [name for name in absent if steps[name].rule.default is not None]
-  absent = [name for name in absent if steps[name].rule.default is None]
+  report.filled = [name for name in absent if _has_default(steps[name].rule, report.keys)]
+  absent = [name for name in absent if name not in set(report.filled)]
   allowed = re.compile(allow_missing).fullmatch if allow_missing else lambda _: None
   report.missing = [name for name in absent if allowed(name)]
   missing = [f"{name} -> {', '.join(steps[name].paths)}" for name in absent if not allowed(name)]

@@ -224,8 +224,10 @@ _BLOCK, _OURS = "team_block_list.{layer}", "matching/blocks"
 RULES: Sequence[Entry] = [
   # The Chinese release has one block under another name, and no temperatures.
   Alias(r"^cross_model\.", "team_block_list."),
-  Rule("logit_scale", "logit_scale", default=TEMPERATURE),
-  Rule("logit_scale_team", "logit_scale_team", default=TEMPERATURE),
+  *(
+    Rule(name, name, default=TEMPERATURE, default_beside=r"cross_model\..*")
+    for name in ("logit_scale", "logit_scale_team")
+  ),
   Ignore("text_model.bert.embeddings.position_ids"),
   *torch_names.bert("text_model.bert.", "text"),
   Rule("text_model.projector.weight", "text_proj/kernel", linear),
