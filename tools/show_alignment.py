@@ -292,7 +292,7 @@ COLUMNS = {
 
 def table(found: dict[str, dict[str, np.ndarray]]) -> str:
   """Lines for people: of each kind of word, in per cent, the means."""
-  lines = [f"{'':16s}{'strongest patch on':>27s}{'attention in box of':>27s}"]
+  lines = [f"{'':16s}{'strongest patch on':>27s}{'weight in box of':>27s}"]
   lines += [f"{'':8s}{'words':>8s}" + "".join(f"{n:>9s}" for n in COLUMNS)]
   for kind, v in found.items():
     numbers = "".join(f"{100 * v[c].mean():9.1f}" for c in COLUMNS.values())
