@@ -14,6 +14,7 @@ import pytest
 
 from xmodal_jax import build, inputs, optim
 from xmodal_jax import config as config_lib
+from xmodal_jax import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLIP = ["rn50", "rn101", "rn50x4", "rn50x16", "rn50x64"]
@@ -74,6 +75,24 @@ def test_original_recipe(recipe):
   config.recipe = "orginal"
   with pytest.raises(ValueError, match="'orginal'; this config has default, original"):
     config_lib.resolve(config)
+
+
+def test_original_recipe_of_team():
+  """LAMB over the original's tensors on every parameter, which the full-size model must allow."""
+  config = get_config("team_ft", "coco_clip_l14")
+  config.recipe = "original"
+  c = config_lib.resolve(config)
+  assert (c.model.same_image, c.data.rand_augment_mode) == ("zero", "original")
+  assert (c.optim.trust, c.optim.schedule, c.optim.bounds) == ("original", "step", ())
+  built = build.Built(c)
+  schedule = optim.make_schedule(c.optim, optim.Run(100_000, c.batch_size, c.total))
+  assert built.optimizer(schedule).update
+  params = step_lib.nnx.to_pure_dict(built.params)
+  decay = optim.per_param("optim.decay", c.optim.decay, params)
+  groups = optim.trust_groups("original", decay, params, built.module.RULES)
+  assert sum(len(paths) for paths, _ in groups) == len(jax.tree.leaves(params))
+  qkv = tuple(f"image/clip/blocks/{x}/kernel" for x in "qkv")
+  assert (qkv, True) in groups
 
 
 TABLES = [("coco_ft", "vit_b32"), ("coco_ft", "rn50"), ("shapes", "clip"), ("shapes", "team")]
