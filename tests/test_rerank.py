@@ -116,10 +116,13 @@ def test_scores_against_the_plain_loop_on_any_devices(tiny_data):
   np.testing.assert_allclose(by_text[1], one_text[1], atol=2e-6)
 
 
-def test_report_has_both_stages_and_the_mix(tiny_data):
+def test_report_has_both_stages_and_the_mix(tiny_data, caplog):
   every = dict(eval__top_k_text=60, eval__top_k_image=12)
   ev, state, _ = run(tiny.team(tiny_data, **every))
   both = ev(state, "test")
+  with jax.log_compiles(), caplog.at_level("WARNING"):
+    assert ev(state, "test") == both
+  assert not [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
   off, state, _ = run(tiny.team(tiny_data, eval__top_k_text=0, eval__top_k_image=0))
   first = off(state, "test")
   assert {k.removeprefix("first_"): v for k, v in both.items() if k[:6] == "first_"} == first

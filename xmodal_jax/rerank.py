@@ -35,17 +35,12 @@ class Bank:
     """Stores the rows [b, ...] of the next batch."""
     step = len(self.valid)
     if not self.leaves:
-      self.leaves = self._empty({k: jax.typeof(v) for k, v in features.items()})
+      kind = lambda t: self.dtype if jnp.issubdtype(t, jnp.floating) else t
+      types = tuple((k, (self.steps, *v.shape), kind(v.dtype)) for k, v in features.items())
+      self.leaves = _zeros(types, self.sharding)
     at = jax.device_put(np.int32(step), NamedSharding(self.sharding.mesh, P()))
     self.leaves = _store(self.leaves, features, at)
     self.valid.append(valid)
-
-  def _empty(self, types: dict[str, Any]) -> dict[str, jax.Array]:
-    def make():
-      kind = lambda t: self.dtype if jnp.issubdtype(t.dtype, jnp.floating) else t.dtype
-      return {k: jnp.zeros((self.steps, *t.shape), kind(t)) for k, t in types.items()}
-
-    return jax.jit(make, out_shardings=self.sharding)()
 
   @property
   def rows(self) -> np.ndarray:
@@ -57,8 +52,7 @@ class Bank:
     if "mask" not in self.leaves:
       return np.zeros(self.steps * len(self.valid[0]), int)
     whole = NamedSharding(self.sharding.mesh, P())
-    count = jax.jit(lambda mask: mask.sum(-1).reshape(-1), out_shardings=whole)
-    return np.asarray(jax.device_get(count(self.leaves["mask"])))
+    return np.asarray(jax.device_get(_count(self.leaves["mask"], whole)))
 
   def block(self, places: np.ndarray, length: int | None = None) -> dict[str, jax.Array]:
     """Leaves [K, ...] of the rows at `places` [K], whole on every device.
@@ -68,6 +62,20 @@ class Bank:
     whole = NamedSharding(self.sharding.mesh, P())
     step, row = (jax.device_put(x, whole) for x in np.divmod(places, len(self.valid[0])))
     return _block(self.leaves, step, row, length, whole)
+
+
+# Functions of the module, not of an object: what they compile outlives an evaluation.
+
+
+@jax.jit(static_argnums=(0, 1))
+def _zeros(types, sharding):
+  zeros = lambda shape, dtype: jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+  return {k: zeros(shape, dtype) for k, shape, dtype in types}
+
+
+@jax.jit(static_argnums=1)
+def _count(mask, whole):
+  return jax.lax.with_sharding_constraint(mask.sum(-1).reshape(-1), whole)
 
 
 @jax.jit(donate_argnums=0)
