@@ -6,6 +6,7 @@ import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 from flax import nnx
 
 from xmodal_jax import convert, init, optim
@@ -84,7 +85,8 @@ def optimizer(train: dict, schedule, params, **changes):
 
 
 def schedule(train: dict, run: optim.Run):
-  c = dict(lr=train["lr"], warmup=f"{train['warmup']} steps", end=0.0, schedule="clip_itm")
+  warmup = f"{train['warmup']} steps"
+  c = tiny.optim(lr=train["lr"], warmup=warmup, end=0.0, schedule="clip_itm")
   return optim.make_schedule(c, run)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from xmodal_jax import build, inputs, optim
 from xmodal_jax import config as config_lib
@@ -193,10 +194,10 @@ def test_decay_multiples_bounds_and_rounding():
   assert new["b"]["bias"] != np.float32(np.float16(1.9))
 
 
-@pytest.mark.parametrize("name", ["cosine", "constant", "clip_itm"])
+@pytest.mark.parametrize("name", optim.SCHEDULES)
 def test_schedule_in_jax_is_the_float64_one(name):
   run = optim.Run(413_915, 128, "5 epochs")
-  c = dict(lr=1e-5, warmup="500 steps", end=0.1, schedule=name)
+  c = tiny.optim(lr=1e-5, warmup="500 steps", end=0.1, schedule=name, milestones=["3000 steps"])
   schedule = optim.make_schedule(c, run)
   steps = np.array([0, 1, 499, 500, 501, 3232, 3233, 9000, run.total_steps - 1])
   np.testing.assert_allclose(jax.jit(schedule)(steps), schedule(steps, np), rtol=2e-5)
@@ -210,7 +211,7 @@ def test_published_learning_rates():
 
   want = golden_files.arrays("clip", "eval", "lr_schedule.npz")
   runs = {"vit_b16": (128, "5 epochs"), "vit_b32_10ep": (256, "10 epochs")}
-  make = functools.partial(dict, warmup="500 steps", end=0.0, schedule="clip_itm")
+  make = functools.partial(tiny.optim, warmup="500 steps", end=0.0, schedule="clip_itm")
   checked = 0
   for name, (batch, total) in runs.items():
     keys = [k for k in want if k.startswith(name)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from xmodal_jax import config as config_lib
 from xmodal_jax import optim, torch_files, torch_optim
@@ -43,7 +44,7 @@ def test_six_steps_of_two_groups(golden):
   params = of(golden, "init")
   run = optim.Run(samples=4, batch_size=1, total="2 epochs")
   recipe = dict(schedule="step", lr=0.01, step_every="1 epochs", step_factor=0.1)
-  schedule = optim.make_schedule(recipe | dict(warmup="0 steps", end=0.0), run)
+  schedule = optim.make_schedule(tiny.optim(warmup="0 steps", end=0.0, **recipe), run)
   tx = optimizer(schedule, params, lr_mult=((r"^low_lr", 0.1), (".*", 1.0)))
   state, update = tx.init(params), jax.jit(tx.update)
   for step in range(STEPS):
@@ -94,7 +95,7 @@ def test_learning_rates_of_thirty_epochs(variant):
   want = golden_files.arrays("team", variant, "outputs.npz")["schedule/lr_per_epoch_per_group"]
   run = optim.Run(samples=5_000_003, batch_size=1920, total="30 epochs")
   recipe = dict(schedule="step", lr=1e-3, step_every="10 epochs", step_factor=0.1)
-  schedule = optim.make_schedule(recipe | dict(warmup="0 steps", end=0.0), run)
+  schedule = optim.make_schedule(tiny.optim(warmup="0 steps", end=0.0, **recipe), run)
   first = np.arange(30) * run.steps_per_epoch
   multiples = np.array([1.0, 0.1])[: want.shape[1]]
   for steps in (first, first + run.steps_per_epoch - 1):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import team_golden
+import tiny
 from flax import nnx
 from team_golden import GRADIENT, VARIANTS, close, close_to_scale
 
@@ -301,7 +302,7 @@ def test_two_processes(name, golden):
 def test_schedule(name):
   _, want = arrays(name)
   rates = want["schedule/lr_per_epoch_per_group"]
-  c = dict(lr=rates[0].max(), warmup="0 steps", end=0.0, schedule="step")
+  c = tiny.optim(lr=rates[0].max(), warmup="0 steps", end=0.0, schedule="step")
   c |= dict(step_every="10 epochs", step_factor=0.1)
   run = optim.Run(7 * 5, 5, f"{len(rates)} epochs")
   schedule = optim.make_schedule(c, run)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax import config as config_lib
@@ -220,7 +221,7 @@ def test_one_update_compiles_without_a_loop_over_layers():
 
 def test_step_schedule():
   run = optim.Run(samples=1000, batch_size=96, total="30 epochs")  # 10 steps in an epoch
-  c = dict(lr=0.5, warmup="5 steps", end=0.0, schedule="step", step_every="2.5 epochs")
+  c = tiny.optim(lr=0.5, warmup="5 steps", end=0.0, schedule="step", step_every="2.5 epochs")
   schedule = optim.make_schedule(c | dict(step_factor=0.1), run)
   steps = np.array([0, 4, 5, 24, 25, 49, 50, 299])
   want = 0.5 * np.array([0.2, 1, 1, 1, 0.1, 0.1, 0.01, 1e-11])

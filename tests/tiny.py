@@ -14,6 +14,11 @@ def data(folder: pathlib.Path) -> str:
   return str(path if path.exists() else shapes.write(folder, sizes=SIZES))
 
 
+def optim(**changes) -> dict:
+  """The default `optim` section with changes."""
+  return config_lib.base().optim.to_dict() | changes
+
+
 def _change(c, changes):
   """changes: keys with "__" for the dot, e.g. optim__lr=1e-3."""
   for key, value in changes.items():

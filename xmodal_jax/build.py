@@ -1,6 +1,7 @@
 """From a config to a mesh, an abstract model and its shardings."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Built:
       min_size=config.min_shard,
     )
     self.params_shardings, self.stats_shardings = place(self.params), place(self.stats)
+    self._check_accumulate()
     self.replicated = NamedSharding(self.mesh, P())
 
   def model(self) -> nnx.Module:
@@ -49,7 +51,22 @@ class Built:
     dtype = compute_dtype(self.config.dtype)
     model = self.module.build(config, dtype=dtype, rngs=nnx.Rngs(self.config.seed))
     model.rows = sharding.batch_sharding(self.mesh)
+    model.accumulate = self.config.accumulate
     return model
+
+  def _check_accumulate(self) -> None:
+    n, size = self.config.accumulate, self.config.batch_size
+    shards = math.prod(self.mesh.shape[a] for a in sharding.BATCH_AXES if a in self.mesh.shape)
+    if n < 1 or (n > 1 and size % (n * shards)):
+      raise ValueError(
+        f"config.accumulate is {n}: config.batch_size={size} does not divide into so many parts on "
+        f"each of {shards} devices"
+      )
+    if n > 1 and jax.tree.leaves(self.stats):
+      raise ValueError(
+        f"config.accumulate is {n}, but this model has BatchNorm, whose statistics are those of "
+        "the whole batch; set it to 1"
+      )
 
   def optimizer(self, schedule: optim.Schedule):
     params = nnx.to_pure_dict(self.params)

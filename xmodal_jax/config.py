@@ -12,7 +12,7 @@ ConfigDict = ml_collections.ConfigDict
 FREE = (
   "mesh", "rules", "min_shard", "log_every", "profile", "checkpoint", "data.dir", "data.threads",
   "eval.batch_size", "eval.block", "eval.rerank_block",
-  "eval.cache", "eval.eccv_dir", "eval.folds",
+  "eval.cache", "eval.eccv_dir", "eval.folds", "classify",
 )  # fmt: skip
 
 
@@ -37,12 +37,21 @@ def base() -> ConfigDict:
   c.min_shard = 2**16  # parameters with fewer elements stay replicated
 
   c.batch_size = 256  # global
+  # A batch goes through the towers in so many parts, one after another, and the gradient is still
+  # that of the whole batch: less memory for one more forward pass. See System.chunked.
+  c.accumulate = 1
   c.total = "5 epochs"
   c.log_every = 20
   c.profile = ConfigDict(dict(first_step=0, steps=5))  # 0: no profile
 
   d = c.data = ConfigDict()
-  d.dir = ""  # a data set written by tools/prepare_data.py; "shapes" for the embedded one
+  # A data set written by tools/prepare_data.py; "shapes" for the embedded one. Several, with commas
+  # between them, are trained on together, as `mix` says; val and test are then those of eval_dir.
+  d.dir = ""
+  # "shuffle": one shuffle over all. "sequential": one after another in each epoch. "debias": every
+  # batch is of one data set, drawn in proportion to their sizes (ZeroVL).
+  d.mix = "shuffle"
+  d.eval_dir = ""  # the data set whose val and test count; "" for data.dir
   d.tfds = ""  # where data.dir is empty: a data set by its TFDS name, in TFDS's own folder
   d.tfds_captions = 5  # captions of a picture that count there; 0 for all
   d.train, d.val, d.test = "train", "val", "test"
@@ -62,6 +71,10 @@ def base() -> ConfigDict:
   d.flip = 0.0  # probability that a training picture is mirrored
   d.rand_augment = (0, 0)  # operations per picture (0: none), magnitude 0 to 10
   d.rand_augment_mode = "corrected"  # "original": with the overflows and one-sided warps of TEAM
+  d.auto_augment = ""  # "imagenet": the learned policy of Cubuk et al. (2019), as ZeroVL has it
+  d.erase = 0.0  # probability that boxes of a training picture are erased
+  d.erase_mode = "pixel"  # filled with noise per "pixel", one per channel ("rand"), or the mean ("const")
+  d.erase_count = (1, 1)  # fewest and most boxes
   d.max_bad_fraction = 1e-4  # share of undecodable training records that a run survives
   d.eval_max_bad_fraction = 0.0
   d.threads = 0  # host threads that decode; 0: TensorFlow's choice
@@ -73,6 +86,8 @@ def base() -> ConfigDict:
   t.lowercase = True  # BERT: lower-case and strip accents; False keeps both
   t.clean = "none"  # BERT: caption clean-up before the tokenizer, "none" or "albef"
   t.max_words = 0  # words that the clean-up keeps; 0 for all
+  # BERT, training only: share of word pieces that are masked, replaced or deleted (ZeroVL: 0.2).
+  t.corrupt = 0.0
   t.length = 77
   t.truncate = True  # False: a caption that is too long is an error
 
@@ -86,8 +101,12 @@ def base() -> ConfigDict:
   o.decay = ((r"kernel$", 1.0), (".*", 0.0))  # multiples of weight_decay
   o.lr_mult = ((".*", 1.0),)
   o.grad_clip = 0.0  # global norm; 0: none
-  o.schedule, o.warmup, o.end = "cosine", "500 steps", 0.0
+  # A warm-up may also be a share of all steps, "2.5 %". warmup_from: rate of step s, counted from 0:
+  # "first", lr (s + 1) / warmup; "zero", lr s / warmup, so that the first step changes nothing.
+  o.schedule, o.warmup, o.end, o.warmup_from = "cosine", "500 steps", 0.0, "first"
+  o.cycles = 0.5  # periods of the cosine: 0.5 only falls
   o.step_every, o.step_factor = "10 epochs", 0.1  # schedule "step": lr * factor ** (step // every)
+  o.milestones = ()  # schedule "milestones": lr * step_factor at each of these durations
   o.bounds = ()  # (regex, low, high): parameters kept inside after every update
   o.round_to, o.round_paths = "", ()  # dtype that parameters matching the regexes are rounded to
 
@@ -111,6 +130,33 @@ def base() -> ConfigDict:
   e.cache = False  # keep embeddings in the workdir; not with a second stage
 
   c.checkpoint = ConfigDict(dict(every="1000 steps", keep=2))
+
+  # --mode linear_probe: a linear classifier of what the frozen image tower makes of labelled
+  # pictures, trained on data.train and tested on data.test. The values are ZeroVL's for ImageNet-1K.
+  p = c.probe = ConfigDict()
+  p.optim = "lars"  # or "lbfgs": logistic regression on all features at once, until it converges
+  # False: the tower sees every picture once, unchanged, and its features are kept in the workdir.
+  # True: pictures change as data.crop and so on say, and pass through the tower in every epoch.
+  p.augment = False
+  p.batch_size, p.total = 16384, "90 epochs"
+  p.every = "2 epochs"  # evaluations on eval.select
+  p.lr, p.warmup, p.warmup_from = 6.4, "11.11 %", "zero"  # lr goes with the batch: 0.1 per 256
+  p.momentum, p.dampening, p.nesterov = 0.9, 0.0, False
+  p.weight_decay, p.eta = 0.0, 0.001
+  # lbfgs: half of it times the squared weights is added to the summed loss, the inverse of what C is
+  # elsewhere. None: the best of 1e-6 to 1e6 on data.val, or, where that is what is tested, on a share
+  # `holdout` of the training pictures; the classifier is then trained on these pictures as well.
+  p.l2 = config_dict.placeholder(float)
+  p.holdout = 0.1
+  p.max_steps = 1000
+  # Evaluated in place of a trained one: a classifier.npz, or "model" for that of config.init.
+  p.classifier = ""
+
+  # --mode zeroshot_classify: pictures of data.test by the texts that score highest with them.
+  k = c.classify = ConfigDict()
+  k.names = ""  # a file with a line per class; "" for the names in the data set
+  k.templates = ""  # a file with a line per template, {} for the name; "" for "a photo of a {}."
+  k.block = 1024  # texts that a batch of pictures is scored with at a time
   return c
 
 

@@ -7,7 +7,7 @@ the first match wins and a path without a match is an error.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,12 @@ class Run:
   samples: int  # training samples per epoch
   batch_size: int
   total: str  # e.g. "5 epochs"
+  # Steps per epoch where several data sets each leave a part batch; None: samples // batch_size.
+  epoch_steps: int | None = None
 
   @property
   def steps_per_epoch(self) -> int:
-    return self.samples // self.batch_size
+    return self.samples // self.batch_size if self.epoch_steps is None else self.epoch_steps
 
   @property
   def total_steps(self) -> int:
@@ -45,41 +47,67 @@ def steps(duration: str, steps_per_epoch: int) -> int:
   return round(number * steps_per_epoch if m[2].startswith("epoch") else number)
 
 
+SCHEDULES = ("cosine", "linear", "constant", "step", "milestones", "clip_itm")
+
+
 def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
   """Learning rate as a function of the 0-based step; `schedule(step, xp=np)` is the float64 form.
 
-  cosine:    linear warm-up from lr / warmup, then half a cosine down to `end` * lr at the end.
-  constant:  warm-up, then lr.
-  step:      lr * step_factor ** (step // step_every), counted from step 0; warm-up comes before.
-  clip_itm:  the staircase of CLIP_ITM: the cosine is followed in captions, not in batches, so that
-             the position jumps by an epoch of captions at each epoch and hardly moves inside one.
+  A linear warm-up, see config.optim.warmup_from, and then
+  cosine:     half a cosine down to `end` * lr at the end; `cycles` of it where that is not 0.5.
+  linear:     a line down to `end` * lr at the end.
+  constant:   lr.
+  step:       lr * step_factor ** (step // step_every), counted from step 0.
+  milestones: lr * step_factor for each of `milestones` that is past, counted from step 0.
+  clip_itm:   the staircase of CLIP_ITM: the cosine is followed in captions, not in batches, so that
+              the position jumps by an epoch of captions at each epoch and hardly moves inside one.
   """
-  lr, warmup = config["lr"], steps(config["warmup"], run.steps_per_epoch)
+  lr, warmup = config["lr"], _warmup(config["warmup"], run)
   end, name, total = config["end"], config["schedule"], run.total_steps
   per_epoch, samples = run.steps_per_epoch, run.samples
-  if name not in ("cosine", "constant", "step", "clip_itm"):
-    raise ValueError(f"optim.schedule is {name!r}; there are cosine, constant, step, clip_itm")
-  if name == "step":
-    every, factor = steps(config["step_every"], run.steps_per_epoch), config["step_factor"]
-    if every < 1:
-      raise ValueError(f"optim.step_every={config['step_every']!r} are {every} steps")
+  if name not in SCHEDULES:
+    raise ValueError(f"optim.schedule is {name!r}; there are {', '.join(SCHEDULES)}")
+  if config["warmup_from"] not in ("first", "zero"):
+    raise ValueError(f"optim.warmup_from is {config['warmup_from']!r}; there are first, zero")
+  offset = int(config["warmup_from"] == "first")
+  factor = config["step_factor"]
+  every = steps(config["step_every"], per_epoch)
+  if name == "step" and every < 1:
+    raise ValueError(f"optim.step_every={config['step_every']!r} are {every} steps")
+  milestones = [steps(m, per_epoch) for m in config["milestones"]]
+  if name == "milestones" and not milestones:
+    raise ValueError("optim.milestones is empty; name durations such as '10 epochs'")
 
   def schedule(step, xp=jnp):
     s, t = step, total
     if name == "clip_itm":
       s = samples * (step // per_epoch) + step % per_epoch
       t = samples * steps(run.total, 1)
-    warm = (s + 1) / max(warmup, 1)
+    warm = (s + offset) / max(warmup, 1)
+    progress = xp.maximum(s - warmup, 0) / max(t - warmup, 1)
     if name == "constant":
       rest = 1.0
     elif name == "step":
       rest = factor ** (step // every)
+    elif name == "milestones":
+      rest = factor ** sum(xp.where(step >= m, 1, 0) for m in milestones)
+    elif name == "linear":
+      rest = end + (1 - end) * xp.maximum(1 - progress, 0)
     else:
-      progress = xp.clip((s - warmup) / max(t - warmup, 1), 0, 1)
-      rest = end + (1 - end) * 0.5 * (1 + xp.cos(xp.pi * progress))
+      rest = end + (1 - end) * 0.5 * (1 + xp.cos(2 * xp.pi * config["cycles"] * progress))
     return lr * xp.where(s < warmup, warm, rest)
 
   return schedule
+
+
+def _warmup(duration: str, run: Run) -> int:
+  """Steps of a duration that may also be a share of the run, "2.5 %", rounded down."""
+  if duration.strip().endswith("%"):
+    try:
+      return int(run.total_steps * float(duration.strip()[:-1]) / 100)
+    except ValueError:
+      pass
+  return steps(duration, run.steps_per_epoch)
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
@@ -112,6 +140,58 @@ def add_decay(weights: Any) -> optax.GradientTransformation:
 
 def scale_per_param(factors: Any) -> optax.GradientTransformation:
   return optax.stateless(lambda u, _: jax.tree.map(lambda u, f: u * f, u, factors))
+
+
+class LarsState(NamedTuple):
+  count: jax.Array  # int32 [], updates made
+  momentum: optax.Updates  # like the parameters
+
+
+def lars(
+  schedule: Schedule,
+  *,
+  momentum: float = 0.9,
+  weight_decay: float = 0.0,
+  eta: float = 0.001,
+  eps: float = 1e-8,
+  dampening: float = 0.0,
+  nesterov: bool = False,
+  adapted: Any = None,
+) -> optax.GradientTransformation:
+  """LARS (You et al., 2017) as ZeroVL's linear probe has it: a whole optimizer, not a scaling.
+
+  The step of a tensor p with gradient g is d = rate * ratio * (g + weight_decay * p), with
+  ratio = eta |p| / (|g| + weight_decay |p| + eps), or 1 where either norm is 0. The learning rate
+  is inside of d, so that the momentum remembers steps and not gradients: where the rate falls, what
+  was gathered at the higher one stays as large as it was. The first step begins the momentum, later
+  ones enter by 1 - dampening. adapted: nested dict like the parameters of bools, which tensors have
+  a ratio; None: all.
+  """
+
+  def init(params):
+    return LarsState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+  def update(grads, state, params=None):
+    if params is None:
+      raise ValueError("lars needs the parameters: call update(grads, state, params)")
+    rate, norm = schedule(state.count), lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
+    on = adapted if adapted is not None else jax.tree.map(lambda _: True, params)
+
+    def step(p, g, on):
+      of_p, of_g = norm(p), norm(g)
+      ratio = eta * of_p / (of_g + weight_decay * of_p + eps)
+      ratio = jnp.where((of_p > 0) & (of_g > 0) & on, ratio, 1)
+      return (g + weight_decay * p) * ratio * rate
+
+    steps = jax.tree.map(step, params, grads, on)
+    if not momentum:
+      return jax.tree.map(jnp.negative, steps), LarsState(state.count + 1, state.momentum)
+    share = jnp.where(state.count > 0, 1 - dampening, 1)
+    kept = jax.tree.map(lambda m, d: momentum * m + share * d, state.momentum, steps)
+    ahead = lambda m, d: -(d + momentum * m) if nesterov else -m
+    return jax.tree.map(ahead, kept, steps), LarsState(state.count + 1, kept)
+
+  return optax.GradientTransformation(init, update)
 
 
 def scale_by_trust_ratio(

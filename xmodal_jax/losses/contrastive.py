@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -44,3 +45,91 @@ def infonce(
     "accuracy_t2i": ((logits >= positive).sum(0) == 1).mean(),
   }
   return (i2t + t2i) / 2, metrics
+
+
+def pair_logits(queries: Array, candidates: Array, temperature: Array, groups: int = 1) -> Array:
+  """Cosine over temperature within `groups` equal runs of rows: [B, E] twice -> [G, B/G, B/G]."""
+  split = lambda x: x.reshape(groups, -1, x.shape[-1])
+  pairs = jnp.einsum("gqe,gce->gqc", split(queries), split(candidates), precision="highest")
+  return pairs / temperature
+
+
+def nce(
+  logits: Array,
+  *,
+  mix: Array | float = 1.0,
+  block: int = 0,
+  smoothing: float = 0.0,
+  ignore: Array | None = None,
+) -> tuple[Array, dict[str, Array]]:
+  """Cross entropy of each query with its candidate on the diagonal. logits [G, N, N] -> (loss [],
+  {loss_unmixed, accuracy}).
+
+  mix: weight of that target, of the rest of the mass the candidate of the row's mixup partner, see
+  `partners`, whose pictures or texts were mixed in (Zhang et al., 2018). smoothing: share of the
+  target that is spread over all candidates. ignore [G, N]: 1 for rows whose loss does not count;
+  it is still divided by the number of all rows, as ZeroVL does. loss_unmixed is that against the
+  diagonal alone, without smoothing. Accuracy is of the rows that count, against the diagonal.
+  """
+  counts = 1.0 if ignore is None else 1 - ignore
+  log_all = jax.nn.logsumexp(logits, axis=-1)  # [G, N]
+  own = jnp.diagonal(logits, axis1=-2, axis2=-1)
+  partner = jnp.asarray(partners(logits.shape[-1], block))
+  other = jnp.take_along_axis(logits, partner[None, :, None], axis=-1)[..., 0]
+  target = mix * own + (1 - mix) * other
+  if smoothing:
+    target = (1 - smoothing) * target + smoothing * logits.mean(-1)
+  # Better than all others: a collapsed model, where all are equal, is not accurate.
+  first = (logits >= own[..., None]).sum(-1) == 1
+  rows = jnp.broadcast_to(jnp.float32(counts), own.shape)
+  return ((log_all - target) * counts).mean(), {
+    "loss_unmixed": ((log_all - own) * counts).mean(),
+    "accuracy": (first * rows).sum() / jnp.maximum(rows.sum(), 1),
+  }
+
+
+def partners(rows: int, block: int = 0) -> np.ndarray:
+  """Row that each of `rows` is mixed with: blocks of so many rows (0: all) are reversed. int [rows]
+
+  Raises ValueError if the blocks do not divide the rows.
+  """
+  block = block or rows
+  if rows % block:
+    raise ValueError(f"mixup in blocks of {block} rows does not divide {rows} rows")
+  return np.arange(rows).reshape(-1, block)[:, ::-1].ravel()
+
+
+def sigmoid(
+  images: Array, texts: Array, scale: Array, bias: Array, chunk: int = 0
+) -> tuple[Array, dict[str, Array]]:
+  """Every pair for itself: a match on the diagonal, none elsewhere (SigLIP, Zhai et al., 2023).
+
+  images, texts float32 [B, E], unit rows; scale, bias []. The sum over texts, mean over images.
+  chunk: so many texts at a time, [B, chunk] in memory instead of [B, B]; 0: all at once.
+  Returns (loss [], {loss_positive, loss_negative}), which add up to it.
+  """
+  size = chunk or len(texts)
+  if len(texts) % size:
+    raise ValueError(f"chunks of {size} texts do not divide a batch of {len(texts)}")
+
+  def part(total, texts):
+    """Adds what all pairs with these texts cost if none of them matches."""
+    logits = scale * jnp.dot(images, texts.T, precision="highest") + bias  # [B, chunk]
+    return total + jax.nn.softplus(logits).sum(1), None
+
+  # Recomputed, or the logits of all chunks would be kept for the gradient.
+  body = jax.checkpoint(part, prevent_cse=False) if chunk else part
+  parts = texts.reshape(-1, size, texts.shape[-1])
+  total, _ = jax.lax.scan(body, jnp.zeros(len(images)), parts)
+  own = scale * (images * texts).sum(-1) + bias  # [B]
+  # softplus(-x), the cost of a match, is softplus(x) - x.
+  return (total - own).mean(), {
+    "loss_positive": jax.nn.softplus(-own).mean(),
+    "loss_negative": (total - jax.nn.softplus(own)).mean(),
+  }
+
+
+def mean_squared_error(predicted: Array, target: Array, ignore: Array | None = None) -> Array:
+  """Mean over all entries of [B, E] twice; rows with ignore [B] 1 count as 0 -> []."""
+  square = jnp.square(predicted - target)
+  return (square if ignore is None else square * (1 - ignore)[:, None]).mean()

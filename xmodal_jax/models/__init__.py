@@ -5,7 +5,11 @@ import re
 import types
 from collections.abc import Iterable
 
-SYSTEMS = {"clip": "xmodal_jax.models.clip_itm", "team": "xmodal_jax.models.team"}
+SYSTEMS = {
+  "clip": "xmodal_jax.models.clip_itm",
+  "zerovl": "xmodal_jax.models.zerovl",
+  "team": "xmodal_jax.models.team",
+}
 
 # What a state dict is of, by keys that only such files have: for messages.
 _SIGNATURES = (

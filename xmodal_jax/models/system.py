@@ -1,10 +1,12 @@
 """The contract of a system: see docs/architecture.md."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -20,7 +22,8 @@ class System(nnx.Module):
   `stage_mix` times the first stage; `second_stage` names the features that only it reads. Of texts
   with a `mask` [B, L] among these, whatever is as long as it along the second axis may be cut to
   fewer positions, as long as all of them are padding: `rerank` may not depend on padding.
-  `rows` is the sharding of a batch's rows, None for one device: who builds it for a mesh sets it.
+  `rows` is the sharding of a batch's rows, None for one device; `accumulate` the number of parts
+  that a batch is encoded in while training: who builds it for a mesh sets both.
   """
 
   mean: tuple[float, float, float]
@@ -29,7 +32,8 @@ class System(nnx.Module):
   top_k_image: int = 0
   stage_mix: float = 0.0
   second_stage: tuple[str, ...] = ()
-  rows: jax.sharding.NamedSharding | None = None
+  rows: NamedSharding | None = None
+  accumulate: int = 1
 
   def pixels(self, image: Array) -> Array:
     """uint8 [B, H, W, 3] -> normalised float32; floats are taken as already normalised."""
@@ -47,6 +51,11 @@ class System(nnx.Module):
 
   def encode_text(self, batch: Batch, key: Array | None = None) -> Features:
     raise NotImplementedError(f"{type(self).__name__} has no text tower")
+
+  def probe_features(self, batch: Batch) -> Array:
+    """What a linear classifier of pictures reads -> float32 [B, D]: the image tower's vector of
+    each picture, before it is projected and brought to unit length."""
+    raise NotImplementedError(f"{type(self).__name__} has no vector for each picture to classify")
 
   def score(self, images: Features, texts: Features) -> Array:
     """First-stage scores of all pairs -> float32 [I, T]."""
@@ -78,8 +87,34 @@ class System(nnx.Module):
     """The training loss of a global batch, written as if on one device -> (scalar, metrics)."""
     k_prepare, k_image, k_text, k_align = jax.random.split(key, 4)
     batch = self.prepare(batch, k_prepare)
-    images, texts = self.encode_image(batch, k_image), self.encode_text(batch, k_text)
+    images = self.chunked(self.encode_image, batch, k_image)
+    texts = self.chunked(self.encode_text, batch, k_text)
     return self.align(images, texts, batch, k_align)
+
+  def chunked(self, f: Callable[[Any, Array | None], Any], rows: Any, key: Array | None) -> Any:
+    """f(rows, key) in `accumulate` parts, one after another, for an f that treats rows apart.
+
+    rows: arrays [B, ...]. What f keeps for its gradient is dropped and computed again, part by
+    part, when the gradient comes back; with the same keys, so that dropout is the same. The result
+    and its gradient are those of the whole batch, and memory is that of one part: gradient
+    accumulation that is exact for losses over all pairs (GradCache, Gao et al., 2021).
+    """
+    n = self.accumulate
+    if n == 1:
+      return f(rows, key)
+    # Part j takes rows j, j + n, ...: each device goes on with rows of its own.
+    cut = lambda x: self._place(jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1))
+    join = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+    keys = None if key is None else jax.random.split(key, n)
+    part = jax.checkpoint(lambda part: f(*part), prevent_cse=False)
+    return jax.tree.map(join, jax.lax.map(part, (jax.tree.map(cut, dict(rows)), keys)))
+
+  def _place(self, parts: Array) -> Array:
+    """[n, B / n, ...] with the second axis over the devices that have the rows."""
+    if self.rows is None or self.rows.mesh.size == 1:
+      return parts
+    spec = jax.sharding.PartitionSpec(None, *self.rows.spec)
+    return jax.lax.with_sharding_constraint(parts, NamedSharding(self.rows.mesh, spec))
 
 
 def l2_normalize(x: Array, eps: float = 0.0) -> Array:

@@ -118,6 +118,10 @@ class TEAM(system.System):
     self.logit_scale = nnx.Param(jnp.float32(TEMPERATURE), axes=())
     self.logit_scale_team = nnx.Param(jnp.float32(TEMPERATURE), axes=())
 
+  def probe_features(self, batch):
+    tower = self.image[self.kind]
+    return tower.ln_post(tower(self.pixels(batch["image"]))[:, 0]).astype(jnp.float32)
+
   def encode_image(self, batch, key=None):
     tower = self.image[self.kind]
     x = tower(self.pixels(batch["image"]))
@@ -176,17 +180,27 @@ class TEAM(system.System):
     """Scores after each of K blocks: true pairs [B, K], and all sampled ones [B, 2n, K], those with
     a wrong picture first."""
     k_own, k_wrong = (None, None) if key is None else jax.random.split(key)
-    take = lambda x, chosen: exchange.take_rows(x, chosen.index, self.rows)
-    text, mask = texts["tokens"], texts["mask"]
-    join = lambda own, x: jnp.concatenate([own[:, None], take(own, x)], axis=1)  # [B, 1 + n, ...]
-    own = self.matching(
-      images["tokens"], join(text, wrong_texts), join(mask, wrong_texts), k_own
-    )  # [B, 1 + n, K]
-    n = wrong_images.index.shape[1]
-    other = take(images["tokens"], wrong_images)  # [B, n, P, D]
-    each = lambda x: jnp.repeat(x, n, axis=0)[:, None]  # [B n, 1, ...]
-    other = self.matching(other.reshape(-1, *other.shape[2:]), each(text), each(mask), k_wrong)
-    other = other.reshape(len(text), n, -1)  # [B, n, K]
+    tokens_of, text, mask = images["tokens"], texts["tokens"], texts["mask"]
+    take = lambda x, index: exchange.take_rows(x, index, self.rows)
+    join = lambda own, other: jnp.concatenate([own[:, None], other], axis=1)  # [b, 1 + n, ...]
+
+    def own_picture(part, key):
+      """Each picture with its text and the wrong ones: [b, 1 + n, K]."""
+      wrong = part["wrong"]
+      captions = join(part["text"], take(text, wrong)), join(part["mask"], take(mask, wrong))
+      return self.matching(part["image"], *captions, key)
+
+    def wrong_pictures(part, key):
+      """Each text with the wrong pictures: [b, n, K]."""
+      b, n = part["wrong"].shape
+      other = take(tokens_of, part["wrong"])  # [b, n, P, D]
+      each = lambda x: jnp.repeat(x, n, axis=0)[:, None]  # [b n, 1, ...]
+      other = other.reshape(-1, *other.shape[2:])
+      return self.matching(other, each(part["text"]), each(part["mask"]), key).reshape(b, n, -1)
+
+    rows = dict(text=text, mask=mask)
+    own = self.chunked(own_picture, rows | dict(image=tokens_of, wrong=wrong_texts.index), k_own)
+    other = self.chunked(wrong_pictures, rows | dict(wrong=wrong_images.index), k_wrong)
     return own[:, 0], jnp.concatenate([other, own[:, 1:]], axis=1)
 
   def align(self, images, texts, batch, key):
