@@ -328,3 +328,55 @@ def test_data_set_of_tfds(tmp_path):
   assert five.captions_per_record.tolist() == [5, 5, 5, 5] and five.caption_positions[-1] == 19
   assert five.read(2).captions == record.captions[:5]
   assert five.read(2).caption_ids == record.caption_ids[:5]
+
+
+def test_labels(tmp_path):
+  names = ("bus", "big cat, lynx", "ü")
+  labelled = lambda i: {
+    "image": picture(i), "image_id": i, "filename": "", "captions": [], "label": i % 4 - 1
+  }  # fmt: skip
+  folder = write(tmp_path, {"a": map(labelled, range(6))}, region_dim=None, class_names=names)
+  split = records.open_split(folder, "a")
+  assert split.class_names == names
+  assert [r.label for r in split] == [-1, 0, 1, 2, -1, 0]
+  assert split.captions_per_record.tolist() == [0] * 6 and len(split.caption_positions) == 0
+  with pytest.raises(records.DatasetError, match=r"'0\.jpg' of split 'a' has the fields"):
+    write(tmp_path / "b", {"a": [example(0)]}, class_names=names)
+  unlabelled = records.open_split(write(tmp_path / "c"), "train")
+  assert unlabelled.class_names == () and unlabelled.read(0).label == -1
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "train+validation"])
+def test_imagenet_of_tfds(tmp_path, split):
+  """Labelled pictures without captions, as TFDS itself writes imagenet2012."""
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  info = tfds.builder("imagenet2012", data_dir=tmp_path).info
+  assert set(info.features) == {"image", "label", "file_name"}
+  folder = tmp_path / "imagenet2012" / str(info.version)
+  folder.mkdir(parents=True)
+  labels, infos = {"train": [999, 0, 7], "validation": [7, -1]}, []
+  for name, values in labels.items():
+    shard = folder / f"imagenet2012-{name}.tfrecord-00000-of-00001"
+    with tf.io.TFRecordWriter(str(shard)) as f:
+      for i, label in enumerate(values):
+        fields = {"image": io.BytesIO(picture(i)), "label": label, "file_name": f"{name}{i}.JPEG"}
+        f.write(info.features.serialize_example(info.features.encode_example(fields)))
+    infos.append(tfds.core.SplitInfo(name=name, shard_lengths=[len(values)], num_bytes=0))
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder, features=info.features, split_infos=infos, version=str(info.version),
+    check_data=False,
+  )  # fmt: skip
+  want = [label for part in split.split("+") for label in labels[part]]
+  for opened in (
+    records.open_tfds("imagenet2012", split, tmp_path),
+    records.open_split(folder, split),
+  ):
+    assert [r.label for r in opened] == want
+    assert len(opened.class_names) == 1000 and opened.class_names[7] == "n01514668"
+    first = opened.read(0)
+    assert first.image == picture(0) and first.filename == f"{split.split('+')[0]}0.JPEG"
+    assert (first.captions, first.caption_ids, first.image_id) == ((), (), -1)
+    assert opened.captions_per_record.tolist() == [0] * len(want)
+    assert len(opened.caption_positions) == 0

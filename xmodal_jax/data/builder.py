@@ -6,6 +6,8 @@ source.json: what it was made of, with counts and checksums. Pictures are stored
 came, never encoded again, and in the order that came.
 """
 
+import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -13,7 +15,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 # One picture: image (encoded bytes), image_id, filename, captions [C], caption_ids [C],
-# caption_positions [C] (may be left out: enumerated), regions [R, F] and boxes [R, 4] (optional).
+# caption_positions [C] (may be left out: enumerated), regions [R, F] and boxes [R, 4] (optional),
+# label (optional).
 Example = Mapping[str, Any]
 
 
@@ -35,8 +38,17 @@ class OutputExistsError(DatasetError):
   """The data set is there already."""
 
 
-def features(region_dim: int | None = None, images: bool = True):
-  """The feature spec of a data set. region_dim: F of regions, None without regions and boxes."""
+def features(
+  region_dim: int | None = None,
+  images: bool = True,
+  class_names: Sequence[str] = (),
+  positions: bool = True,
+):
+  """The feature spec of a data set. region_dim: F of regions, None without regions and boxes.
+
+  class_names: what labels 0, 1, ... stand for, all different; empty without labels. positions:
+  False for captions whose order in the split is that of the records.
+  """
   import tensorflow_datasets as tfds
 
   spec = {
@@ -44,8 +56,9 @@ def features(region_dim: int | None = None, images: bool = True):
     "filename": tfds.features.Text(),
     "captions": tfds.features.Sequence(tfds.features.Text()),
     "caption_ids": tfds.features.Sequence(np.int64),
-    "caption_positions": tfds.features.Sequence(np.int64),
   }
+  if positions:
+    spec["caption_positions"] = tfds.features.Sequence(np.int64)
   if images:
     spec["image"] = tfds.features.Image()
   if (
@@ -55,6 +68,8 @@ def features(region_dim: int | None = None, images: bool = True):
       shape=(None, width), dtype=np.float32, encoding=tfds.features.Encoding.BYTES
     )
     spec |= {"regions": array(region_dim), "boxes": array(4)}
+  if class_names:
+    spec["label"] = tfds.features.ClassLabel(names=class_names)
   return tfds.features.FeaturesDict(spec)
 
 
@@ -70,6 +85,8 @@ def encode(example: Example) -> bytes:
   feature["filename"].bytes_list.value.append(example["filename"].encode())
   feature["captions"].bytes_list.value.extend(c.encode() for c in example["captions"])
   for name in ("caption_ids", "caption_positions"):
+    if name not in example:
+      continue
     values = [int(i) for i in example[name]]
     if len(values) != len(example["captions"]):
       count = f"{len(values)} {name} for {len(example['captions'])} captions"
@@ -79,6 +96,8 @@ def encode(example: Example) -> bytes:
     if name in example:
       array = np.ascontiguousarray(example[name], "<f4")
       feature[name].bytes_list.value.append(array.tobytes())
+  if "label" in example:
+    feature["label"].int64_list.value.append(int(example["label"]))
   return out.SerializeToString(deterministic=True)
 
 
@@ -109,67 +128,116 @@ def write_dataset(
   sources: Mapping[str, Any] | None = None,
   region_dim: int | None = None,
   images: bool = True,
+  class_names: Sequence[str] = (),
   shard_bytes: int = SHARD_BYTES,
   overwrite: bool = False,
 ) -> epath.Path:
   """Writes a data set and returns its folder, out_dir/name/version.
 
-  sources: JSON that says what it is made of, kept in source.json. region_dim, images: which of the
-  optional fields the examples have. The folder appears whole, at the end, or not at all.
+  sources: JSON that says what it is made of, kept in source.json. region_dim, images,
+  class_names: which of the optional fields the examples have, as in `features`. The folder
+  appears whole, at the end, or not at all.
   """
   final = dataset_dir(out_dir, name, version)
-  check_absent(out_dir, name, version, overwrite)
-  for split in splits:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
-      raise DatasetError(f"split {split!r}: a name is lower-case letters, digits and underscores")
-  final.parent.mkdir(parents=True, exist_ok=True)
-  temporary = final.parent / f".{version}.incomplete-{uuid.uuid4().hex}"
-  temporary.mkdir()
-  try:
-    spec = features(region_dim, images)
+  with publishing(final, splits, overwrite) as folder:
+    spec = features(region_dim, images, class_names)
     written = {
-      split: _write_split(temporary, f"{name}-{split}.tfrecord", split, examples, shard_bytes, spec)
+      split: _write_split(folder, shard_prefix(final, split), split, examples, shard_bytes, spec)
       for split, examples in splits.items()
     }
-    _write_metadata(temporary, name, version, written, description, spec, sources or {})
+    write_metadata(folder, final, written, description, spec, sources or {})
+  return final
+
+
+@contextlib.contextmanager
+def publishing(
+  final: epath.Path, splits: Iterable[str], overwrite: bool = False
+) -> Iterator[epath.Path]:
+  """The folder that a data set is written into and that becomes `final`, of `dataset_dir`, at the
+  end. After an error nothing of it is left.
+
+  DatasetError if a split cannot be named so, OutputExistsError if `final` is there already and may
+  not be replaced.
+  """
+  check_absent(final.parent.parent, final.parent.name, final.name, overwrite)
+  for split in splits:
+    if not _NAME.fullmatch(split):
+      raise DatasetError(f"split {split!r}: a name is lower-case letters, digits and underscores")
+  final.parent.mkdir(parents=True, exist_ok=True)
+  temporary = final.parent / f".{final.name}.incomplete-{uuid.uuid4().hex}"
+  temporary.mkdir()
+  try:
+    yield temporary
     _publish(temporary, final, overwrite)
   except BaseException:
     temporary.rmtree(missing_ok=True)
     raise
-  return final
+
+
+def shard_prefix(final: epath.Path, split: str) -> str:
+  """What the names of a split's shards begin with."""
+  return f"{final.parent.name}-{split}.tfrecord"
+
+
+def shard_name(prefix: str, i: int, of: int) -> str:
+  return f"{prefix}-{i:05d}-of-{of:05d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardCounts:
+  """What the metadata of a data set say of one shard. bytes: of the payloads."""
+
+  records: int
+  captions: int
+  bytes: int
+
+  @classmethod
+  def of(cls, index: tfrecord.ShardIndex) -> "ShardCounts":
+    return cls(len(index), int(index.captions.sum()), int(index.lengths.sum()))
 
 
 def _write_split(
   folder: epath.Path, prefix: str, split: str, examples: Iterable[Example], shard_bytes: int, spec
-) -> list[tfrecord.ShardIndex]:
+) -> list[ShardCounts]:
   indices, numbered = [], _numbered(examples, set(spec), split)
   first = next(numbered, None)
   if first is None:
     raise DatasetError(f"split {split!r} is empty: no picture of the source belongs to it")
   numbered = itertools.chain([first], numbered)
   # A shard's name has the number of shards, which is known only at the end.
-  shard = lambda i, of: folder / f"{prefix}-{i:05d}-of-{of:05d}"
+  shard = lambda i, of: folder / shard_name(prefix, i, of)
   for i in itertools.count():
-    builder = tfrecord.IndexBuilder()
-    with shard(i, 0).open("wb") as f:
-      for example in numbered:
-        payload = encode(example)
-        data, crc = tfrecord.frame(payload)
-        f.write(data)
-        places = example["caption_positions"]
-        builder.add(len(payload), crc, len(example["captions"]), places)
-        if builder.size >= shard_bytes:
-          break
-    if not len(builder):
+    index = write_records(shard(i, 0), numbered, shard_bytes)
+    if not len(index):
       shard(i, 0).unlink()
       break
-    indices.append(builder.build())
-    logging.info("%s: shard %d, %d records", split, i, len(builder))
+    indices.append(index)
+    logging.info("%s: shard %d, %d records", split, i, len(index))
   for i, index in enumerate(indices):
     path = shard(i, len(indices))
     shard(i, 0).rename(path)
     tfrecord.index_path(path).write_bytes(index.to_bytes())
-  return indices
+  return [ShardCounts.of(index) for index in indices]
+
+
+def write_records(
+  path: epath.PathLike, examples: Iterator[Example], shard_bytes: int | None = None
+) -> tfrecord.ShardIndex:
+  """Writes examples to one file until it has shard_bytes, and returns the index of what it holds.
+
+  Takes from the iterator only what it writes.
+  """
+  builder = tfrecord.IndexBuilder()
+  with epath.Path(path).open("wb") as f:
+    for example in examples:
+      payload = encode(example)
+      data, crc = tfrecord.frame(payload)
+      f.write(data)
+      places = example.get("caption_positions", ())
+      builder.add(len(payload), crc, len(example["captions"]), places)
+      if shard_bytes and builder.size >= shard_bytes:
+        break
+  return builder.build()
 
 
 def _numbered(examples: Iterable[Example], fields: set[str], split: str) -> Iterator[Example]:
@@ -178,45 +246,52 @@ def _numbered(examples: Iterable[Example], fields: set[str], split: str) -> Iter
   for example in examples:
     places = range(count, count + len(example["captions"]))
     count += len(example["captions"])
-    example = {"caption_ids": places, "caption_positions": places, **example}
-    if set(example) != fields:
-      raise DatasetError(
-        f"picture {example.get('filename')!r} of split {split!r} has the fields {sorted(example)}, "
-        f"the data set {sorted(fields)}: all pictures of a data set have the same"
-      )
-    yield example
+    yield checked({"caption_ids": places, "caption_positions": places, **example}, fields, split)
 
 
-def _write_metadata(
+def checked(example: Example, fields: set[str], split: str) -> Example:
+  """The example; DatasetError if its fields are not those of the data set."""
+  if set(example) != fields:
+    raise DatasetError(
+      f"picture {example.get('filename')!r} of split {split!r} has the fields {sorted(example)}, "
+      f"the data set {sorted(fields)}: all pictures of a data set have the same"
+    )
+  return example
+
+
+def write_metadata(
   folder: epath.Path,
-  name: str,
-  version: str,
-  written: dict[str, list[tfrecord.ShardIndex]],
+  final: epath.Path,
+  written: Mapping[str, Sequence[ShardCounts]],
   description: str,
   spec,
   sources: Mapping[str, Any],
 ) -> None:
+  """Writes what TFDS reads, and source.json, into the folder that becomes `final`.
+
+  written: the shards of each split in the order of their numbers. spec: of `features`. sources:
+  JSON, kept in source.json beside the counts.
+  """
   import tensorflow_datasets as tfds
 
-  counts, infos = {}, []
-  for split, indices in written.items():
-    payload = sum(int(x.lengths.sum()) for x in indices)
+  name, version, counts, infos = final.parent.name, final.name, {}, []
+  for split, shards in written.items():
+    payload = sum(x.bytes for x in shards)
     template = tfds.core.ShardedFileTemplate(
       data_dir=folder, dataset_name=name, split=split, filetype_suffix="tfrecord"
     )
     infos.append(
       tfds.core.SplitInfo(
         name=split,
-        shard_lengths=[len(x) for x in indices],
+        shard_lengths=[x.records for x in shards],
         num_bytes=payload,
         filename_template=template,
       )
     )
-    captions = sum(int(x.captions.sum()) for x in indices)
     counts[split] = {
-      "records": sum(map(len, indices)),
-      "captions": captions,
-      "shards": len(indices),
+      "records": sum(x.records for x in shards),
+      "captions": sum(x.captions for x in shards),
+      "shards": len(shards),
       "bytes": payload,
     }
   source = {"name": name, "version": version, "counts": counts, **sources}

@@ -31,6 +31,7 @@ _FIELDS = {
   "caption_positions": ("caption_positions",),
   "regions": ("regions",),
   "boxes": ("boxes",),
+  "label": ("label",),
 }
 
 
@@ -56,6 +57,7 @@ class Record:
   caption_ids: tuple[int, ...]  # of the annotation file; empty where there are none
   regions: np.ndarray | None = None  # float32 [R, F]
   boxes: np.ndarray | None = None  # float32 [R, 4], x1 y1 x2 y2 in pixels
+  label: int = -1  # position in Split.class_names; -1 where there is none
 
 
 @functools.cache
@@ -103,6 +105,7 @@ def parse(payload: bytes, region_dim: int | None = None) -> Record:
     caption_ids=ints("caption_ids"),
     regions=floats("regions", region_dim),
     boxes=floats("boxes", 4),
+    label=(ints("label") or (-1,))[0],
   )
 
 
@@ -140,6 +143,7 @@ class Split:
   """A split, or several after one another: `len` pictures, each read by its number.
 
   captions_per_record: int32 [N].
+  class_names: what the labels of the records stand for; empty where there are no labels.
   fingerprint: sha256 of shard names and sizes and of the extents and crcs of all records.
   """
 
@@ -149,10 +153,12 @@ class Split:
     parts: Sequence[Sequence[tuple[epath.PathLike, int]]],
     region_dim: int | None = None,
     max_captions: int | None = None,
+    class_names: Sequence[str] = (),
   ):
     """parts: for each split joined, its shards and the number of records of each. max_captions:
     of every picture only the first so many count."""
     self.name, self._region_dim, self._max_captions = name, region_dim, max_captions
+    self.class_names: tuple[str, ...] = tuple(class_names)
     shards = [(epath.Path(path), n) for part in parts for path, n in part]
     load = lambda shard: tfrecord.load_index(*shard, count_captions)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote indices arrive together
@@ -185,7 +191,8 @@ class Split:
       part = [next(indices) for _ in range(size)]
       count = sum(int(x.captions.sum()) for x in part)
       given = [x.positions for x in part if x.captions.any()]
-      own = np.arange(count) if any(p is None for p in given) else np.concatenate(given)
+      complete = given and all(p is not None for p in given)
+      own = np.concatenate(given) if complete else np.arange(count)
       out.append(base + own)
       base += count
     return np.concatenate(out)
@@ -248,8 +255,11 @@ def _open(builder, split: str, max_captions: int | None = None) -> Split:
     if not sum(counts):
       raise DatasetError(f"{where}: split {name!r} is empty; prepare it from data that has it")
     parts.append(list(zip(info.splits[name].filepaths, counts, strict=True)))
-  regions = dict(info.features).get("regions")
-  return Split(split, parts, regions.shape[-1] if regions is not None else None, max_captions)
+  regions, label = (dict(info.features).get(name) for name in ("regions", "label"))
+  region_dim = regions.shape[-1] if regions is not None else None
+  # A label of another kind, say a plain number, has no names; numbered classes have their numbers.
+  names = label.names if getattr(label, "num_classes", None) else ()
+  return Split(split, parts, region_dim, max_captions, names)
 
 
 def open_split(data_dir: epath.PathLike, split: str) -> Split:

@@ -34,6 +34,7 @@ class Picture:
   captions: tuple[str, ...]
   caption_ids: tuple[int, ...] | None = None
   caption_positions: tuple[int, ...] | None = None
+  label: int | None = None
 
 
 Splits = dict[str, list[Picture]]
@@ -45,7 +46,8 @@ def examples(pictures: Iterable[Picture]) -> Iterator[Example]:
 
 
 def example(picture: Picture) -> Example:
-  given = {"caption_ids": picture.caption_ids, "caption_positions": picture.caption_positions}
+  fields = ("caption_ids", "caption_positions", "label")
+  given = {name: getattr(picture, name) for name in fields}
   return {
     "image": picture.path.read_bytes(),
     "image_id": picture.image_id,
@@ -68,10 +70,22 @@ def check_pictures(splits: Splits, decode: bool = False, max_missing: int = 0) -
   if missing:
     logging.info("left out %d missing pictures:%s", len(missing), _named(missing))
     absent = {id(p) for p, _ in missing}
-    splits = {n: [p for p in split if id(p) not in absent] for n, split in splits.items()}
-  if decode and (broken := _faults(splits, _decode_error)):
+    splits = {
+      n: _renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()
+    }
+  if decode and (broken := _faults(splits, lambda p: decode_error(p.path.read_bytes()))):
     _fail(splits, broken, "broken", "replace them, or take them out of the annotations")
   return splits
+
+
+def _renumbered(pictures: list[Picture]) -> list[Picture]:
+  """Pictures of which some were left out, with caption positions 0..C-1 in the order they had."""
+  if any(p.caption_positions is None for p in pictures):
+    return pictures
+  kept = sorted(i for p in pictures for i in p.caption_positions)
+  place = {old: new for new, old in enumerate(kept)}
+  now = lambda p: tuple(place[i] for i in p.caption_positions)
+  return [dataclasses.replace(p, caption_positions=now(p)) for p in pictures]
 
 
 Faults = list[tuple[Picture, str]]
@@ -97,11 +111,12 @@ def _fail(splits: Splits, faults: Faults, what: str, remedy: str) -> None:
   raise DatasetError(f"{len(faults)} of {total} pictures are {what}; {remedy}:{_named(faults)}")
 
 
-def _decode_error(picture: Picture) -> str | None:
+def decode_error(data: bytes) -> str | None:
+  """Why a picture does not decode, in brackets; None if it does."""
   from PIL import Image
 
   try:
-    with Image.open(io.BytesIO(picture.path.read_bytes())) as image:
+    with Image.open(io.BytesIO(data)) as image:
       image.load()
   except Exception as e:  # Pillow raises what its decoders raise
     return f"({e})"
@@ -280,7 +295,7 @@ def read_pairs(
     )
   drawn = functools.partial(_drawn_split, val=val_fraction, test=test_fraction)
   found: dict[str, dict] = {}
-  for where, row in _rows(file):
+  for where, row in rows(file):
     if missing := [c for c in (image_column, caption_column) if not row.get(c)]:
       raise DatasetError(
         f"{where}: nothing in column {missing[0]!r}; the columns are {list(row)} "
@@ -374,8 +389,8 @@ def _drawn_split(name: str, val: float, test: float) -> str:
   return "val" if u < val else "test" if u < val + test else "train"
 
 
-def _rows(file: epath.Path) -> Iterator[tuple[str, dict]]:
-  """(file and line, for messages; the row)."""
+def rows(file: epath.Path) -> Iterator[tuple[str, dict]]:
+  """The rows of a .csv, .tsv or .jsonl file: (file and line, for messages; the row)."""
   kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
   if kind not in ("csv", "tsv", "jsonl"):
     raise DatasetError(f"{file}: expected a file .csv, .tsv or .jsonl (or .gz of one)")

@@ -1,0 +1,246 @@
+"""Reader of what img2dataset writes: shards of pictures from the web, with captions.
+
+Three of its output formats:
+
+  webdataset  00000.tar with members KEY.jpg (or png, webp), KEY.txt, KEY.json
+  files       a folder 00000/ with the same files
+  parquet     00000.parquet with columns key, jpg, caption, status
+
+Beside a tar or folder lie 00000_stats.json and 00000.parquet, which alone tell of the pictures that
+could not be fetched.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+from etils import epath
+
+from xmodal_jax.data import sources
+from xmodal_jax.data.builder import Example
+from xmodal_jax.data.tfrecord import DatasetError
+
+TYPES = ("jpg", "jpeg", "png", "webp")
+
+# Why a pair is left out.
+FAILED = "failed"  # img2dataset could not fetch or resize the picture
+WITHOUT_CAPTION = "without caption"
+BROKEN = "broken"  # does not decode; only looked for if asked
+LOST = "lost"  # a success by img2dataset's own count, but not in the shard
+# Not pairs but shards: nothing beside them tells of failures.
+UNRECORDED = "shards without a record of failures"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A pair as it was found. image: None, status other than "success" or None: it failed."""
+
+  key: str
+  image: bytes | None
+  suffix: str
+  caption: str | None
+  status: str | None
+
+
+def find_shards(folder: epath.PathLike) -> list[str]:
+  """The shards in an output folder of img2dataset, by name; DatasetError if there are none."""
+  folder = epath.Path(folder)
+  if not folder.is_dir():
+    raise DatasetError(f"{folder}: no such folder; expected an output folder of img2dataset")
+  paths = sorted(folder.iterdir(), key=lambda p: p.name)
+  shards = [p for p in paths if p.suffix == ".tar"]
+  shards = shards or [p for p in paths if p.name.isdecimal() and p.is_dir()]
+  shards = shards or [p for p in paths if p.suffix == ".parquet"]
+  if not shards:
+    raise DatasetError(
+      f"{folder}: neither 00000.tar, nor a folder 00000, nor 00000.parquet; expected an output "
+      "folder of img2dataset, of --output_format webdataset, files or parquet"
+    )
+  known = {p.stem for p in shards}
+  stats = [p.name.removesuffix("_stats.json") for p in paths if p.name.endswith("_stats.json")]
+  if lost := [stem for stem in stats if stem not in known]:
+    raise DatasetError(
+      f"{folder}: {len(lost)} shards are not there though their statistics are, first "
+      f"{lost[0]}_stats.json; copy the shards too, or remove the statistics"
+    )
+  return [str(p) for p in shards]
+
+
+def read(
+  shard: str, left_out: collections.Counter, check_images: bool = False
+) -> Iterator[Example]:
+  """The pairs of a shard of `find_shards`, as a reader of `shards`: one sample at a time.
+
+  image_id, which is also the id of the caption, is the key where that is a number, which is unique
+  within a run of img2dataset; else 63 bits of a hash of shard and key. Unlike a position in the
+  list of shards, neither changes when shards are added, left out or put in another order.
+  """
+  path, found, failed = epath.Path(shard), 0, 0
+  samples = {".tar": _tar_samples, ".parquet": _parquet_samples}.get(path.suffix, _folder_samples)
+  for sample in samples(path):
+    if sample.image is None or sample.status not in (None, "success"):
+      failed += 1
+      continue
+    found += 1
+    if not (sample.caption or "").strip():
+      left_out[WITHOUT_CAPTION] += 1
+    elif check_images and sources.decode_error(sample.image) is not None:
+      left_out[BROKEN] += 1
+    else:
+      image_id = _image_id(path.stem, sample.key)
+      yield {
+        "image": sample.image,
+        "image_id": image_id,
+        "filename": f"{path.stem}/{sample.key}.{sample.suffix}",
+        "captions": (sample.caption,),
+        "caption_ids": (image_id,),
+      }
+  if path.suffix != ".parquet":
+    if recorded := _recorded(path):
+      total, successes = recorded
+      failed = max(failed, total - successes)
+      left_out[LOST] += max(0, successes - found)
+    else:
+      left_out[UNRECORDED] += 1
+  left_out[FAILED] += failed
+  for reason in [r for r, n in left_out.items() if not n]:
+    del left_out[reason]
+
+
+def _image_id(stem: str, key: str) -> int:
+  if key.isascii() and key.isdecimal() and (number := int(key)) < 2**63:
+    return number
+  return int.from_bytes(hashlib.sha256(f"{stem}/{key}".encode()).digest()[:8], "big") >> 1
+
+
+def _sample(where: str, key: str, parts: Mapping[str, bytes]) -> Sample:
+  """parts: what a tar or a folder has of a key, by suffix."""
+  try:
+    about = json.loads(parts.get("json", b"{}"))
+    caption = parts["txt"].decode() if "txt" in parts else about.get("caption")
+    status = about.get("status")
+  except (ValueError, AttributeError) as e:
+    raise DatasetError(
+      f"{where}: {key}.json or {key}.txt is not what img2dataset writes, a JSON object and UTF-8 "
+      f"text ({e}); fetch the shard again"
+    ) from e
+  suffix = next((s for s in TYPES if s in parts), "")
+  caption = caption if isinstance(caption, str) else None
+  return Sample(key, parts.get(suffix), suffix, caption, status)
+
+
+class _Member(tarfile.TarInfo):
+  """Refuses a damaged header in the middle, which tarfile takes for the end of the archive."""
+
+  @classmethod
+  def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    try:
+      return super().fromtarfile(archive)
+    except tarfile.EOFHeaderError:
+      raise
+    except tarfile.HeaderError as e:
+      raise tarfile.ReadError(f"{e} at byte {archive.offset}") from e
+
+
+def _tar_samples(path: epath.Path) -> Iterator[Sample]:
+  key, parts = None, {}
+  try:
+    # As a stream, front to back, whatever lies far away.
+    with path.open("rb") as f, tarfile.open(fileobj=f, mode="r|", tarinfo=_Member) as archive:
+      for member in archive:
+        if not member.isfile():
+          continue
+        folder, slash, name = member.name.removeprefix("./").rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if folder + slash + stem != key:
+          if key is not None:
+            yield _sample(f"{path}", key, parts)
+          key, parts = folder + slash + stem, {}
+        if suffix in (*TYPES, "txt", "json"):
+          parts[suffix] = archive.extractfile(member).read()
+  except tarfile.TarError as e:
+    raise DatasetError(
+      f"{path}: damaged or cut short, no whole tar archive ({e}); copy the shard again, or remove "
+      "it with its _stats.json and .parquet"
+    ) from e
+  if key is not None:
+    yield _sample(f"{path}", key, parts)
+
+
+def _folder_samples(path: epath.Path) -> Iterator[Sample]:
+  keys: dict[str, list[tuple[str, epath.Path]]] = {}
+  for file in sorted(path.iterdir(), key=lambda p: p.name):
+    stem, _, suffix = file.name.partition(".")
+    if suffix in (*TYPES, "txt", "json"):
+      keys.setdefault(stem, []).append((suffix, file))
+  for key, files in keys.items():
+    yield _sample(f"{path}", key, {suffix: file.read_bytes() for suffix, file in files})
+
+
+def _parquet_samples(path: epath.Path) -> Iterator[Sample]:
+  with _parquet(path) as file:
+    names = file.schema_arrow.names
+    suffix = next((s for s in TYPES if s in names), None)
+    if suffix is None or "key" not in names:
+      raise DatasetError(
+        f"{path}: has the columns {names}, expected key and one of {TYPES}; if these are addresses "
+        "to fetch, run img2dataset on them first"
+      )
+    text = "caption" if "caption" in names else "txt"
+    wanted = [c for c in ("key", suffix, text, "status") if c in names]
+    for batch in file.iter_batches(batch_size=100, columns=wanted):
+      for row in batch.to_pylist():
+        yield Sample(str(row["key"]), row[suffix], suffix, row.get(text), row.get("status"))
+
+
+def _seekable(path: epath.Path) -> IO[bytes]:
+  # TensorFlow's file objects lack what pyarrow asks of one, so a shard far away comes as a whole.
+  return io.BytesIO(path.read_bytes()) if "://" in os.fspath(path) else path.open("rb")
+
+
+@contextlib.contextmanager
+def _parquet(path: epath.Path) -> Iterator[Any]:
+  try:
+    import pyarrow
+    from pyarrow import parquet
+  except ImportError as e:
+    raise DatasetError(f"{path}: to read parquet, `pip install pyarrow`") from e
+  try:
+    with _seekable(path) as f, parquet.ParquetFile(f) as file:
+      yield file
+  except (pyarrow.ArrowException, OSError) as e:
+    if isinstance(e, OSError) and e.errno is not None:  # of the disk or network, not of the content
+      raise
+    raise DatasetError(f"{path}: damaged or cut short ({e}); copy the shard again") from e
+
+
+def _recorded(path: epath.Path) -> tuple[int, int] | None:
+  """(pairs tried, successes) by the files beside a tar or folder; None if they do not tell."""
+  stats = path.with_name(f"{path.stem}_stats.json")
+  if stats.exists():
+    try:
+      counts = json.loads(stats.read_text())
+      return int(counts["count"]), int(counts["successes"])
+    except (ValueError, KeyError, TypeError) as e:
+      raise DatasetError(
+        f"{stats}: no counts 'count' and 'successes' ({e!r}); remove the file or fetch it again"
+      ) from e
+  table = path.with_name(f"{path.stem}.parquet")
+  if not table.exists():
+    return None
+  try:
+    import pyarrow  # noqa: F401
+  except ImportError:
+    return None
+  with _parquet(table) as file:
+    if "status" not in file.schema_arrow.names:
+      return None
+    status = file.read(columns=["status"]).column("status").to_pylist()
+  return len(status), status.count("success")

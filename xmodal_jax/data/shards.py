@@ -1,0 +1,236 @@
+"""Writes data sets of many source shards, one output shard from each, here or on Beam's workers.
+
+`builder.write_dataset` takes pictures one after another; this takes source shards, none of which
+knows of the others, so that any number of workers can write them. What comes out is the same kind
+of data set. Captions are in the order of the records, for which no positions are stored.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from xmodal_jax.data import builder, tfrecord
+from xmodal_jax.data.tfrecord import DatasetError
+
+# (path of a source shard, where it counts what it leaves out, by reason) -> examples with caption
+# ids and without positions. Sent to workers, so a function of a module or a partial of one.
+Reader = Callable[[str, collections.Counter], Iterator[builder.Example]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One source shard: the number-th of its split."""
+
+  split: str
+  number: int
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+  """Where Apache Beam runs. runner: the name of a runner as Beam has it. options: its flags."""
+
+  runner: str
+  options: Sequence[str] = ()
+
+
+def write_dataset(
+  out_dir: epath.PathLike,
+  name: str,
+  version: str,
+  sources: Mapping[str, Sequence[str]],
+  read: Reader,
+  *,
+  description: str,
+  origin: Mapping[str, Any],
+  beam: Beam | None = None,
+  overwrite: bool = False,
+) -> epath.Path:
+  """Writes a data set and returns its folder, out_dir/name/version, as `builder.write_dataset`.
+
+  sources: for each split the paths of its source shards, whose order is that of the output shards;
+  one of which no picture is left has none. origin: JSON for source.json, which also gets what each
+  source gave and left out. beam: None for a loop in this process; the output is the same.
+
+  DatasetError for sources that cannot be read, before anything is published.
+  """
+  final = builder.dataset_dir(out_dir, name, version)
+  with builder.publishing(final, sources, overwrite) as folder:
+    spec = builder.features(positions=False)
+    jobs = [Job(s, i, p) for s, paths in sources.items() for i, p in enumerate(paths)]
+    where = {"folder": os.fspath(folder), "fields": frozenset(spec), "read": read}
+    if beam is None:
+      _run_here(functools.partial(write_shard, **where), jobs)
+    else:
+      _run_beam(functools.partial(_write_shard_or_say_why, **where), jobs, beam)
+    reports = _reports(folder, jobs)
+    kept = _number(folder, final, jobs, reports)
+    summary = {split: _summary(split, jobs, reports) for split in sources}
+    builder.write_metadata(folder, final, kept, description, spec, {**origin, "inputs": summary})
+  return final
+
+
+def write_shard(job: Job, *, folder: str, fields: frozenset[str], read: Reader) -> dict[str, Any]:
+  """Writes the shard of one source into `folder`, its index and last a report, which it returns.
+
+  Each file is whole or absent. May be run again, or twice at once: all runs write the same bytes.
+  """
+  path, left_out = _shard(folder, job), collections.Counter()
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+  try:
+    examples = (builder.checked(e, fields, job.split) for e in read(job.source, left_out))
+    index = builder.write_records(temporary, examples)
+    if len(index):
+      temporary.replace(path)
+      tfrecord.write_atomic(tfrecord.index_path(path), index.to_bytes())
+  finally:
+    temporary.unlink(missing_ok=True)
+  report = {**dataclasses.asdict(builder.ShardCounts.of(index)), "left_out": dict(left_out)}
+  tfrecord.write_atomic(_report(path), json.dumps(report).encode())
+  return report
+
+
+def _write_shard_or_say_why(job: Job, **where) -> None:
+  """`write_shard`, with a DatasetError in place of the report: another attempt will not mend it."""
+  try:
+    write_shard(job, **where)
+  except DatasetError as e:
+    report = _report(_shard(where["folder"], job))
+    tfrecord.write_atomic(report, json.dumps({"error": str(e)}).encode())
+
+
+def _shard(folder: epath.PathLike, job: Job) -> epath.Path:
+  """A shard before it has its final number."""
+  return epath.Path(folder) / builder.shard_name(f"{job.split}.tfrecord", job.number, 0)
+
+
+def _report(shard: epath.Path) -> epath.Path:
+  return shard.with_name(shard.name + ".report.json")
+
+
+def _run_here(task: Callable[[Job], dict], jobs: Sequence[Job]) -> None:
+  start = last = time.monotonic()
+  records = 0
+  for i, job in enumerate(jobs, 1):
+    records += task(job)["records"]
+    if (now := time.monotonic()) - last > 10 or i == len(jobs):
+      rate, last = records / max(now - start, 1e-3), now
+      logging.info("%d of %d shards, %d pictures, %.0f a second", i, len(jobs), records, rate)
+
+
+def _run_beam(task: Callable[[Job], None], jobs: Sequence[Job], where: Beam) -> None:
+  try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+  except ImportError as e:
+    raise DatasetError(
+      f"no Apache Beam ({e}), which --beam_runner needs; `pip install xmodal_jax[beam]`"
+    ) from e
+  # Beam's DirectRunner first tries another runner, a program that it fetches from the network; the
+  # one it falls back on is this.
+  local = where.runner.lower() in ("directrunner", "direct")
+  with (
+    _importable_in_children(),
+    beam.Pipeline(
+      runner=FnApiRunner() if local else where.runner, options=PipelineOptions([*where.options])
+    ) as pipeline,
+  ):
+    # One after another on a worker: a worker holds one shard's samples, however many there are.
+    _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(task)
+
+
+@contextlib.contextmanager
+def _importable_in_children() -> Iterator[None]:
+  """Python processes started meanwhile find this package as this one did, installed or not."""
+  root = pathlib.Path(importlib.util.find_spec("xmodal_jax").origin).parents[1]
+  before = os.environ.get("PYTHONPATH")
+  os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *([before] if before else [])])
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ["PYTHONPATH"]
+    else:
+      os.environ["PYTHONPATH"] = before
+
+
+def _each(function: Callable, items: Iterable) -> list:
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # threads for folders far away
+    return list(pool.map(function, items))
+
+
+def _reports(folder: epath.Path, jobs: Sequence[Job]) -> list[dict]:
+  """The report of each job; DatasetError with the sources that could not be read."""
+
+  def load(job: Job) -> dict:
+    path = _report(_shard(folder, job))
+    if not path.exists():
+      return {"error": f"{job.source}: no worker has written its shard into {folder}; can all of "
+              "them write there? Choose an --out that they share, like gs://"}  # fmt: skip
+    return json.loads(path.read_text())
+
+  reports = _each(load, jobs)
+  errors = [r["error"] for r in reports if "error" in r]
+  if len(errors) == 1:
+    raise DatasetError(errors[0])
+  if errors:
+    more = f"\n  and {len(errors) - 5} more" if len(errors) > 5 else ""
+    named = "".join(f"\n  {e}" for e in errors[:5]) + more
+    raise DatasetError(f"{len(errors)} of {len(jobs)} source shards failed:{named}")
+  return reports
+
+
+def _number(
+  folder: epath.Path, final: epath.Path, jobs: Sequence[Job], reports: Sequence[dict]
+) -> dict[str, list[builder.ShardCounts]]:
+  """Numbers the shards of each split that have records, and removes all other files."""
+  kept: dict[str, list[builder.ShardCounts]] = {}
+  files: dict[str, list[epath.Path]] = {}
+  for job, report in zip(jobs, reports, strict=True):
+    shards, paths = kept.setdefault(job.split, []), files.setdefault(job.split, [])
+    if report["records"]:
+      shards.append(builder.ShardCounts(*(report[k] for k in ("records", "captions", "bytes"))))
+      paths.append(_shard(folder, job))
+  moves = []
+  for split, paths in files.items():
+    if not paths:
+      raise DatasetError(f"split {split!r} is empty: its sources have no picture with a caption")
+    prefix = builder.shard_prefix(final, split)
+    for i, path in enumerate(paths):
+      new = folder / builder.shard_name(prefix, i, len(paths))
+      moves += [(path, new), (tfrecord.index_path(path), tfrecord.index_path(new))]
+  _each(lambda move: move[0].rename(move[1]), moves)
+  done = {new.name for _, new in moves}
+  # Reports, and what workers left that were killed.
+  _each(
+    lambda path: path.unlink(missing_ok=True), [p for p in folder.iterdir() if p.name not in done]
+  )
+  return kept
+
+
+def _summary(split: str, jobs: Sequence[Job], reports: Sequence[dict]) -> dict[str, Any]:
+  """What the sources of a split gave and left out, also for the log."""
+  own = [(j, r) for j, r in zip(jobs, reports, strict=True) if j.split == split]
+  left_out: collections.Counter = sum(
+    (collections.Counter(r["left_out"]) for _, r in own), collections.Counter()
+  )
+  empty = sum(not r["records"] for _, r in own)
+  reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "nothing"
+  text = "%s: %d pictures of %d shards (%d of them without any); left out: %s"
+  logging.info(text, split, sum(r["records"] for _, r in own), len(own), empty, reasons)
+  shards = [{"file": j.source, "records": r["records"], **r["left_out"]} for j, r in own]
+  return {"left_out": dict(left_out), "empty_shards": empty, "shards": shards}
