@@ -9,7 +9,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 from xmodal_jax import config as base
 from xmodal_jax import inputs
-from xmodal_jax.data import augment, image, order
+from xmodal_jax.data import augment, auto_augment, image, order
+from xmodal_jax.models import zerovl
 
 SIZE = 32
 TRANSFORM = image.Transform(SIZE, SIZE, resize="exact")
@@ -277,6 +278,102 @@ def test_rotation_is_counter_clockwise():
   assert rows.max() < 15 and columns.min() > 15  # up, on the right
 
 
+# ------------------------------------------------------------------------------------- AutoAugment
+
+
+def test_frequencies_of_the_policy(monkeypatch):
+  """Each sub-policy one time in 25, its operations as often as it says, to either side alike."""
+  calls = []
+  monkeypatch.setattr(auto_augment, "operation", lambda im, *args: calls.append(args) or im)
+  assert len(auto_augment.POLICY) == 25
+  expected, n, rng = {}, 25000, np.random.default_rng(0)
+  for sub_policy in auto_augment.POLICY:
+    for probability, *op in sub_policy:
+      expected[tuple(op)] = expected.get(tuple(op), 0) + probability / 25
+  for _ in range(n):
+    auto_augment.imagenet_policy(noise(2, 2), rng)
+  for op, p in expected.items():
+    mine = [c for c in calls if c[:2] == op]
+    assert near(len(mine), n, p)
+    negative = sum(c[2] for c in mine)
+    assert near(negative, len(mine), 0.5) if op[0] in auto_augment.SIGNED else negative == 0
+  assert len(calls) == sum(c[:2] in expected for c in calls)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (300, 2)])
+@pytest.mark.parametrize("name", list(auto_augment.OPERATIONS))
+def test_policy_on_pictures_of_any_size(name, size):
+  for level in range(auto_augment.LEVELS):
+    for negative in (False, True):
+      got = auto_augment.operation(noise(*size), name, level, negative)
+      assert got.size == size and got.mode == "RGB"
+
+
+# ----------------------------------------------------------------------------------------- erasing
+
+
+def test_erased_area_and_aspect():
+  """Of one box: area and logarithm of the aspect as drawn, anywhere in the picture."""
+  side, n, rng = 200, 3000, np.random.default_rng(0)
+  blank = np.zeros((side, side, 3), np.float32)
+  areas, aspects, places = [], [], []
+  for _ in range(n):
+    got = augment.random_erase(blank, rng, 1.0, "const", mean=(1, 1, 1))[..., 0]
+    rows, columns = np.flatnonzero(got.any(1)), np.flatnonzero(got.any(0))
+    h, w = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert got.sum() == h * w
+    areas.append(h * w / side**2)
+    aspects.append(math.log(h / w))
+    places.append([rows[0] / (side - h), columns[0] / (side - w)])
+  assert not blank.any()
+  # Every aspect fits a box of this area; rounding to whole pixels goes a little past the bounds.
+  fit, bound = np.array(areas) < 0.25, math.log(1 / 0.3)
+  assert uniform(np.clip(np.array(areas)[fit], 0.02, 0.25), 0.02, 0.25)
+  assert uniform(np.clip(np.array(aspects)[fit], -bound, bound), -bound, bound)
+  for place in np.transpose(places):
+    assert place.min() == 0 and place.max() == 1 and abs(place.mean() - 0.5) < 0.02
+
+
+def test_erasing_is_as_frequent_as_asked():
+  blank, rng, n = np.zeros((60, 60, 3), np.uint8), np.random.default_rng(1), 2000
+  erase = lambda p, count: augment.random_erase(blank, rng, p, "const", count, (9, 9, 9))
+  changed = [g for g in (erase(0.3, (1, 1)) for _ in range(n)) if g is not blank]
+  assert near(len(changed), n, 0.3) and all((g == 9).any() for g in changed)
+  # Five boxes share the area of one, and overlap a little.
+  areas = [(erase(1.0, (5, 5)) == 9).mean() for _ in range(400)]
+  assert 0.12 < np.mean(areas) < (0.02 + 1 / 3) / 2 and max(areas) < 1 / 3
+  # No box is as high or as wide as the picture, be it ever so small.
+  few = np.zeros((3, 3, 3), np.uint8)
+  tiny = [augment.random_erase(few, rng, 1.0, "const", mean=(9, 9, 9))[..., 0] for _ in range(400)]
+  assert {int(np.count_nonzero(t)) for t in tiny} == {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_erased_to_what_normalises_to_noise(mode):
+  """On the device, a pixel of a box is one standard normal draw, or 0; the rest is as it was."""
+  mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+  picture, values = Image.new("RGB", (64, 64), (255, 0, 255)), []
+  options = {"erase": 1.0, "erase_mode": mode, "erase_count": (2, 3), "mean": mean, "std": std}
+  made = augment.build(image.Transform(64, 64), **options)
+  rng, before = np.random.default_rng(0), np.asarray(picture)
+  for _ in range(60):
+    got = made(picture, rng)
+    assert got.dtype == np.uint8 and got.shape == (64, 64, 3)
+    hit = (got != before).any(-1)
+    assert 0.01 < hit.mean() < 0.4
+    box = (got[hit] / 255 - mean) / std
+    colours = len(np.unique(got[hit], axis=0))
+    assert {"pixel": colours > 50, "rand": colours <= 3, "const": colours == 1}[mode]
+    values.append(box)
+  values = np.concatenate(values)
+  if mode == "const":
+    assert abs(values).max() < 0.5 / 255 / 0.22
+  elif mode == "pixel":  # clipped to [0, 255], about two deviations away
+    assert (abs(np.median(values, 0)) < 0.05).all()
+    low, high = np.percentile(values, [15.87, 84.13], axis=0)
+    np.testing.assert_allclose([low, high], [[-1] * 3, [1] * 3], atol=0.05)
+
+
 # ---------------------------------------------------------------------------------------- together
 
 
@@ -357,10 +454,27 @@ def test_order_and_frequencies(monkeypatch):
   assert options["random_operations"] == {"n": 2, "magnitude": 7, "mode": "corrected"}
 
 
+def test_auto_augment_and_erasing_come_last(monkeypatch):
+  seen = []
+  step = lambda name: lambda im, *args, **kw: seen.append(name) or im
+  monkeypatch.setattr(augment, "random_operations", step("random"))
+  monkeypatch.setattr(auto_augment, "imagenet_policy", step("auto"))
+  monkeypatch.setattr(augment, "random_erase", step("erase"))
+  statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+  build(auto_augment="imagenet", erase=0.1, **statistics)(noise(), np.random.default_rng(0))
+  assert seen == ["random", "auto", "erase"]
+  for alone, name in (({"auto_augment": "imagenet"}, "auto"), ({"erase": 0.1}, "erase")):
+    seen.clear()
+    got = augment.build(TRANSFORM, **alone, **statistics)(noise(), np.random.default_rng(0))
+    assert seen == [name]
+    np.testing.assert_array_equal(got, TRANSFORM(noise()))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK"])
 @pytest.mark.parametrize("crop", ["random", "center"])
 def test_every_mode_of_picture(mode, crop):
   always = {"jitter_p": 1.0, "grayscale": 0.5, "blur": 1.0, "rand_augment": (8, 10)}
+  always |= {"auto_augment": "imagenet", "erase": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
   made = build(crop=crop, **always)
   got = made(noise().convert(mode), np.random.default_rng(0))
   assert got.shape == (SIZE, SIZE, 3) and got.dtype == np.uint8
@@ -386,6 +500,13 @@ BAD = [
   ("rand_augment", (2,), "rand_augment is"),
   ("rand_augment", (2, 11), "rand_augment has magnitude 11; expected 0 to 10"),
   ("rand_augment_mode", "old", "rand_augment_mode is 'old'; there are 'corrected' and 'original'"),
+  ("auto_augment", "cifar", "auto_augment is 'cifar'; there are 'imagenet', and '' for none"),
+  ("erase", 1.5, "erase is 1.5; expected a probability"),
+  ("erase", 0.5, "erase is 0.5, which needs the mean and std"),
+  ("erase_mode", "mean", "erase_mode is 'mean'; there are 'pixel', 'rand' and 'const'"),
+  ("erase_count", (0, 1), r"erase_count is \(0, 1\); expected 2 numbers from 1, the smaller first"),
+  ("erase_count", (2, 1), "erase_count .* the smaller first"),
+  ("erase_count", (1, 1.5), r"erase_count is \(1, 1.5\); expected \(fewest, most\) boxes"),
 ]
 
 
@@ -410,3 +531,21 @@ def test_config():
   made.config.data.rand_augment_mode = "old"
   with pytest.raises(ValueError, match=r"^config\.data\.rand_augment_mode is 'old'"):
     made._augment()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_statistics_are_the_models(own):
+  """What is erased takes the colour of the model's mean: of its class, or of its own section."""
+  import tiny
+
+  made = inputs.Inputs.__new__(inputs.Inputs)
+  made.transform = TRANSFORM
+  made.config = tiny.config("none", data__erase=1.0, data__erase_mode="const")
+  mean = (0.48145466, 0.4578275, 0.40821073)
+  if own:
+    mean = (0.1, 0.2, 0.3)
+    made.config.model = zerovl.preset("100m") | {"mean": mean}
+  picture = Image.new("RGB", (SIZE, SIZE), (255, 0, 255))
+  got = made._augment()(picture, np.random.default_rng(0))
+  (colour,) = np.unique(got[(got != np.asarray(picture)).any(-1)], axis=0).tolist()
+  assert colour == [round(255 * m) for m in mean]

@@ -176,13 +176,22 @@ def test_bad_vocabulary_is_named(tmp_path, content, message):
     wordpiece.BertTokenizer(path)
 
 
-def test_bad_options():
+def test_bad_options(tmp_path):
   with pytest.raises(ValueError, match="no caption clean-up 'alb'"):
     wordpiece.BertTokenizer(clean="alb")
   with pytest.raises(ValueError, match="only 'albef' counts words"):
     wordpiece.BertTokenizer(max_words=30)
   with pytest.raises(ValueError, match="max_words -1"):
     wordpiece.BertTokenizer(clean="albef", max_words=-1)
+  for share in (-0.1, 1.1, float("nan")):
+    with pytest.raises(ValueError, match=r"corrupt is .* expected a share"):
+      wordpiece.BertTokenizer(corrupt=share)
+  with pytest.raises(ValueError, match=r"corrupt 0\.2 with clean 'albef'"):
+    wordpiece.BertTokenizer(clean="albef", corrupt=0.2)
+  path = vocab_file(tmp_path, SPECIAL[:-1])
+  wordpiece.BertTokenizer(path)
+  with pytest.raises(ValueError, match=r"vocab\.txt: corrupt is 0\.2, but .* no line \[MASK\]"):
+    wordpiece.BertTokenizer(path, corrupt=0.2)
 
 
 def clean_ops(texts, max_words):
@@ -232,6 +241,9 @@ def test_config(tmp_path):
     text.tokenizer_from(section(tokenizer="bert", vocab="none.txt"))
   with pytest.raises(ValueError, match=r"text\.clean is 'albef', but the tokenizer 'clip_bpe' has"):
     text.tokenizer_from(section(clean="albef"))
+  assert text.tokenizer_from(section(tokenizer="bert", corrupt=0.2)).corrupt == 0.2
+  with pytest.raises(ValueError, match=r"text\.corrupt is 0\.2, but the tokenizer 'clip_bpe' has"):
+    text.tokenizer_from(section(corrupt=0.2))
   with pytest.raises(ValueError, match=r"text\.max_merges is 9, but the tokenizer 'bert' has"):
     text.tokenizer_from(section(tokenizer="bert", max_merges=9))
   with pytest.raises(ValueError, match=r"no tokenizer 'bort'; there are \['bert', 'clip_bpe'\]"):

@@ -73,7 +73,7 @@ def base() -> ConfigDict:
   d.rand_augment_mode = "corrected"  # "original": with the overflows and one-sided warps of TEAM
   d.auto_augment = ""  # "imagenet": the learned policy of Cubuk et al. (2019), as ZeroVL has it
   d.erase = 0.0  # probability that boxes of a training picture are erased
-  d.erase_mode = "pixel"  # filled with noise per "pixel", one per channel ("rand"), or the mean ("const")
+  d.erase_mode = "pixel"  # noise per "pixel", per box and channel ("rand"), or the mean ("const")
   d.erase_count = (1, 1)  # fewest and most boxes
   d.max_bad_fraction = 1e-4  # share of undecodable training records that a run survives
   d.eval_max_bad_fraction = 0.0

@@ -1,5 +1,6 @@
 """From the `data` and `text` sections of a config to splits, tokenizer and batches."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,14 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 
-from xmodal_jax.data import augment, image, order, pipeline, records, shapes, text
+from xmodal_jax import models
+from xmodal_jax.data import augment, image, mix, pipeline, records, shapes, text
 from xmodal_jax.data.tfrecord import DatasetError
 
 # The keys of config.data that change training pictures.
 AUGMENT = (
   "crop", "crop_scale", "crop_ratio", "jitter", "jitter_p", "grayscale", "blur", "blur_radius",
-  "flip", "rand_augment", "rand_augment_mode",
+  "flip", "rand_augment", "rand_augment_mode", "auto_augment", "erase", "erase_mode", "erase_count",
 )  # fmt: skip
 
 
@@ -31,9 +34,9 @@ class Inputs:
 
   def __init__(self, config: Any):
     self.config, self._splits = config, {}
-    self.tokenizer = text.tokenizer_from(config.text)
-    vocab = config.model.text.vocab
-    if self.tokenizer.vocab_size > vocab:
+    # None for a model of pictures alone.
+    self.tokenizer = text.tokenizer_from(config.text) if config.model.get("text") else None
+    if self.tokenizer and self.tokenizer.vocab_size > (vocab := config.model.text.vocab):
       raise ValueError(
         f"config.model.text.vocab is {vocab}, but the tokenizer {config.text.tokenizer!r} makes "
         f"{self.tokenizer.vocab_size} different ids: set them to agree"
@@ -43,38 +46,74 @@ class Inputs:
       keep.size or size, size, keep.resize, keep.interpolation, keep.rgb_first, keep.exif
     )
 
-  def split(self, name: str) -> records.Split:
-    """An open split by its key in the config's data section: "train", "val" or "test"."""
+  def split(self, name: str) -> records.Split | mix.Joined:
+    """An open split by its key in the config's data section: "train", "val" or "test".
+
+    "train" is joined where config.data.dir names several data sets; the others are of eval_dir.
+    """
     if name not in self._splits:
-      self._splits[name] = self._open(self.config.data[name])
+      data = self.config.data
+      where = data.eval_dir if name != "train" and data.eval_dir else data.dir
+      self._splits[name] = self._open(name, where)
     return self._splits[name]
 
-  def _open(self, split: str) -> records.Split:
+  def _open(self, name: str, where: str) -> records.Split | mix.Joined:
+    folders = _folders(where)
+    if len(folders) < 2:
+      return self._open_one(self.config.data[name], folders[0])
+    if name == "train":
+      splits = [self._open_one(self.config.data.train, folder) for folder in folders]
+      return mix.Joined(splits, folders)
+    raise DatasetError(
+      f"config.data.dir and eval_dir leave open which of {', '.join(folders)} is evaluated: set "
+      f"config.data.eval_dir to the one whose split {self.config.data[name]!r} counts as {name}"
+    )
+
+  def _open_one(self, split: str, folder: str) -> records.Split:
     data = self.config.data
-    if not data.dir and data.tfds:
+    if not folder and data.tfds:
       return records.open_tfds(data.tfds, split, max_captions=data.tfds_captions or None)
-    if not data.dir:
+    if not folder:
       raise DatasetError(
         "config.data.dir is empty: name the folder of a data set written by tools/prepare_data.py, "
         "or set config.data.tfds to the name of a TFDS data set"
       )
-    folder = shapes.ensure(data_home()) if data.dir == "shapes" else data.dir
-    return records.open_split(folder, split)
+    return records.open_split(shapes.ensure(data_home()) if folder == "shapes" else folder, split)
 
   def samples(self) -> int:
-    """Training samples per epoch."""
+    """Training samples of all data sets."""
+    return sum(mix.sample_counts(self.split("train"), self.config.data.captions))
+
+  def steps_per_epoch(self) -> int:
+    """Whole batches of an epoch. Raises ValueError where a data set alone has none."""
+    c = self.config
+    if self.samples() < c.batch_size:
+      return 0
     split = self.split("train")
-    return order.samples_per_epoch(split.captions_per_record, self.config.data.captions)
+    return mix.mixture(split, c.data.captions, c.data.mix, c.batch_size, c.seed).steps_per_epoch
 
   def fingerprint(self) -> str:
-    """Of the training split: what a resumed run must find unchanged."""
-    return self.split("train").fingerprint
+    """Of the training data and how they are mixed: what a resumed run must find unchanged."""
+    split = self.split("train")
+    if not isinstance(split, mix.Joined):
+      return split.fingerprint
+    return hashlib.sha256(f"{self.config.data.mix}\n{split.fingerprint}".encode()).hexdigest()
 
   def _augment(self) -> image.Augment | None:
+    options = {k: self.config.data[k] for k in AUGMENT}
+    if self.config.data.erase:
+      options |= self._statistics()
     try:
-      return augment.build(self.transform, **{k: self.config.data[k] for k in AUGMENT})
+      return augment.build(self.transform, **options)
     except ValueError as e:
       raise ValueError(f"config.data.{e}") from None
+
+  def _statistics(self) -> dict[str, tuple[float, ...]]:
+    """mean and std of pixels, as the model has them, which normalises on the device."""
+    section = self.config.model
+    build = models.system_module(section.system).build
+    model = nnx.eval_shape(lambda: build(section.to_dict(), rngs=nnx.Rngs(0)))
+    return {"mean": model.mean, "std": model.std}
 
   def train(self, step: int) -> Iterator[Mapping[str, np.ndarray]]:
     """This process's rows of global batches step, step + 1, ... without end."""
@@ -88,6 +127,7 @@ class Inputs:
       text_length=c.text.length,
       truncate=c.text.truncate,
       captions=c.data.captions,
+      mix=c.data.mix,
       seed=c.seed,
       step=step,
       max_bad_fraction=c.data.max_bad_fraction,
@@ -95,12 +135,34 @@ class Inputs:
       **_process(),
     )
 
-  def images(self, split: records.Split) -> Iterator[Mapping[str, np.ndarray]]:
+  def labelled(self, batch_size: int, step: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """`train` for learning from labels: batches of pictures with label in place of captions."""
+    c = self.config
+    return pipeline.train_batches(
+      self.split("train"),
+      batch_size=batch_size,
+      image_transform=self.transform,
+      augment=self._augment(),
+      tokenizer=None,
+      text_length=0,
+      captions="none",
+      seed=c.seed,
+      step=step,
+      max_bad_fraction=c.data.max_bad_fraction,
+      threads=c.data.threads or None,
+      **_process(),
+    )
+
+  def images(
+    self, split: records.Split, training: bool = False
+  ) -> Iterator[Mapping[str, np.ndarray]]:
+    """All pictures of a split in order. training: as many may be bad as training survives."""
+    data = self.config.data
     return pipeline.eval_images(
       split,
       batch_size=self.config.eval.batch_size,
       image_transform=self.transform,
-      max_bad_fraction=self.config.data.eval_max_bad_fraction,
+      max_bad_fraction=data.max_bad_fraction if training else data.eval_max_bad_fraction,
       threads=self.config.data.threads or None,
       **_process(),
     )
@@ -115,6 +177,17 @@ class Inputs:
       max_bad_fraction=self.config.data.eval_max_bad_fraction,
       **_process(),
     )
+
+
+def _folders(where: str) -> list[str]:
+  """config.data.dir or eval_dir, names with commas between them. Raises ValueError."""
+  names = [name.strip() for name in os.fspath(where).split(",")]
+  if len(names) > 1 and ("" in names or len(set(names)) < len(names)):
+    raise ValueError(
+      f"config.data.dir or eval_dir is {where!r}: expected names of different data sets with a "
+      "comma between them"
+    )
+  return names
 
 
 def _process() -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Random changes of training pictures, on the host.
 
 Each takes an RGB picture and the sample's own generator, draws from nothing else, and gives an RGB
-picture of the same size (the crop apart). `build` puts them together from the values of a config.
+picture of the same size (the crop apart; erasing, which comes last, works on arrays). `build` puts
+them together from the values of a config.
 """
 
 import functools
@@ -12,13 +13,16 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from xmodal_jax.data import auto_augment as auto_lib
 from xmodal_jax.data import image as image_lib
 
 Mode = Literal["corrected", "original"]
+EraseMode = Literal["pixel", "rand", "const"]
 Step = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 MAX_MAGNITUDE = 10  # of RandAugment
 FILL = 128  # grey of what a warp leaves empty
+ERASE_AREA, ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of random_erase
 
 # ------------------------------------------------------------------------------------------ colour
 
@@ -267,6 +271,49 @@ def _unpack(words: np.ndarray) -> np.ndarray:
   return out.astype("<u4")
 
 
+# ----------------------------------------------------------------------------------------- erasing
+
+
+def random_erase(
+  pixels: np.ndarray,
+  rng: np.random.Generator,
+  probability: float,
+  mode: EraseMode = "pixel",
+  count: tuple[int, int] = (1, 1),
+  mean: Sequence[float] = (0.0, 0.0, 0.0),
+  std: Sequence[float] = (1.0, 1.0, 1.0),
+) -> np.ndarray:
+  """Random boxes of [H, W, 3] filled with noise (Zhong et al., 2020), in a copy; or the array.
+
+  Their number is uniform in `count`, and together they take a share uniform in ERASE_AREA of the
+  picture, with an aspect ratio log-uniform in ERASE_ASPECT; a box that does not fit in ten tries
+  is left out. Filled with mean + std n, one n for each "pixel" and channel, or for each channel
+  ("rand"), or 0 ("const"). n is standard normal, mean and std are in the picture's own numbers:
+  with the defaults a normalised one. Integers are rounded and clipped.
+  """
+  if rng.random() > probability:
+    return pixels
+  height, width, _ = pixels.shape
+  boxes = count[0] + (int(rng.integers(count[1] - count[0] + 1)) if count[0] < count[1] else 0)
+  pixels = pixels.copy()
+  for _ in range(boxes):
+    for _ in range(10):
+      area = rng.uniform(*ERASE_AREA) * height * width / boxes
+      aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
+      h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+      if h < height and w < width:
+        top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+        fill = np.asarray(mean, np.float64)
+        if mode != "const":
+          shape = (h, w, 3) if mode == "pixel" else (3,)
+          fill = fill + np.asarray(std) * rng.standard_normal(shape)
+        if np.issubdtype(pixels.dtype, np.integer):
+          fill = np.clip(np.rint(fill), 0, np.iinfo(pixels.dtype).max)
+        pixels[top : top + h, left : left + w] = fill
+        break
+  return pixels
+
+
 # ----------------------------------------------------------------------------------------- together
 
 
@@ -284,12 +331,20 @@ def build(
   flip: float = 0.0,
   rand_augment: Sequence[int] = (0, 0),
   rand_augment_mode: Mode = "corrected",
+  auto_augment: Literal["", "imagenet"] = "",
+  erase: float = 0.0,
+  erase_mode: EraseMode = "pixel",
+  erase_count: Sequence[int] = (1, 1),
+  mean: Sequence[float] | None = None,
+  std: Sequence[float] | None = None,
 ) -> image_lib.Augment | None:
   """A training augmentation (picture, generator) -> uint8 [crop, crop, 3]; None if nothing is on.
 
   The steps come in the order of the arguments. transform: the evaluation transform, which gives
-  size, filter and EXIF rotation, and is itself the first step of a "center" crop. The rest are the
-  keys of `config.data`; ValueError for a bad value, its message beginning with the key.
+  size, filter and EXIF rotation, and is itself the first step of a "center" crop. mean, std: three
+  floats each, by which the device will normalise pixels / 255; boxes are erased to what it then
+  takes for noise, or for 0. Only `erase` needs them. The rest are the keys of `config.data`;
+  ValueError for a bad value, its message beginning with the key.
   """
   if crop not in ("center", "random"):
     raise ValueError(f"crop is {crop!r}; there are 'center' and 'random'")
@@ -298,7 +353,8 @@ def build(
   _check("jitter", jitter, 4, 0, math.inf)
   if jitter[3] > 0.5:
     raise ValueError(f"jitter is {tuple(jitter)!r}; its last number, the hue, is at most 0.5")
-  for key, value in dict(jitter_p=jitter_p, grayscale=grayscale, blur=blur, flip=flip).items():
+  shares = dict(jitter_p=jitter_p, grayscale=grayscale, blur=blur, flip=flip, erase=erase)
+  for key, value in shares.items():
     if not 0 <= value <= 1:
       raise ValueError(f"{key} is {value!r}; expected a probability")
   _check("blur_radius", blur_radius, 2, 0, math.inf, rising=True)
@@ -311,6 +367,15 @@ def build(
     raise ValueError(
       f"rand_augment_mode is {rand_augment_mode!r}; there are 'corrected' and 'original'"
     )
+  if auto_augment not in ("", "imagenet"):
+    raise ValueError(f"auto_augment is {auto_augment!r}; there are 'imagenet', and '' for none")
+  if erase_mode not in ("pixel", "rand", "const"):
+    raise ValueError(f"erase_mode is {erase_mode!r}; there are 'pixel', 'rand' and 'const'")
+  _check("erase_count", erase_count, 2, 1, math.inf, rising=True)
+  if any(int(v) != v for v in erase_count):
+    raise ValueError(f"erase_count is {tuple(erase_count)!r}; expected (fewest, most) boxes")
+  if erase and (mean is None or std is None):
+    raise ValueError(f"erase is {erase!r}, which needs the mean and std of pixels")
 
   steps: list[Step] = []
   if crop == "random":
@@ -328,15 +393,24 @@ def build(
   if n:
     how = {"n": n, "magnitude": magnitude, "mode": rand_augment_mode}
     steps.append(functools.partial(random_operations, **how))
-  if not steps:
+  if auto_augment:
+    steps.append(auto_lib.imagenet_policy)
+  if not steps and not erase:
     return None
   if crop == "center":
     steps.insert(0, lambda im, rng: Image.fromarray(transform(im)))
 
+  if erase:
+    scaled = {"mean": 255 * np.asarray(mean), "std": 255 * np.asarray(std)}
+    how = {"mode": erase_mode, "count": tuple(map(int, erase_count)), **scaled}
+    last = functools.partial(random_erase, probability=erase, **how)
+  else:
+    last = lambda pixels, rng: pixels
+
   def augment(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     for step in steps:
       image = step(image, rng)
-    return image_lib.pixels(image)
+    return last(image_lib.pixels(image), rng)
 
   return augment
 

@@ -1,17 +1,24 @@
 """The order of training samples as a pure function of (seed, epoch, position).
 
 Nothing is shuffled in memory and nothing has to be saved: position p of epoch e is sample
-`permute(p, n, seed, e)`, whatever came before, so resuming at any position costs nothing.
+`permute(p, n, seed, e)`, whatever came before, so resuming at any position costs nothing. Where
+several data sets are trained on together, `Mixture` says which of them, and which batch of it, each
+step takes.
 """
 
+import functools
+import threading
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-Captions = Literal["all", "one"]
+Captions = Literal["all", "one", "none"]
+Mix = Literal["shuffle", "sequential", "debias"]
+MIXES = ("shuffle", "sequential", "debias")
 
 # What a random number is for. Each purpose has its own stream, so none repeats another's draws.
-_SHUFFLE, _CAPTION, _REPLACEMENT, _AUGMENT = range(4)
+_SHUFFLE, _CAPTION, _REPLACEMENT, _AUGMENT, _SOURCE, _PIECES = range(6)
 
 # With 4 rounds a Feistel network is a strong permutation when its halves are large (Luby and
 # Rackoff); halves here can be 2 or 3, where more rounds are needed and cost next to nothing.
@@ -80,9 +87,12 @@ def caption_offsets(captions_per_record: np.ndarray) -> np.ndarray:
 
 
 def samples_per_epoch(captions_per_record: np.ndarray, captions: Captions) -> int:
-  """With "all" an epoch visits every caption once; with "one" every record, with one caption."""
+  """With "all" an epoch visits every caption once; with "one" every record, with one caption; with
+  "none" every record, for what is learned without captions."""
   if captions == "all":
     return int(np.sum(captions_per_record, dtype=np.int64))
+  if captions == "none":
+    return len(captions_per_record)
   if captions != "one":
     raise ValueError(f'captions must be "all" or "one", got {captions!r}')
   if len(empty := np.flatnonzero(np.asarray(captions_per_record) < 1)):
@@ -97,6 +107,98 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
   return samples // batch_size
 
 
+def source_seed(seed: int, source: int) -> int:
+  """The seed of data set `source` of several that are shuffled apart: `seed` itself for the first.
+
+  Without it, data sets of one size would be in the same order.
+  """
+  if source == 0:
+    return seed
+  entropy = _seeds(_SOURCE, seed, source)
+  return int(entropy.generate_state(1, np.uint64)[0])
+
+
+class Draws:
+  """Which data set each step draws, with probability proportional to its number of samples.
+
+  The draws are numpy's `default_rng(seed).choice(n, p=sizes / sum)`, one after another. Nothing has
+  to be drawn in order all the same: a draw takes one 64-bit output of PCG64, which can be advanced.
+  Only the counts of whole blocks are kept. Thread-safe.
+  """
+
+  BLOCK = 2**16
+
+  def __init__(self, sizes: Sequence[float], seed: int):
+    sizes = np.asarray(sizes)
+    self._p, self._seed, self._lock = sizes / sizes.sum(), seed % 2**64, threading.Lock()
+    self._before = [np.zeros(len(sizes), np.int64)]  # of each data set, ahead of each block
+    self._block = functools.lru_cache(maxsize=4)(self._draw)
+
+  def _draw(self, block: int) -> np.ndarray:
+    """The data sets that the steps of a block draw, int64 [BLOCK]."""
+    bits = np.random.PCG64(self._seed).advance(block * self.BLOCK)
+    return np.random.Generator(bits).choice(len(self._p), self.BLOCK, p=self._p)
+
+  def __call__(self, step: int) -> tuple[int, int]:
+    """Step -> (the data set that it draws, how many steps before it drew the same)."""
+    block, i = divmod(step, self.BLOCK)
+    with self._lock:
+      while len(self._before) <= block:
+        drawn = self._block(len(self._before) - 1)
+        self._before.append(self._before[-1] + np.bincount(drawn, minlength=len(self._p)))
+      drawn = self._block(block)
+    source = int(drawn[i])
+    return source, int(self._before[block][source] + np.count_nonzero(drawn[:i] == source))
+
+
+class Mixture:
+  """Which batch every step of a run takes from one data set or several: a function of (seed, step).
+
+  "shuffle": the data sets are one, shuffled together. "sequential": in each epoch one after
+  another, each shuffled in itself. "debias": every batch is of one data set, the one that `Draws`
+  says; a data set that has no whole batch left begins an epoch of its own, in another order. An
+  epoch of the run is as many steps as there are whole batches in what is shuffled.
+  """
+
+  def __init__(
+    self, mix: Mix, sizes: Sequence[int], batch_size: int, seed: int, names: Sequence[str] = ()
+  ):
+    """sizes: samples of each data set; names: of the data sets, for errors.
+
+    Raises ValueError for an unknown mix, and where what is shuffled is smaller than a batch.
+    """
+    if mix not in MIXES:
+      raise ValueError(f"data.mix is {mix!r}; there are {', '.join(MIXES)}")
+    self.mix, self._seed = mix, seed
+    self.sizes = [sum(sizes)] if mix == "shuffle" else list(sizes)  # of what is shuffled apart
+    for name, size in zip(names, self.sizes, strict=False):
+      if size < batch_size and len(self.sizes) > 1:
+        raise ValueError(
+          f"data set {name} has {size} samples, fewer than a batch of {batch_size}, and with "
+          f"data.mix={mix!r} a batch is of one data set: leave it out, lower batch_size, or set "
+          'data.mix to "shuffle"'
+        )
+    self._steps = [steps_per_epoch(size, batch_size) for size in self.sizes]
+    self._ends = np.cumsum(self._steps)
+    self._draws = Draws(self.sizes, seed) if mix == "debias" else None
+
+  @property
+  def steps_per_epoch(self) -> int:
+    return int(self._ends[-1])
+
+  def __call__(self, step: int) -> tuple[int, int, int]:
+    """Step -> (what is shuffled apart, its epoch, the batch in that epoch).
+
+    The first is 0 for "shuffle", else the index of a data set.
+    """
+    if self._draws is not None:
+      source, batch = self._draws(step)
+      return source, *divmod(batch, self._steps[source])
+    epoch, batch = divmod(step, self.steps_per_epoch)
+    source = int(np.searchsorted(self._ends, batch, side="right"))
+    return source, epoch, batch - int(self._ends[source]) + self._steps[source]
+
+
 def locate(
   samples: np.ndarray, offsets: np.ndarray, captions: Captions, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -109,6 +211,8 @@ def locate(
     record = np.searchsorted(offsets, samples, side="right") - 1
     return record, samples - offsets[record]
   record = _check(samples, len(offsets) - 1, "samples")
+  if captions == "none":
+    return record, np.zeros_like(record)
   key = _seeds(_CAPTION, seed, epoch).generate_state(1, np.uint64)[0]
   count = (offsets[record + 1] - offsets[record]).astype(np.uint64)
   return record, (_mix(_mix(record.astype(np.uint64)) + key) % count).astype(np.int64)
@@ -130,3 +234,12 @@ def generator(position: int, seed: int, epoch: int) -> np.random.Generator:
   return np.random.Generator(
     np.random.Philox(np.random.SeedSequence(seeds.entropy, spawn_key=(position,)))
   )
+
+
+def caption_keys(positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+  """What the corruption of the captions at these positions of an epoch draws from.
+
+  int [B] -> uint64 [B].
+  """
+  key = _seeds(_PIECES, seed, epoch).generate_state(1, np.uint64)
+  return _mix(_mix(np.asarray(positions, np.uint64)) + key)

@@ -13,12 +13,14 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from PIL import Image
 
 from xmodal_jax.data import image as image_lib
+from xmodal_jax.data import mix as mix_lib
 from xmodal_jax.data import order as order_lib
 from xmodal_jax.data.records import BadRecordError, Record, Split
 from xmodal_jax.data.text import Tokenizer
@@ -43,7 +45,10 @@ class Ledger:
   """
 
   def __init__(
-    self, split: Split, max_bad_fraction: float, on_bad: Callable[[int, str], None] | None = None
+    self,
+    split: Split | mix_lib.Joined,
+    max_bad_fraction: float,
+    on_bad: Callable[[int, str], None] | None = None,
   ):
     self.split, self.max_bad_fraction, self.on_bad = split, max_bad_fraction, on_bad
     self.bad: dict[int, str] = {}
@@ -55,7 +60,7 @@ class Ledger:
     """Counts a record once. DataError if that makes them too many."""
     reason = str(error)
     if not isinstance(error, BadRecordError):  # whose text already names the record
-      reason = f"record {record} ({filename}) of split {self.split.name!r}: {reason}"
+      reason = f"{self._named(record, filename)}: {reason}"
     with self._lock:
       if record in self.bad:
         return
@@ -70,6 +75,14 @@ class Ledger:
         f"{len(bad)} of the {len(self.split)} records of split {self.split.name!r} are bad, more "
         f"than max_bad_fraction = {self.max_bad_fraction:g} allows:{names}"
       )
+
+  def _named(self, record: int, filename: str) -> str:
+    split = self.split
+    if not isinstance(split, mix_lib.Joined):
+      return f"record {record} ({filename}) of split {split.name!r}"
+    source, i = split.place(record)
+    where = f"split {split.parts[source].name!r} of data set {split.names[source]}"
+    return f"record {i} ({filename}) of {where}"
 
   def call(self, function: Callable, inputs: list, blanks: list) -> list:
     """`function` as a tf.data op: tensors in, one tensor like each of `blanks` out, and a flag.
@@ -146,7 +159,7 @@ def _local_batch(batch_size: int, process_index: int, process_count: int) -> int
   return batch_size // process_count
 
 
-def _offsets(split: Split) -> np.ndarray:
+def _offsets(split: Split | mix_lib.Joined) -> np.ndarray:
   """Position of each record's first caption [N + 1]; ids are int32, so they must fit."""
   offsets = order_lib.caption_offsets(split.captions_per_record)
   if max(offsets[-1], len(split)) >= 2**31:
@@ -168,14 +181,27 @@ def _parallel(threads: int | None) -> int:
   return threads or len(os.sched_getaffinity(0))
 
 
+class _Rows(NamedTuple):
+  """What a process's rows of a batch are read from; [b] arrays are int64."""
+
+  seed: int  # of what the batch is shuffled with
+  epoch: int  # of the same
+  first: int  # position in that epoch of the first row; the others follow
+  sources: np.ndarray  # [b] data sets
+  records: np.ndarray  # [b]
+  texts: np.ndarray  # [b] captions within the records
+  keys: np.ndarray  # uint64 [b], of the corruption of captions
+
+
 def train_batches(
-  split: Split,
+  split: Split | mix_lib.Joined,
   *,
   batch_size: int,
   image_transform: Transform | None,
-  tokenizer: Tokenizer,
+  tokenizer: Tokenizer | None,
   text_length: int,
   captions: order_lib.Captions = "all",
+  mix: order_lib.Mix = "shuffle",
   seed: int,
   step: int = 0,
   process_index: int = 0,
@@ -190,62 +216,91 @@ def train_batches(
   """This process's rows of global batches step, step + 1, ... without end.
 
   Fields, with b = batch_size / process_count: image uint8 [b, H, W, 3], text_ids int32 [b, L],
-  text_mask bool [b, L], image_id int32 [b], caption_id int32 [b].
+  text_mask bool [b, L], image_id int32 [b], caption_id int32 [b]; of a joined split also dataset
+  int32 [b], the number of each row's data set. With captions "none", which needs no tokenizer,
+  there are neither texts nor caption_id, but label int32 [b], see `records.Record`.
 
   batch_size: global; process p has rows p b to (p + 1) b. captions: see `order.samples_per_epoch`.
-  augment: (picture, generator) -> uint8 [H, W, 3], in place of image_transform. order: epoch ->
-  sample indices, in place of the shuffle; the same number in every epoch. A bad record is replaced
-  by another sample that its place in the epoch determines; DataError if more than max_bad_fraction
-  of the split's records were found bad by this process. on_bad: called with (record, reason) for
-  each. threads: of reading and decoding; None: tf.data decides. truncate: False makes a caption
-  that is too long a ValueError. A tokenizer with `graph` (see wordpiece) runs inside tf.data.
+  mix: see `order.Mixture`. augment: (picture, generator) -> uint8 [H, W, 3], in place of
+  image_transform. order: epoch -> sample indices, in place of the shuffle; the same number in every
+  epoch. A bad record is replaced by another sample of its data set that its place in the epoch
+  determines; DataError if more than max_bad_fraction of all records of the split were found bad by
+  this process. on_bad: called with (record, reason) for each. threads: of reading and decoding;
+  None: tf.data decides. truncate: False makes a caption that is too long a ValueError. A tokenizer
+  with `graph` (see wordpiece) runs inside tf.data, and with `corrupt` above 0 corrupts the captions
+  first, which is drawn per position as the augmentation is.
   """
   local = _local_batch(batch_size, process_index, process_count)
   offsets, ledger = _offsets(split), Ledger(split, max_bad_fraction, on_bad)
-  samples = order_lib.samples_per_epoch(split.captions_per_record, captions)
-  per_epoch = order_lib.steps_per_epoch(samples if order is None else len(order(0)), batch_size)
+  counts = mix_lib.sample_counts(split, captions)
+  firsts = np.cumsum([0, *counts])  # sample that each data set begins with
+  if order is None:
+    mixture = mix_lib.mixture(split, captions, mix, batch_size, seed)
+  elif mix == "shuffle":
+    mixture = order_lib.Mixture(mix, [len(order(0))], batch_size, seed)
+  else:
+    raise ValueError(f'a given order takes the place of data.mix="shuffle", and mix is {mix!r}')
   transform = augment or (lambda image, rng: image_transform(image))
+  labelled = captions == "none"
 
   @functools.lru_cache(maxsize=256)  # far more batches than are under way at a time
-  def plan(step: int) -> tuple[int, int, np.ndarray, np.ndarray]:
-    """Epoch, first position, and the records and captions of this process's rows of a batch."""
-    epoch, done = divmod(step, per_epoch)
+  def plan(step: int) -> _Rows:
+    pool, epoch, done = mixture(step)
+    pool_seed = order_lib.source_seed(seed, pool)
     first = done * batch_size + process_index * local
     if order is None:
-      chosen = order_lib.permute(np.arange(first, first + local), samples, seed, epoch)
+      positions = np.arange(first, first + local)
+      chosen = order_lib.permute(positions, mixture.sizes[pool], pool_seed, epoch) + firsts[pool]
     else:
       chosen = np.asarray(order(epoch))[first : first + local]
-    return epoch, first, *order_lib.locate(chosen, offsets, captions, seed, epoch)
+    sources = np.searchsorted(firsts, chosen, side="right") - 1
+    found = order_lib.locate(chosen, offsets, captions, pool_seed, epoch)
+    keys = order_lib.caption_keys(first + np.arange(local), pool_seed, epoch)
+    return _Rows(pool_seed, epoch, first, sources, *found, keys)
 
   def example(i: np.ndarray):
-    """Row i of this process, counted over all steps -> pixels, caption, record, caption id."""
+    """Row i of this process, over all steps -> pixels, caption, record, caption id (or label), key.
+    """
     this_step, row = divmod(int(i), local)
-    epoch, first, records, texts = plan(this_step)
-    position, record, text = first + row, int(records[row]), int(texts[row])
+    rows = plan(this_step)
+    seed, epoch, position, source = rows.seed, rows.epoch, rows.first + row, rows.sources[row]
+    record, text = int(rows.records[row]), int(rows.texts[row])
     for attempt in range(_ATTEMPTS):
       content = _read(split, ledger, record)
       if content is not None:
         rng = augment and order_lib.generator(position, seed, epoch)
         pixels = _pixels(content, lambda image: transform(image, rng), ledger, record)
         if pixels is not None:
-          return pixels, content.captions[text].encode(), record, offsets[record] + text
-      stand_in = order_lib.replacement(position, attempt, samples, seed, epoch)
+          caption = b"" if labelled else content.captions[text].encode()
+          own = content.label if labelled else offsets[record] + text
+          return pixels, caption, record, own, rows.keys[row]
+      stand_in = order_lib.replacement(position, attempt, counts[source], seed, epoch)
+      stand_in += firsts[source]
       found = order_lib.locate(np.array([stand_in]), offsets, captions, seed, epoch)
       record, text = int(found[0][0]), int(found[1][0])
     raise DataError(f"split {split.name!r}: {_ATTEMPTS} samples in a row are bad")
 
   blank = _blank(lambda image: transform(image, order_lib.generator(0, seed, 0)))
-  example_blanks = [blank, b"", np.int64(0), np.int64(0)]
+  example_blanks = [blank, b"", np.int64(0), np.int64(0), np.uint64(0)]
 
-  def assemble(image, texts, record, caption, ok):
-    ids, mask, tokens_ok = _tokens(texts, tokenizer, text_length, truncate, ledger)
+  def assemble(image, texts, record, caption, keys, ok):
     int32 = lambda x: tf.cast(x, tf.int32)
+    several = {}
+    if isinstance(split, mix_lib.Joined):
+      several["dataset"] = int32(tf.searchsorted(split.starts, record, side="right") - 1)
+    if labelled:
+      ids = {"image_id": int32(record), "label": int32(caption)}
+      return {"image": image, **ids, **several, "ok": tf.reduce_all(ok)}
+    if getattr(tokenizer, "corrupt", 0.0):  # evaluation makes no use of it
+      texts = tokenizer.corrupted(texts, keys)
+    ids, mask, tokens_ok = _tokens(texts, tokenizer, text_length, truncate, ledger)
     return {
       "image": image,
       "text_ids": ids,
       "text_mask": mask,
       "image_id": int32(record),
       "caption_id": int32(caption),
+      **several,
       "ok": tf.reduce_all(ok) & tokens_ok,
     }
 
@@ -318,8 +373,9 @@ def eval_images(
 ) -> Stream:
   """Every picture once, in order: this process's rows of each global batch.
 
-  Fields: image uint8 [b, H, W, 3], image_id int32 [b], valid bool [b]. The last batch is filled up
-  with rows that are not valid, of image_id -1. A bad picture is not valid either but keeps its id;
+  Fields: image uint8 [b, H, W, 3], image_id int32 [b], valid bool [b]; label int32 [b] of a split
+  with class names. The last batch is filled up with rows that are not valid, of image_id and label
+  -1. A bad picture is not valid either but keeps its id;
   DataError if more than max_bad_fraction of the split are bad.
   """
   local = _local_batch(batch_size, process_index, process_count)
@@ -329,23 +385,27 @@ def eval_images(
     this_step, row = divmod(int(i), local)
     record = this_step * batch_size + process_index * local + row
     if record >= len(split):
-      return blank, np.int32(-1), False
+      return blank, np.int32(-1), np.int32(-1), False
     content = _read(split, ledger, record)
     pixels = content and _pixels(content, image_transform, ledger, record)
     if pixels is None:
-      return blank, np.int32(record), False
-    return pixels, np.int32(record), True
+      return blank, np.int32(record), np.int32(-1), False
+    return pixels, np.int32(record), np.int32(content.label), True
 
-  blanks = [blank, np.int32(0), np.False_]
+  blanks = [blank, np.int32(0), np.int32(0), np.False_]
   steps = -(-len(split) // batch_size)
   dataset = tf.data.Dataset.range(steps * local).map(
     lambda i: tuple(ledger.call(example, [i], blanks)),
     num_parallel_calls=_parallel(threads),
   )
   dataset = dataset.batch(local, drop_remainder=True)
-  fields = ("image", "image_id", "valid", "ok")
-  dataset = dataset.map(lambda *x: dict(zip(fields, x, strict=True)))
-  return Stream(_options(dataset, threads), ledger)
+  fields = ("image", "image_id", "label", "valid", "ok")
+  left_out = () if split.class_names else ("label",)
+
+  def assemble(*x):
+    return {k: v for k, v in zip(fields, x, strict=True) if k not in left_out}
+
+  return Stream(_options(dataset.map(assemble), threads), ledger)
 
 
 def eval_texts(

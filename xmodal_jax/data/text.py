@@ -181,7 +181,7 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {"clip_bpe": ClipTokenizer, "b
 
 OPTIONS = {
   "clip_bpe": {"max_merges": 0},
-  "bert": {"lowercase": True, "clean": "none", "max_words": 0},
+  "bert": {"lowercase": True, "clean": "none", "max_words": 0, "corrupt": 0.0},
 }
 """What each tokenizer takes beside a file, with the values that stand for its own defaults."""
 

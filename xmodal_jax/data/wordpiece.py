@@ -15,6 +15,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
+from xmodal_jax.data import corrupt as corrupt_lib
+
 CLEAN_UPS = ("none", "albef")
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -99,7 +101,9 @@ class BertTokenizer:
   """BERT's tokenizer. Rows are [CLS] ids [SEP], padded with the id of [PAD].
 
   path: see `read_vocab`. lowercase: lower-case and without accents; False keeps both.
-  clean: "albef" applies `pre_caption` with max_words first.
+  clean: "albef" applies `pre_caption` with max_words first. corrupt: the share of word pieces that
+  `corrupted` changes, for whoever trains; nothing else takes notice of it. ValueError for options
+  that do not go together, and for corrupt where the vocabulary has no [MASK].
 
   Ids are those of `transformers.BertTokenizerFast`, special tokens spelt out in a caption
   ("[MASK]", in capitals) included; the clean-up's lower-casing comes first and undoes these. A
@@ -116,16 +120,30 @@ class BertTokenizer:
     lowercase: bool = True,
     clean: str = "none",
     max_words: int = 0,
+    corrupt: float = 0.0,
   ):
     if clean not in CLEAN_UPS:
       raise ValueError(f"no caption clean-up {clean!r}; there are {CLEAN_UPS}")
     if max_words < 0 or (max_words and clean == "none"):
       raise ValueError(f"max_words {max_words} with clean {clean!r}: only 'albef' counts words")
+    if not 0 <= corrupt <= 1:
+      raise ValueError(f"corrupt is {corrupt!r}; expected a share of word pieces, from 0 to 1")
+    if corrupt and clean != "none":
+      # The caption is tokenised twice, and this clean-up undoes special tokens.
+      raise ValueError(f"corrupt {corrupt} with clean {clean!r}: set one of them to its default")
     self._vocab = read_vocab(path)
     self.vocab_size = len(self._vocab)
     self._lowercase, self._clean, self._max_words = lowercase, clean, max_words
     index = {piece: i for i, piece in enumerate(self._vocab)}
     self.pad_id, self.unk_id, self.cls_id, self.sep_id = (index[s] for s in SPECIAL[:-1])
+    if corrupt and SPECIAL[-1] not in index:
+      raise ValueError(
+        f"{path}: corrupt is {corrupt}, but the vocabulary has no line {SPECIAL[-1]}: set corrupt "
+        "to 0, or name the vocabulary that the model was trained with"
+      )
+    self.corrupt = corrupt
+    if corrupt:
+      self._corruption = corrupt_lib.Corruption(self._vocab, index[SPECIAL[-1]], corrupt)
     special = {s: self._inside(s) for s in SPECIAL if s in index}
     self._special = r"\[(" + "|".join(s[1:-1] for s in special) + r")\]"
     self._unknown = special["[UNK]"]
@@ -164,6 +182,14 @@ class BertTokenizer:
   def _ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
     """Strings [B] -> int32 ids [B, W] without start, end and padding."""
     return self._wordpiece.tokenize(self._words(texts)).merge_dims(1, 2)
+
+  def corrupted(self, texts: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
+    """Captions [B] as ZeroVL corrupts them in training -> UTF-8 strings [B] for `graph`.
+
+    keys: uint64 [B], see `order.caption_keys`. A word of more than three pieces loses its end even
+    where nothing is changed, see `corrupt.Corruption`. Only for a tokenizer with `corrupt` above 0.
+    """
+    return self._corruption(self._ids(texts), keys)
 
   def graph(
     self, texts: tf.Tensor, length: int, truncate: bool = True
