@@ -5,6 +5,8 @@ import pathlib
 from xmodal_jax import config as config_lib
 from xmodal_jax.data import shapes
 
+BERT = dict(vocab=30522, context=24, width=24, depth=2, heads=2, mlp=48)
+BERT |= dict(dropout=0.1, attention_dropout=0.1)
 SIZES = {"train": 48, "val": 12, "test": 12}
 
 
@@ -52,7 +54,7 @@ def team(data_dir: str, **changes):
     system="team",
     embed=16,
     image=dict(kind="deit", size=16, patch=8, width=32, depth=2, heads=2),
-    text=dict(vocab=30522, context=24, width=24, depth=2, heads=2, mlp=48),
+    text=BERT,
     project_text=True,
     matching=dict(depth=2, heads=2, embed=16, dropout=0.1),
     same_image="exclude",
@@ -62,4 +64,21 @@ def team(data_dir: str, **changes):
   c.text.tokenizer, c.text.max_merges = "bert", 0
   c.eval.top_k_text, c.eval.top_k_image = 4, 3
   c.eval.rerank_block = (2, 2)
+  return _change(c, changes)
+
+
+def zerovl(data_dir: str, **changes):
+  """The same run with a ZeroVL: timm's ViT, BERT, a learned temperature and mixup."""
+  c = config(data_dir)
+  c.model = dict(
+    system="zerovl",
+    embed=16,
+    image=dict(size=16, patch=8, width=32, depth=2, heads=2),
+    text=BERT,
+    temperature=0.05,
+    learn_temperature=True,
+    loss=dict(name="nce"),
+    mixup=dict(beta=0.5, block=0),
+  )
+  c.text.tokenizer, c.text.max_merges = "bert", 0
   return _change(c, changes)

@@ -1,0 +1,177 @@
+"""A batch encoded in parts: gradient of the whole, for every system, on any number of devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from xmodal_jax import build, models, sharding
+from xmodal_jax import step as step_lib
+from xmodal_jax.models import layers, system
+
+BATCH = 64
+SYSTEMS = {"clip": tiny.config, "team": tiny.team, "zerovl": tiny.zerovl}
+
+
+def test_every_system_is_here():
+  assert SYSTEMS.keys() == models.SYSTEMS.keys()
+
+
+def without_dropout(section) -> None:
+  for key, value in section.items():
+    if hasattr(value, "items"):
+      without_dropout(value)
+    elif "dropout" in key:
+      section[key] = 0.0
+
+
+def batch(config, size: int = BATCH) -> dict:
+  rng = np.random.default_rng(0)
+  side, length = config.model.image.size, 12
+  lengths = rng.integers(3, length + 1, size)
+  return {
+    "image": rng.integers(0, 256, (size, side, side, 3), np.uint8),
+    "text_ids": rng.integers(1, 200, (size, length)).astype(np.int32),
+    "text_mask": np.arange(length) < lengths[:, None],
+    "image_id": rng.integers(0, size - 2, size).astype(np.int32),
+  }
+
+
+@functools.cache
+def gradients(name: str, accumulate: int, devices: int, dropout: bool = False):
+  """(loss, metrics, gradients as one dict of arrays)."""
+  config = SYSTEMS[name]("unused", batch_size=BATCH, accumulate=accumulate)
+  if not dropout:
+    without_dropout(config.model)
+  config.mesh = (("data", -1),)
+  built = build.Built(config, jax.devices()[:devices])
+  rows = sharding.batch_sharding(built.mesh)
+  init = lambda: nnx.to_pure_dict(step_lib.split(built.model())[1])
+  params = jax.jit(init, out_shardings=built.params_shardings)()
+
+  @jax.jit
+  def run(params, b):
+    loss_fn = lambda params: nnx.merge(built.graphdef, params, {}).loss(b, jax.random.key(3))
+    return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+  with jax.default_matmul_precision("highest"):
+    out = run(params, sharding.put_batch(batch(config), rows))
+  return jax.device_get(out)
+
+
+def same(ours, want, tolerance: float) -> None:
+  (loss, metrics), grads = ours
+  (want_loss, want_metrics), want_grads = want
+  np.testing.assert_allclose(loss, want_loss, rtol=tolerance)
+  for key, value in want_metrics.items():
+    np.testing.assert_allclose(metrics[key], value, rtol=tolerance, atol=1e-6, err_msg=key)
+  largest = max(np.abs(g).max() for g in jax.tree.leaves(want_grads))
+
+  def close(path, a, b):
+    np.testing.assert_allclose(
+      a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-3 * largest), err_msg=str(path)
+    )
+
+  jax.tree_util.tree_map_with_path(close, grads, want_grads)
+
+
+SLOW = [(2, 1), (8, 1), (1, 8), (4, 8), (8, 8)]
+
+
+@pytest.mark.parametrize(
+  ("accumulate", "devices"),
+  [(4, 1), (2, 8), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)],
+)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_gradient_is_that_of_the_whole_batch(name, accumulate, devices):
+  same(gradients(name, accumulate, devices), gradients(name, 1, 1), 1e-5)
+
+
+class Noisy(system.System):
+  """One weight matrix with dropout behind it, on either side."""
+
+  def __init__(self, weight):
+    self.weight = nnx.Param(weight)
+
+  def encode(self, batch, key):
+    return {"embed": layers.dropout(batch["x"] @ self.weight[...], 0.5, key)}
+
+  encode_image = encode_text = encode
+
+  def align(self, images, texts, batch, key):
+    return jax.nn.logsumexp(images["embed"] @ texts["embed"].T), {}
+
+
+def test_dropout_is_the_same_in_both_passes():
+  """The gradient is that of parts encoded one after another with their keys, nothing recomputed."""
+  rng = np.random.default_rng(0)
+  x, weight = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((12, 5), (5, 4)))
+  n, key = 3, jax.random.key(1)
+
+  def ours(weight):
+    model = Noisy(weight)
+    model.accumulate = n
+    return model.loss({"x": x}, key)[0]
+
+  def plain(weight):
+    model = Noisy(weight)
+    _, *keys, _ = jax.random.split(key, 4)
+    sides = []
+    for k in keys:
+      parts = [
+        model.encode({"x": x[j::n]}, part)["embed"] for j, part in enumerate(jax.random.split(k, n))
+      ]
+      sides.append({"embed": jnp.stack(parts, 1).reshape(12, -1)})
+    return model.align(*sides, None, None)[0]
+
+  for f in (lambda f: f(weight), lambda f: jax.grad(f)(weight)):
+    np.testing.assert_allclose(f(ours), f(plain), rtol=1e-5)
+  without = Noisy(weight).encode({"x": x}, None)["embed"]
+  assert not np.allclose(ours(weight), jax.nn.logsumexp(without @ without.T), rtol=1e-2)
+
+
+def temporaries(name: str, accumulate: int, size: int) -> int:
+  """Bytes of temporaries of a training step's loss and gradient."""
+  config = SYSTEMS[name]("unused", batch_size=size, accumulate=accumulate)
+  config.mesh = (("data", -1),)
+  built = build.Built(config, jax.devices()[:1])
+  params = nnx.to_pure_dict(built.params)
+  b = {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch(config, 8).items()}
+
+  def loss(params, b):
+    return nnx.merge(built.graphdef, params, {}).loss(b, jax.random.key(0))[0]
+
+  return jax.jit(jax.grad(loss)).lower(params, b).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_that_of_a_part():
+  """Four times the batch in four times the parts needs hardly more."""
+  whole, parts = temporaries("zerovl", 1, 128), temporaries("zerovl", 4, 128)
+  part = temporaries("zerovl", 1, 32)
+  assert parts < 1.5 * part < 0.6 * whole
+
+
+@pytest.mark.parametrize(
+  ("changes", "error"),
+  [
+    (dict(accumulate=3), "accumulate is 3: config.batch_size=64 does not divide"),
+    (dict(accumulate=0), "accumulate is 0"),
+    (dict(accumulate=2, batch_size=8), "on each of 8 devices"),
+  ],
+)
+def test_parts_that_do_not_divide_the_batch(changes, error):
+  config = tiny.config("unused", **dict(batch_size=BATCH) | changes)
+  with pytest.raises(ValueError, match=error):
+    build.Built(config)
+
+
+def test_batch_norm_sees_the_whole_batch():
+  config = tiny.config("unused", batch_size=BATCH, accumulate=2)
+  with config.unlocked():
+    config.model.image = dict(kind="resnet", size=32, width=8, depths=(1, 1, 1, 1))
+  with pytest.raises(ValueError, match="accumulate is 2, but this model has BatchNorm"):
+    build.Built(config)
