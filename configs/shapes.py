@@ -18,7 +18,7 @@ def get_config(variant=None):
   c.data.captions = "one"
   c.batch_size = 250
   c.eval.block = (512, 2560)
-  return {"clip": clip, "team": team}[variant or "clip"](c)
+  return {"clip": clip, "zerovl": zerovl, "team": team}[variant or "clip"](c)
 
 
 def clip(c):
@@ -40,6 +40,40 @@ def clip(c):
   o.lr, o.b2, o.warmup, o.weight_decay = 1.5e-3, 0.98, "3 epochs", 0.1
   o.grad_clip = 1.0
   o.bounds = (("^logit_scale$", 0.0, math.log(100)),)
+  return c
+
+
+def zerovl(c):
+  width, heads = 128, 4
+  c.model.update(
+    dict(
+      system="zerovl",
+      embed=128,
+      image=dict(size=48, patch=8, width=width, depth=3, heads=heads),
+      text=dict(
+        vocab=30522,
+        context=40,
+        width=width,
+        depth=2,
+        heads=heads,
+        mlp=4 * width,
+        dropout=0.0,
+        attention_dropout=0.0,
+      ),
+      temperature=0.07,
+      learn_temperature=True,
+      loss=dict(name="nce"),
+      mixup=dict(beta=0.0, block=0),
+    )
+  )
+  c.text.tokenizer, c.text.length = "bert", 37
+  c.batch_size, c.total = 125, "20 epochs"
+  c.eval.batch_size = 250
+  c.eval.every = "10 epochs"
+  c.checkpoint.every = "10 epochs"
+  o = c.optim
+  o.lr, o.b2, o.warmup, o.weight_decay = 1.5e-3, 0.98, "2 epochs", 0.1
+  o.grad_clip = 1.0
   return c
 
 

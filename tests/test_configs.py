@@ -21,7 +21,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 CLIP = ["rn50", "rn101", "rn50x4", "rn50x16", "rn50x64"]
 CLIP += ["vit_b32", "vit_b16", "vit_l14", "vit_l14_336"]
 CONFIGS = {
-  "shapes": ["clip", "team"],
+  "shapes": ["clip", "zerovl", "team"],
+  "zerovl_pretrain": ["zerovl", "dga"],
+  "zerovl_eval": ["14m", "100m"],
+  "zerovl_ft": ["coco", "f30k", "coco_14m", "f30k_14m"],
   "coco_ft": [*CLIP, "tiny"],
   "f30k_ft": [*CLIP, "tiny"],
   "coco_zeroshot": CLIP,
@@ -97,6 +100,7 @@ def test_original_recipe_of_team():
 
 
 TABLES = [("coco_ft", "vit_b32"), ("coco_ft", "rn50"), ("shapes", "clip"), ("shapes", "team")]
+TABLES += [("shapes", "zerovl"), ("zerovl_pretrain", "dga"), ("zerovl_ft", "coco")]
 TABLES += [("team_pretrain", "vit_b16"), ("team_pretrain", "clip_l14")]
 
 

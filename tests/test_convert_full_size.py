@@ -1,10 +1,11 @@
-"""The released models of CLIP and TEAM at full size, of random bits: both ways bit-exact, in
-bounded memory. The tool runs as a process of its own, as a user would run it."""
+"""The released models of CLIP, ZeroVL and TEAM at full size, of random bits: both ways bit-exact,
+in bounded memory. The tool runs as a process of its own, as a user would run it."""
 
 import functools
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 
 from xmodal_jax import convert, init, torch_files
-from xmodal_jax.models import clip_itm, team
+from xmodal_jax.models import clip_itm, team, zerovl
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_MEMORY = 2.5  # times the file, interpreter and libraries included
@@ -39,6 +40,14 @@ TEAM = {
   "team_vitb16": ("vit_b16", 238_855_938),
   "team_clipl14": ("clip_l14", 490_886_658),
   "modelscope_chinese_large": ("chinese_l14", 421_195_264),
+}
+
+# Name in the list of keys -> preset, whether it has to be named, number of parameters (ZeroVL spec,
+# section 7).
+ZEROVL = {
+  "zerovl": ("pretrain", False, 195_476_736),
+  "zerovl_100m_eval": ("100m", True, 195_476_737),
+  "linear_prob_imagenet": ("linear_probe", False, 86_567_656),
 }
 
 
@@ -71,13 +80,14 @@ def tool(system: str, *args: str) -> tuple[str, int]:
   return "\n".join(text), int(peak) * 1024
 
 
-def there_and_back(system: str, keys, tmp_path, prefix: str = "") -> str:
+def there_and_back(system: str, keys, tmp_path, prefix: str = "", variant: str = "") -> str:
   """What the tool said of a file of random bits with these keys, which came back as it was."""
   source, out, back = tmp_path / "a.pt", tmp_path / "dir", tmp_path / "b.pth"
   make = lambda i, shape, dtype: torch_files.Lazy(shape, dtype, lambda: bits(shape, dtype, i))
   torch_files.write(source, {prefix + k: make(i, *v) for i, (k, v) in enumerate(keys.items())})
   size = source.stat().st_size
-  text, there = tool(system, "--checkpoint", str(source), "--out", str(out))
+  named = ["--variant", variant] if variant else []
+  text, there = tool(system, "--checkpoint", str(source), "--out", str(out), *named)
   _, again = tool(system, "--checkpoint", str(out), "--out", str(back), "--to", "torch")
   print(f"{text}\n{size / 1e6:.0f} MB; peak {there / 1e6:.0f} MB, back {again / 1e6:.0f} MB")
   assert there < MAX_MEMORY * size and again < MAX_MEMORY * size
@@ -122,6 +132,43 @@ def test_team_config_from_shapes_is_the_preset(name):
   shapes = shapes_of(name, "team")
   assert team.infer_config(shapes) == team.PRESETS[variant]
   assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if "position_ids" not in k) == count
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("name", ZEROVL)
+def test_zerovl_round_trip(name, prefix, tmp_path):
+  variant, named, count = ZEROVL[name]
+  text = there_and_back(
+    "zerovl", layout(name, "zerovl"), tmp_path, prefix, variant if named else ""
+  )
+  assert f"zerovl {variant}: {count:,} values" in text
+
+
+@pytest.mark.parametrize("name", ZEROVL)
+def test_zerovl_config_from_shapes_is_that_of_the_presets(name):
+  variant, named, count = ZEROVL[name]
+  shapes = shapes_of(name, "zerovl")
+  found = zerovl.infer_config(shapes)
+  fit = [k for k, preset in zerovl.PRESETS.items() if preset == preset | found]
+  assert fit == (["14m", "100m"] if named else [variant])
+  assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if "position_ids" not in k) == count
+
+
+def test_files_that_fit_two_presets_have_to_be_named(tmp_path):
+  """Of zeros: nothing but names and shapes is looked at before the question is asked."""
+  source = tmp_path / "a.pth"
+  zeros = {
+    k: np.broadcast_to(np.int8(0), s) for k, s in shapes_of("zerovl_14m_eval", "zerovl").items()
+  }
+  torch_files.write(source, zeros)
+  main = runpy.run_path(str(ROOT / "tools" / "convert.py"))["main"]
+  arguments = ["--system", "zerovl", "--checkpoint", str(source), "--out", str(tmp_path / "out")]
+  with pytest.raises(SystemExit, match=r"14m or 100m, which differ .*mean, std.*--variant"):
+    main(arguments)
+  with pytest.raises(SystemExit, match="not of variant 'pretrain': it fits 14m or 100m"):
+    main([*arguments, "--variant", "pretrain"])
 
 
 @functools.cache

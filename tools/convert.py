@@ -1,6 +1,7 @@
 """Converts a PyTorch checkpoint to a directory of ours, and back.
 
   python tools/convert.py --system clip --checkpoint ViT-B-32.pt --out clip_vit_b32
+  python tools/convert.py --system zerovl --variant 100m --checkpoint zerovl_100m.pth --out zerovl
   python tools/convert.py --system clip --to torch --checkpoint clip_vit_b32 --out vit_b32.pth
 
 The way back also takes a workdir, and writes its best checkpoint in float32.
@@ -28,16 +29,43 @@ def abstract(module, config) -> tuple[dict, set[str]]:
   return init.flat(nnx.to_pure_dict(params)) | stats, set(stats)
 
 
-def to_jax(system: str, source: pathlib.Path, out: pathlib.Path, allow_missing: str | None) -> str:
+def variant_of(module, config: dict, named: str | None, source: pathlib.Path) -> tuple[str, dict]:
+  """(name of the preset that a file is of, or "", and the config of its model).
+
+  What no file tells (pixel statistics) is the preset's. named: which of several that fit alike.
+  """
+  fit = [
+    name for name, p in module.PRESETS.items() if p == {**p, **config} and config.keys() <= p.keys()
+  ]
+  if named is None and len(fit) > 1:
+    beside = sorted(set.union(*(set(module.PRESETS[n]) for n in fit)) - config.keys())
+    raise SystemExit(
+      f"{source} can be {' or '.join(fit)}, which differ in what no file tells "
+      f"({', '.join(beside)}): say which it is with --variant"
+    )
+  if named is not None and named not in fit:
+    fits = f"it fits {' or '.join(fit)}" if fit else "it is of a size of its own"
+    raise SystemExit(f"{source} is not of variant {named!r}: {fits}")
+  name = named or (fit[0] if fit else "")
+  return name, module.PRESETS[name] if name else config
+
+
+def to_jax(
+  system: str,
+  source: pathlib.Path,
+  out: pathlib.Path,
+  allow_missing: str | None,
+  variant: str | None = None,
+) -> str:
   """Writes `out`, which must not exist yet; returns a line about it."""
   if out.exists():
     raise SystemExit(f"{out} exists already")
   module = models.system_module(system)
   state, info = torch_files.state_dict(source, verify=True)
   config = module.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
+  variant, config = variant_of(module, config, variant, source)
   want, stats = abstract(module, config)
   flat, report = convert.to_jax(state, module.RULES, want, allow_missing=allow_missing)
-  variant = next((name for name, preset in module.PRESETS.items() if preset == config), "")
   meta = convert.meta(
     system=system,
     variant=variant,
@@ -86,10 +114,11 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--checkpoint", required=True, type=pathlib.Path)
   parser.add_argument("--out", required=True, type=pathlib.Path)
   parser.add_argument("--allow-missing", metavar="REGEX")
+  parser.add_argument("--variant", help="the preset that it is of, where several fit a file alike")
   args = parser.parse_args(argv)
   try:
     if args.to == "jax":
-      print(to_jax(args.system, args.checkpoint, args.out, args.allow_missing))
+      print(to_jax(args.system, args.checkpoint, args.out, args.allow_missing, args.variant))
     else:
       print(to_torch(args.system, args.checkpoint, args.out))
   except (OSError, torch_files.FileFormatError, convert.ConversionError) as e:

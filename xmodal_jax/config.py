@@ -10,7 +10,8 @@ ConfigDict = ml_collections.ConfigDict
 
 # What may differ when a workdir is resumed: where and how it runs, not what it computes.
 FREE = (
-  "mesh", "rules", "min_shard", "log_every", "profile", "checkpoint", "data.dir", "data.threads",
+  "mesh", "rules", "min_shard", "log_every", "profile", "checkpoint", "data.dir", "data.eval_dir",
+  "data.threads",
   "eval.batch_size", "eval.block", "eval.rerank_block",
   "eval.cache", "eval.eccv_dir", "eval.folds", "classify",
 )  # fmt: skip

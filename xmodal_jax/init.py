@@ -36,13 +36,18 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(
-  source: str, system: str, params: nnx.State, stats: nnx.State
+  source: str,
+  system: str,
+  params: nnx.State,
+  stats: nnx.State,
+  model: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
   """Reads `source` into parameters like the abstract states `params` and `stats`.
 
   Returns (params, stats, info): nested dicts of host arrays, float32, and where they came from.
   Position tables of another resolution are resized as the system does it. Raises CheckpointError
-  for a file of another system or size, listing every key that does not fit.
+  for a file of another system or size, listing every key that does not fit. model: config.model,
+  which then has to agree with a converted directory about pixel statistics.
   """
   want = flat(nnx.to_pure_dict(params)) | flat(nnx.to_pure_dict(stats))
   path = epath.Path(source).expanduser()
@@ -51,7 +56,7 @@ def load(
       f"config.init: {path} does not exist; expected a converted directory, a workdir or a file"
     )
   if path.is_dir():
-    have, info = _read_directory(path, system)
+    have, info = _read_directory(path, system, model or {})
   else:
     have, info = _read_file(path, system, want)
   module = models.system_module(system)
@@ -121,13 +126,22 @@ def local_copy(path: epath.Path) -> Iterator[epath.Path]:
     yield local
 
 
-def _read_directory(path: epath.Path, system: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_directory(
+  path: epath.Path, system: str, model: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
   if (path / "meta.json").exists():
     meta = convert.read_meta(path)
     if meta["system"] != system:
       raise checkpoint.CheckpointError(
         f"{path} holds a {meta['system']} model, but config.model.system is {system}"
       )
+    for key in ("mean", "std"):
+      have = meta["config"].get(key)
+      if have is not None and key in model and list(have) != list(model[key]):
+        raise checkpoint.CheckpointError(
+          f"{path} was trained with pixels of {key} {have}, config.model.{key} is "
+          f"{list(model[key])}: choose the config of {meta['variant'] or 'that model'}, or set it"
+        )
     tree = checkpoint.load_model(path)
     info = dict(kind="converted directory", source=meta["source"], sha256=meta["sha256"])
   elif (path / "checkpoints").is_dir():

@@ -8,6 +8,7 @@ Array = jax.Array
 
 
 SAME_IMAGE = ("keep", "zero", "exclude")
+FIRST_BIAS = -10.0  # of `sigmoid`: at first no pair seems to match (Zhai et al., 2023, section 3)
 
 
 def off_diagonal_same(image_id: Array) -> Array:

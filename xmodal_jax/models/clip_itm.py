@@ -62,13 +62,16 @@ def preset(name: str) -> dict[str, Any]:
     raise ValueError(f"clip has no variant {name!r}; there are {', '.join(PRESETS)}")
   # How the loop over layers is compiled, beside what the model is: see layers.scan. Keeping only
   # the dense layers' outputs takes a third less memory for ViT-B/32, and no more time on CPU.
-  return copy.deepcopy(PRESETS[name]) | {"remat": "dots_with_no_batch_dims_saveable", "unroll": 1}
+  loop = {"remat": "dots_with_no_batch_dims_saveable", "unroll": 1}
+  return copy.deepcopy(PRESETS[name]) | loop | {"loss": "infonce", "loss_chunk": 0}
 
 
 class CLIP(system.System):
   """Two towers, pooled and projected, compared by scaled cosine.
 
   batch: image [B, S, S, 3], text_ids int [B, L]. Features: embed float32 [B, E], unit rows.
+  loss: "infonce", or "sigmoid" (SigLIP), which has a bias of its own and, with loss_chunk, takes so
+  many texts at a time.
   """
 
   mean, std = MEAN, STD
@@ -82,12 +85,19 @@ class CLIP(system.System):
     dtype: Any = jnp.float32,
     remat: str = "",
     unroll: int = 1,
+    loss: str = "infonce",
+    loss_chunk: int = 0,
     rngs: nnx.Rngs,
   ):
+    if loss not in ("infonce", "sigmoid"):
+      raise ValueError(f"model.loss is {loss!r}; there are infonce, sigmoid")
+    self.chunk = loss_chunk
     loop = dict(dtype=dtype, remat=remat, unroll=unroll)
     self.image = build_image_tower(image, embed, rngs=rngs, **loop)
     self.text = build_text_tower(text, embed, rngs=rngs, **loop)
     self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)), axes=())
+    bias = nnx.Param(jnp.float32(contrastive.FIRST_BIAS), axes=()) if loss == "sigmoid" else None
+    self.logit_bias = nnx.data(bias)
 
   def image_features(self, images: Array, train: bool = False) -> Array:
     """Normalised pixels [B, S, S, 3] -> [B, E] before the L2 norm."""
@@ -98,6 +108,13 @@ class CLIP(system.System):
   def text_features(self, ids: Array) -> Array:
     """ids int [B, L] -> [B, E] before the L2 norm."""
     return self.text.pool(self.text(ids), ids)
+
+  def probe_features(self, batch):
+    """Of a ViT the class token, normalised; of a ResNet what its attention pool gives."""
+    images = self.pixels(batch["image"])
+    if isinstance(self.image, vit.ViT):
+      return self.image.ln_post(self.image(images)[:, 0]).astype(jnp.float32)
+    return self.image(images).astype(jnp.float32)
 
   def encode_image(self, batch, key=None):
     x = self.image_features(self.pixels(batch["image"]), train=key is not None)
@@ -111,8 +128,11 @@ class CLIP(system.System):
     return jnp.dot(images["embed"], texts["embed"].T, precision="highest")
 
   def align(self, images, texts, batch, key):
-    scale = jnp.exp(self.logit_scale[...])
-    loss, metrics = contrastive.infonce(images["embed"], texts["embed"], scale)
+    scale, pair = jnp.exp(self.logit_scale[...]), (images["embed"], texts["embed"])
+    if self.logit_bias is None:
+      loss, metrics = contrastive.infonce(*pair, scale)
+    else:
+      loss, metrics = contrastive.sigmoid(*pair, scale, self.logit_bias[...], self.chunk)
     return loss, metrics | {"logit_scale": scale}
 
 
@@ -150,6 +170,8 @@ def _bottleneck(torch: str, ours: str, first: int = 0) -> list[Rule]:
 
 _TEXT = [
   Rule("logit_scale", "logit_scale"),
+  # open_clip's name; CLIP's own files have none.
+  Rule("logit_bias", "logit_bias", default=contrastive.FIRST_BIAS),
   Rule("token_embedding.weight", "text/token/embedding"),
   Rule("positional_embedding", "text/pos"),
   Rule("text_projection", "text/proj/kernel", same),  # already [in, out]

@@ -23,7 +23,6 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 TEMPERATURE, BOUNDS = 0.02, (0.001, 0.5)  # what cosines are divided by
-BIAS = -10.0  # first value of the sigmoid loss's (Zhai et al., 2023)
 EPS = 1e-8  # added to a norm
 
 _VIT = dict(size=224, patch=16, width=768, depth=12, heads=12)
@@ -120,7 +119,9 @@ class ZeroVL(system.System):
     self.fixed = None if learn_temperature else temperature
     scalar = lambda value: nnx.data(nnx.Param(jnp.float32(value), axes=()))
     self.temperature = scalar(temperature) if learn_temperature else nnx.data(None)
-    self.logit_bias = scalar(BIAS) if self.objective == "sigmoid" else nnx.data(None)
+    self.logit_bias = (
+      scalar(contrastive.FIRST_BIAS) if self.objective == "sigmoid" else nnx.data(None)
+    )
 
   def tau(self) -> Array:
     """The temperature in use; beyond its bounds a learned one has no gradient."""
@@ -247,7 +248,7 @@ RULES: Sequence[Entry] = [
   Rule("text_projection.linear.weight", "text_proj/kernel", linear),
   # A constant temperature is in no file: a run that learns it begins at the published value.
   Rule("loss.temperature", "temperature", default=TEMPERATURE),
-  Rule("loss.bias", "logit_bias", default=BIAS),
+  Rule("loss.bias", "logit_bias", default=contrastive.FIRST_BIAS),
   *torch_names.dense("classifier", "classifier"),
 ]
 

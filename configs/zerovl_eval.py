@@ -1,0 +1,38 @@
+"""A released ZeroVL, zero-shot retrieval.
+
+  python -m xmodal_jax.main --config configs/zerovl_eval.py:100m --mode eval --workdir DIR \
+    --config.init=zerovl_100m.pth
+
+Variants 14m and 100m: their pixels are normalised differently, and no file says which it is.
+Data: the MS-COCO 5K test split from TFDS `coco_captions`, or --config.data.dir, e.g. Flickr30K
+prepared by `tools/prepare_data.py karpathy`, or ZeroVL's own csv.
+Published RSUM: 14m COCO 425.0, F30K 536.2; 100m COCO 442.1, F30K 546.5.
+They were computed in float32: --config.recipe=original does so on accelerators too.
+"""
+
+import importlib.util
+import pathlib
+
+from xmodal_jax import config as base
+from xmodal_jax.models import zerovl
+
+
+def get_config(variant=None):
+  variant = variant or "100m"
+  if variant not in ("14m", "100m"):
+    raise ValueError(f"zerovl_eval has no variant {variant!r}; there are 14m, 100m")
+  c = base.base()
+  c.model.update(zerovl.preset(variant))
+  pretrain().pictures_and_captions(c)
+  c.data.tfds = "coco_captions"
+  c.recipes.original = {"dtype": "float32", "precision": "highest"}
+  return c
+
+
+def pretrain():
+  """configs/zerovl_pretrain.py, wherever this folder is."""
+  path = pathlib.Path(__file__).with_name("zerovl_pretrain.py")
+  spec = importlib.util.spec_from_file_location("zerovl_pretrain", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

@@ -1,0 +1,155 @@
+"""Losses over all pairs against loops over pairs; chunks against the plain form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from xmodal_jax.losses import contrastive, ranking
+from xmodal_jax.models import clip_itm, system, zerovl
+
+B, E = 12, 5
+
+
+def pair(seed: int = 0, rows: int = B):
+  rng = np.random.default_rng(seed)
+  make = lambda: system.l2_normalize(jnp.asarray(rng.standard_normal((rows, E)), jnp.float32))
+  return make(), make()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_nce_is_the_loop(groups, block, smoothing):
+  a, b = pair()
+  mix, tau = 0.3, 0.1
+  ignore = np.zeros(B)
+  ignore[[1, 7]] = 1
+  logits = contrastive.pair_logits(a, b, tau, groups)
+  loss, metrics = contrastive.nce(
+    logits, mix=mix, block=block, smoothing=smoothing, ignore=ignore.reshape(groups, -1)
+  )
+  n = B // groups
+  total, unmixed, right = 0.0, 0.0, []
+  for i in range(B):
+    first = i // n * n  # of the row's group
+    k, size = i - first, block or n
+    partner = k // size * size + size - 1 - k % size
+    s = np.asarray(a, np.float64)[i] @ np.asarray(b, np.float64)[first : first + n].T / tau
+    log_p = s - np.log(np.exp(s).sum())
+    target = np.full(n, smoothing / n)
+    target[k] += (1 - smoothing) * mix
+    target[partner] += (1 - smoothing) * (1 - mix)
+    total -= (1 - ignore[i]) * target @ log_p
+    unmixed -= (1 - ignore[i]) * log_p[k]
+    if not ignore[i]:
+      right.append(s.argmax() == k)
+  np.testing.assert_allclose(loss, total / B, rtol=1e-5)
+  np.testing.assert_allclose(metrics["loss_unmixed"], unmixed / B, rtol=1e-5)
+  np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
+
+
+def test_collapsed_model_is_not_accurate():
+  same = jnp.ones((1, B, B))
+  assert contrastive.nce(same)[1]["accuracy"] == 0
+
+
+def test_partners():
+  np.testing.assert_array_equal(contrastive.partners(6), [5, 4, 3, 2, 1, 0])
+  np.testing.assert_array_equal(contrastive.partners(6, 2), [1, 0, 3, 2, 5, 4])
+  with pytest.raises(ValueError, match="blocks of 4 rows does not divide 6 rows"):
+    contrastive.partners(6, 4)
+
+
+def test_sigmoid_is_the_loop_in_any_chunks():
+  a, b = pair()
+  x, y = (np.asarray(z, np.float64) for z in (a, b))
+  want = 0.0
+  for i in range(B):
+    for j in range(B):
+      sign = 1 if i == j else -1
+      want += np.log1p(np.exp(-sign * (10 * x[i] @ y[j] - 3)))
+
+  def loss(a, b, scale, bias, chunk):
+    return contrastive.sigmoid(a, b, scale, bias, chunk)[0]
+
+  arguments = (a, b, jnp.float32(10), jnp.float32(-3))
+  plain, grads = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*arguments, 0)
+  np.testing.assert_allclose(plain, want / B, rtol=1e-5)
+  for chunk in (1, 4, 12):
+    value, other = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*arguments, chunk)
+    np.testing.assert_allclose(value, plain, rtol=1e-6)
+    for g, h in zip(other, grads, strict=True):
+      np.testing.assert_allclose(g, h, rtol=1e-5, atol=1e-6)
+  _, metrics = contrastive.sigmoid(*arguments)
+  np.testing.assert_allclose(sum(metrics.values()), plain, rtol=1e-5)
+  with pytest.raises(ValueError, match="chunks of 5 texts do not divide a batch of 12"):
+    contrastive.sigmoid(*arguments, 5)
+
+
+def test_sigmoid_in_chunks_holds_no_matrix_of_pairs():
+  rows, chunk = 4096, 64
+  shape = jax.ShapeDtypeStruct((rows, E), jnp.float32)
+
+  def temporaries(chunk):
+    f = lambda a, b: contrastive.sigmoid(a, b, jnp.float32(10), jnp.float32(-10), chunk)[0]
+    compiled = jax.jit(jax.grad(f, argnums=(0, 1))).lower(shape, shape).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  matrix = 4 * rows * rows
+  assert temporaries(0) > matrix / 2
+  assert temporaries(chunk) < matrix / 10
+
+
+@pytest.mark.parametrize("reduce", ranking.REDUCTIONS)
+def test_triplet_is_the_loop(reduce):
+  scores = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
+  want = 0.0
+  for s in (scores, scores.T):
+    for i in range(6):
+      hinges = [max(0.0, 0.2 + s[i, j] - s[i, i]) for j in range(6) if j != i]
+      want += max(hinges) if reduce == "max" else sum(hinges) / 5
+  np.testing.assert_allclose(ranking.triplet(jnp.asarray(scores), 0.2, reduce), want, rtol=1e-5)
+  with pytest.raises(ValueError, match="reduce is 'sum'; there are max, mean"):
+    ranking.triplet(jnp.asarray(scores), 0.2, "sum")
+
+
+@pytest.mark.parametrize(
+  ("module", "changes"),
+  [
+    (clip_itm, dict(loss="sigmoid", loss_chunk=4)),
+    (zerovl, dict(loss=dict(name="sigmoid", chunk=4))),
+    (zerovl, dict(loss=dict(name="triplet"))),
+    (zerovl, dict(loss=dict(name="nce", gather_gradient=False, groups=2))),
+  ],
+)
+def test_objectives_of_the_systems(module, changes):
+  """Each has a finite loss and a gradient for both sides."""
+  make, mixup = (tiny.config, {}) if module is clip_itm else (tiny.zerovl, dict(mixup=None))
+  config = make("unused").model.to_dict() | mixup | changes
+  config["text"]["vocab"] = 16
+  model = module.build(config, rngs=nnx.Rngs(0))
+  f = lambda a, b: model.align({"embed": a}, {"embed": b}, {}, jax.random.key(0))[0]
+  loss, grads = jax.value_and_grad(f, argnums=(0, 1))(*pair())
+  assert np.isfinite(loss)
+  assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)
+  assert (model.logit_bias is not None) == ("sigmoid" in str(changes))
+
+
+@pytest.mark.parametrize(
+  ("changes", "error"),
+  [
+    (dict(loss=dict(name="nse")), "model.loss.name is 'nse'; there are nce, sigmoid, triplet"),
+    (
+      dict(loss=dict(name="triplet", smoothing=0.1)),
+      "model.loss.smoothing is no option of triplet",
+    ),
+    (dict(loss=dict(name="sigmoid"), mixup=dict(beta=0.1, block=0)), "mixup has targets with loss"),
+  ],
+)
+def test_objectives_that_do_not_exist(changes, error):
+  config = tiny.zerovl("unused").model.to_dict() | changes
+  with pytest.raises(ValueError, match=error):
+    nnx.eval_shape(lambda: zerovl.build(config, rngs=nnx.Rngs(0)))

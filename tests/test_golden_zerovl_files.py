@@ -1,0 +1,242 @@
+"""ZeroVL's golden files: checkpoints, prefixes, positions, evaluation from files to recalls."""
+
+import pathlib
+import runpy
+
+import golden_files
+import jax
+import numpy as np
+import pytest
+import test_golden_zerovl_disk
+import zerovl_golden
+from flax import nnx
+from zerovl_golden import EMBEDDING, close, recorded
+
+from xmodal_jax import build, checkpoint, convert, evaluate, init, inputs, metrics, torch_files
+from xmodal_jax import config as config_lib
+from xmodal_jax import step as step_lib
+from xmodal_jax.models import zerovl
+
+# File -> (what wraps the weights, whether the temperature is a parameter).
+FILES = {
+  "ckpt_init.pth": ("state_dict",),
+  "ckpt_init_torchversion.pth": ("state_dict",),
+  "ckpt_nce_step5.pth": ("state_dict",),
+  "ckpt_legacy_prefix.pth": ("model_state_dict", "module."),
+  "ckpt_linear_init.pth": ("state_dict",),
+  "ckpt_linear_step5.pth": ("state_dict",),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def tool():
+  file = pathlib.Path(__file__).parents[1] / "tools" / "convert.py"
+  return runpy.run_path(str(file))["main"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_conversion_both_ways(name, tool, tmp_path):
+  source = golden_files.path("zerovl", name)
+  out, back = tmp_path / "ours", tmp_path / "back.pth"
+  tool(["--system", "zerovl", "--checkpoint", str(source), "--out", str(out)])
+  meta = convert.read_meta(out)
+  assert tuple(meta["wrapper"]) == FILES[name]
+  tool(["--system", "zerovl", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
+  theirs, info = torch_files.state_dict(source)
+  ours, again = torch_files.state_dict(back)
+  assert again["wrapper"] == info["wrapper"] and list(ours) == list(theirs)
+  for key, value in theirs.items():
+    a, b = value.read(), ours[key].read()
+    assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes(), key
+
+
+def test_layouts_hold_the_same_weights():
+  want = zerovl_golden.state_dict("ckpt_init.pth")
+  for name in ("ckpt_init_torchversion.pth", "ckpt_legacy_prefix.pth"):
+    have = zerovl_golden.state_dict(name)
+    assert have.keys() == want.keys()
+    assert all(np.array_equal(have[k], want[k]) for k in want)
+
+
+def test_config_from_shapes():
+  """All but heads, which no file tells: one to 64 wide."""
+  state = zerovl_golden.state_dict("ckpt_init.pth")
+  found = zerovl.infer_config({k: v.shape for k, v in state.items()})
+  want = zerovl_golden.config()
+  for side in ("image", "text"):
+    assert found[side].pop("heads") == 1
+    assert found[side].items() <= want[side].items()
+  assert found["embed"] == want["embed"] and found["learn_temperature"]
+  state = zerovl_golden.state_dict("ckpt_linear_init.pth")
+  found = zerovl.infer_config({k: v.shape for k, v in state.items()})
+  assert found["classes"] == zerovl_golden.MANIFEST["linear_probe_config"]["classes"]
+  assert "text" not in found
+
+
+def abstract(section) -> tuple[nnx.State, nnx.State]:
+  return step_lib.split(nnx.eval_shape(lambda: zerovl.build(section, rngs=nnx.Rngs(0))))[1:]
+
+
+def test_positions_of_another_resolution():
+  want = zerovl_golden.outputs()["pos_embed/interpolated"]
+  section = zerovl_golden.config()
+  section["image"] |= dict(size=zerovl_golden.CONFIG["pos_embed_big_image"])
+  path = str(golden_files.path("zerovl", "ckpt_init.pth"))
+  params, _, _ = init.load(path, "zerovl", *abstract(section))
+  close(params["image"]["pos"], want[0], EMBEDDING)
+
+
+def test_temperature_that_is_in_no_file():
+  """A file of a run with a constant temperature starts one that learns it, not the reverse."""
+  section = zerovl_golden.config(learn=False)
+  path = str(golden_files.path("zerovl", "ckpt_init.pth"))
+  with pytest.raises(convert.ConversionError, match=r"extra:\s+loss.temperature"):
+    init.load(path, "zerovl", *abstract(section))
+  state = dict(zerovl_golden.state_dict("ckpt_init.pth"))
+  del state["loss.temperature"]
+  want = init.flat(nnx.to_pure_dict(abstract(zerovl_golden.config())[0]))
+  flat, report = convert.to_jax(state, zerovl.RULES, want)
+  assert report.filled == ["loss.temperature"]
+  assert flat["temperature"] == np.float32(zerovl.TEMPERATURE)
+  assert "loss.temperature" not in convert.to_torch(flat, zerovl.RULES, order=list(state))
+
+
+@pytest.mark.parametrize(
+  ("change", "error"),
+  [
+    (lambda s: s.pop("text_projection.linear.weight"), "not a ZeroVL state dict .*it seems to be"),
+    (lambda s: s.update({"image_encoder.model.model.head.weight": np.ones((2, 2))}), "has no head"),
+    (lambda s: s.update({"teacher.weight": np.ones(2)}), "teacher.weight"),
+  ],
+)
+def test_files_of_other_programs_are_refused(change, error, tmp_path, tool):
+  state = dict(zerovl_golden.state_dict("ckpt_init.pth"))
+  change(state)
+  source = tmp_path / "odd.pth"
+  torch_files.write(source, state)
+  with pytest.raises(SystemExit, match=error):
+    tool(["--system", "zerovl", "--checkpoint", str(source), "--out", str(tmp_path / "out")])
+
+
+def test_pooler_travels_but_is_not_read(tmp_path, tool):
+  state = dict(zerovl_golden.state_dict("ckpt_init.pth"))
+  pooler = "text_encoder.model.model.pooler.dense.weight"
+  state[pooler] = np.arange(6, dtype=np.float32).reshape(2, 3)
+  source, out, back = tmp_path / "a.pth", tmp_path / "out", tmp_path / "b.pth"
+  torch_files.write(source, state)
+  tool(["--system", "zerovl", "--checkpoint", str(source), "--out", str(out)])
+  tool(["--system", "zerovl", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
+  again, _ = torch_files.state_dict(back)
+  assert list(again) == list(state)
+  np.testing.assert_array_equal(again[pooler].read(), state[pooler])
+
+
+def test_directory_knows_how_pixels_were_normalised(tmp_path):
+  """The two released models differ in nothing else."""
+  path = str(golden_files.path("zerovl", "ckpt_init.pth"))
+  section = zerovl_golden.config()
+  params, stats, _ = init.load(path, "zerovl", *abstract(section))
+  report = convert.Report([], {}, [], [], 0)
+  info = dict(format="zip", wrapper=(), scalars={})
+  meta = convert.meta(
+    system="zerovl", variant="100m", config=section | zerovl.HALF, source="a.pth", sha256="",
+    info=info, report=report,
+  )  # fmt: skip
+  checkpoint.save_model(tmp_path / "out", params, stats, meta)
+  load = lambda model: init.load(str(tmp_path / "out"), "zerovl", *abstract(section), model)
+  load(section | zerovl.HALF)
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"of mean \[0.5, 0.5, 0.5\], config.model.mean"
+  ):
+    load(section | zerovl.IMAGENET)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_public_files_of_one_tower(side, tmp_path):
+  """timm's ViT with its head, at another resolution; Hugging Face's BERT with pooler and prefix."""
+  state = zerovl_golden.state_dict("ckpt_init.pth")
+  prefix = f"{side}_encoder.model.model."
+  tower = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+  section = zerovl_golden.config()
+  extra = np.ones((2, 2), np.float32)
+  if side == "image":
+    tower |= {"head.weight": extra, "pre_logits.fc.weight": extra}
+    section["image"] |= dict(size=zerovl_golden.CONFIG["pos_embed_big_image"])
+  else:
+    tower = {f"bert.{k}": v for k, v in tower.items()} | {"cls.predictions.bias": extra}
+    tower |= {"bert.pooler.dense.weight": extra}
+  torch_files.write(tmp_path / "tower.bin", tower)
+  params, _ = abstract(section)
+  leaves = init.load_tower(str(tmp_path / "tower.bin"), side, "zerovl", params)
+  want = {k for k in init.flat(nnx.to_pure_dict(params)) if k.startswith(f"{side}/")}
+  assert leaves.keys() == want
+  if side == "image":
+    table = zerovl_golden.outputs()["pos_embed/interpolated"][0]
+    close(leaves["image/pos"], table, EMBEDDING)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+NAMES = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
+
+
+def recalls(report) -> list[float]:
+  return [report[name] for name in NAMES]
+
+
+def exact(ours, theirs):
+  np.testing.assert_allclose(recalls(ours), theirs, rtol=0, atol=1e-3)
+
+
+def test_ranks_of_a_score_matrix():
+  scores = zerovl_golden.inputs()["retrieval/scores"]
+  want = recorded(zerovl_golden.outputs(), "retrieval")
+  owner = np.arange(scores.shape[1]) // (scores.shape[1] // scores.shape[0])
+  exact(metrics.summarise(scores, owner), want["metrics"])
+  i2t, t2i = metrics.retrieval_ranks(scores, owner)
+  np.testing.assert_array_equal(i2t, want["i2t_ranks"])
+  np.testing.assert_array_equal(t2i, want["t2i_ranks"])
+
+
+@pytest.mark.parametrize("hook", ["distributed", "single_eval"])
+def test_rows_of_caption_pairs(hook):
+  """The original's rows, one per caption with a copy of its picture, those that fill up the last
+  batch again among them; its single-process hook loses the picture of id 0."""
+  x = recorded(zerovl_golden.inputs(), "retrieval_rows")
+  want = zerovl_golden.outputs()[f"retrieval_rows/metrics_{hook}_hook"]
+  keep = x["image_id"] > (-1 if hook == "distributed" else 0)
+  _, first, owner = np.unique(x["image_id"][keep], return_index=True, return_inverse=True)
+  scores = x["image_embeddings"][keep][first] @ x["text_embeddings"][keep].T
+  exact(metrics.summarise(scores, owner), want)
+
+
+@pytest.mark.parametrize("norm", test_golden_zerovl_disk.NORMS)
+def test_from_files_to_recalls(norm, tmp_path):
+  """The csv and its pictures, prepared as a user would, to recorded embeddings and recalls."""
+  want = recorded(zerovl_golden.outputs(), f"disk_eval/{norm}")
+  mean, std = test_golden_zerovl_disk.NORMS[norm]
+  golden = zerovl_golden.Golden()
+  c = config_lib.base()
+  c.model = golden.config | dict(mean=mean, std=std)
+  c.data.dir, c.data.test = str(test_golden_zerovl_disk.prepared(tmp_path)), "val"
+  i = c.data.image
+  i.size, i.resize = zerovl_golden.CONFIG["eval_resize"], "exact"
+  i.interpolation, i.rgb_first = "bilinear", True
+  c.text.tokenizer, c.text.vocab = "bert", str(golden_files.path("zerovl", "vocab.txt"))
+  c.text.length = zerovl_golden.CONFIG["max_length"]
+  c.eval.batch_size, c.eval.block = 8, (8, 32)
+  built = build.Built(c)
+  read = inputs.Inputs(c)
+  ev = evaluate.Evaluator(c, read, built)
+  state = step_lib.TrainState(None, golden.params, {}, None)
+  split = read.split("test")
+  texts, _ = ev.encode(state, "text", read.texts(split))
+  ours = texts["embed"][np.argsort(split.caption_positions)]
+  close(ours, want["text_embeddings"], EMBEDDING)
+  exact(ev(state, "test"), want["metrics"])
