@@ -123,3 +123,74 @@ def test_augmentation_numbers():
   draw = lambda p, s, e: order.generator(p, s, e).random()
   assert draw(3, 0, 1) == draw(3, 0, 1)
   assert len({draw(p, s, e) for p in range(5) for s in range(5) for e in range(5)}) == 125
+
+
+def test_each_data_set_has_its_own_order():
+  assert order.source_seed(17, 0) == 17
+  seeds = [order.source_seed(s, i) for s in (17, 18) for i in range(4)]
+  assert len(set(seeds)) == 8 and order.source_seed(17, 3) == seeds[3]
+  first, second = (order.permute(np.arange(1000), 1000, s, 0) for s in seeds[:2])
+  assert (first == second).sum() < 12
+
+
+def test_draws_are_numpys_from_any_step():
+  sizes = [5, 3, 2, 30]
+  n = 2 * order.Draws.BLOCK + 1000
+  want = np.random.default_rng(9).choice(4, n, p=np.array(sizes) / 40)
+  draws = order.Draws(sizes, 9)
+  edges = [b * order.Draws.BLOCK + i for b in (1, 2) for i in (-1, 0, 1)]
+  for step in [n - 1, 0, 1, 2, *edges, n - 1]:  # also backwards
+    source = want[step]
+    assert draws(step) == (source, (want[:step] == source).sum())
+  assert order.Draws(sizes, 9)(edges[3]) == draws(edges[3])
+
+
+def test_a_late_draw_costs_little():
+  draws = order.Draws([70, 30, 11], 3)
+  start = time.process_time()
+  source, earlier = draws(10**6)
+  assert time.process_time() - start < 0.1
+  share = [70, 30, 11][source] / 111
+  assert abs(earlier - 1e6 * share) < 5 * np.sqrt(1e6 * share * (1 - share))
+
+
+def test_shuffle_and_one_data_set_are_the_plain_order():
+  plain = [(0, *divmod(step, 9)) for step in range(40)]
+  shuffle = order.Mixture("shuffle", [50, 26, 19], 10, 1)
+  assert shuffle.sizes == [95] and shuffle.steps_per_epoch == 9
+  assert [shuffle(step) for step in range(40)] == plain
+  for mix in ("sequential", "debias"):
+    alone = order.Mixture(mix, [95], 10, 1)
+    assert alone.steps_per_epoch == 9 and [alone(step) for step in range(40)] == plain
+
+
+def test_sequential_takes_one_data_set_after_another():
+  mixture = order.Mixture("sequential", [25, 10, 39], 10, 1)
+  assert mixture.steps_per_epoch == 2 + 1 + 3
+  epoch = lambda e: [(0, e, 0), (0, e, 1), (1, e, 0), (2, e, 0), (2, e, 1), (2, e, 2)]
+  assert [mixture(step) for step in range(12)] == epoch(0) + epoch(1)
+
+
+def test_debias_goes_through_every_data_set_at_its_own_pace():
+  sizes, batch = [25, 10, 39], 10
+  mixture = order.Mixture("debias", sizes, batch, 5)
+  assert mixture.steps_per_epoch == 6
+  places = [mixture(step) for step in range(300)]
+  for source, size in enumerate(sizes):
+    mine = [p[1:] for p in places if p[0] == source]
+    assert mine == [divmod(i, size // batch) for i in range(len(mine))] and mine[-1][0] > 5
+  again = order.Mixture("debias", sizes, batch, 5)
+  assert [again(step) for step in (299, 7, 130)] == [places[step] for step in (299, 7, 130)]
+  other = order.Mixture("debias", sizes, batch, 6)
+  assert [other(step) for step in range(300)] != places
+
+
+def test_a_mixture_without_a_batch():
+  for mix in ("sequential", "debias"):
+    with pytest.raises(ValueError, match=r"data set tiny has 9 samples, .* batch of 10"):
+      order.Mixture(mix, [50, 9], 10, 0, ["large", "tiny"])
+    with pytest.raises(ValueError, match="larger"):
+      order.Mixture(mix, [9], 10, 0, ["tiny"])
+  order.Mixture("shuffle", [50, 9], 10, 0, ["large", "tiny"])
+  with pytest.raises(ValueError, match=r"data\.mix is 'mixed'; there are shuffle"):
+    order.Mixture("mixed", [50, 9], 10, 0)

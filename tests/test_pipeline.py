@@ -35,7 +35,7 @@ def encoded(i: int, form: str = "PNG", size: tuple[int, int] = (14, 10)) -> byte
 class FakeSplit:
   """Pictures in memory. unreadable: read raises BadRecordError; broken: the file is cut short."""
 
-  name, fingerprint = "fake", "none"
+  name, fingerprint, class_names = "fake", "none", ()
 
   def __init__(self, n=30, captions=lambda i: 5, unreadable=(), broken=(), delay=0.0):
     self.captions_per_record = np.array([captions(i) for i in range(n)], np.int32)

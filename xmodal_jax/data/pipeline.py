@@ -259,8 +259,7 @@ def train_batches(
     return _Rows(pool_seed, epoch, first, sources, *found, keys)
 
   def example(i: np.ndarray):
-    """Row i of this process, over all steps -> pixels, caption, record, caption id (or label), key.
-    """
+    """Row i of ours, over all steps -> pixels, caption, record, caption id or label, key."""
     this_step, row = divmod(int(i), local)
     rows = plan(this_step)
     seed, epoch, position, source = rows.seed, rows.epoch, rows.first + row, rows.sources[row]
