@@ -25,6 +25,7 @@ CONFIGS = {
   "zerovl_pretrain": ["zerovl", "dga"],
   "zerovl_eval": ["14m", "100m"],
   "zerovl_ft": ["coco", "f30k", "coco_14m", "f30k_14m"],
+  "zerovl_linear_probe": ["14m", "100m"],
   "coco_ft": [*CLIP, "tiny"],
   "f30k_ft": [*CLIP, "tiny"],
   "coco_zeroshot": CLIP,
