@@ -23,6 +23,14 @@ def shared_data() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def labelled_data(tmp_path_factory) -> str:
+  """The folder of a small data set of labelled pictures."""
+  import labelled
+
+  return labelled.write(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> str:
   """The folder of a small embedded data set."""
   import tiny

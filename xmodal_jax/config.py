@@ -13,7 +13,8 @@ FREE = (
   "mesh", "rules", "min_shard", "log_every", "profile", "checkpoint", "data.dir", "data.eval_dir",
   "data.threads",
   "eval.batch_size", "eval.block", "eval.rerank_block",
-  "eval.cache", "eval.eccv_dir", "eval.folds", "classify",
+  "eval.cache", "eval.eccv_dir", "eval.folds", "eval.ndcg", "eval.relevance_dir", "eval.protocol",
+  "classify",
 )  # fmt: skip
 
 
@@ -60,6 +61,9 @@ def base() -> ConfigDict:
   # The evaluation transform; size 0 is that of the model. See data.image.Transform.
   d.image = ConfigDict(dict(size=0, resize="shorter", interpolation="bicubic", rgb_first=False))
   d.image.exif = False  # turn pictures as their EXIF orientation says
+  # For systems that read regions: so many of each picture, padded; 0 for pixels. A picture with
+  # more is an error, unless truncate_regions: then the first ones count, of a detector the surest.
+  d.regions, d.truncate_regions = 0, False
   # Training pictures are changed in this order; see data.augment.
   d.crop = "center"  # training crop: "center" as in evaluation, or "random" resized
   d.crop_scale = (0.5, 1.0)  # share of the area that a random crop keeps
@@ -103,7 +107,8 @@ def base() -> ConfigDict:
   o.lr_mult = ((".*", 1.0),)
   o.grad_clip = 0.0  # global norm; 0: none
   # A warm-up may also be a share of all steps, "2.5 %". warmup_from: rate of step s, counted from 0:
-  # "first", lr (s + 1) / warmup; "zero", lr s / warmup, so that the first step changes nothing.
+  # "first", lr (s + 1) / warmup; "zero", lr s / warmup, so that the first step changes nothing;
+  # "second", lr (s + 2) / warmup (TGDT).
   o.schedule, o.warmup, o.end, o.warmup_from = "cosine", "500 steps", 0.0, "first"
   o.cycles = 0.5  # periods of the cosine: 0.5 only falls
   o.step_every, o.step_factor = "10 epochs", 0.1  # schedule "step": lr * factor ** (step // every)
@@ -128,6 +133,12 @@ def base() -> ConfigDict:
   e.score_dtype = "float32"  # float16 reproduces CLIP_ITM's published decimals
   e.folds = 0  # COCO 1K: 5
   e.eccv_dir = ""  # id files of ECCV Caption and CxC, for the COCO 5K test split
+  # NDCG at 25 by these relevances, with commas between them: "rougeL", "spice"; "" for none. Files
+  # NAME-SPLIT-METHOD.npy of relevance_dir are read; ROUGE-L is computed where there is none.
+  e.ndcg, e.relevance_dir = "", ""
+  # "original": also the numbers of TGDT's program, as published_*: rank 0 where a shortlist has no
+  # positive, six times the mean RSUM of folds, NDCG of image to text only over what is not 0.
+  e.protocol = "right"
   e.cache = False  # keep embeddings in the workdir; not with a second stage
 
   c.checkpoint = ConfigDict(dict(every="1000 steps", keep=2))

@@ -1,10 +1,10 @@
 """Evaluation: embed once, score all pairs in blocks of static shape, rank, report."""
 
+import functools
 import hashlib
 import io
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from xmodal_jax import build as build_lib
 from xmodal_jax import config as config_lib
 from xmodal_jax import init, metrics, rerank, sharding
 from xmodal_jax import inputs as inputs_lib
+from xmodal_jax import report as report_lib
 from xmodal_jax import step as step_lib
 from xmodal_jax import workdir as workdir_lib
 from xmodal_jax.data import records
@@ -41,7 +42,8 @@ class Evaluator:
     mesh, system, graphdef = built.mesh, built.system, built.graphdef
     self.rows, self.whole = sharding.batch_sharding(mesh), NamedSharding(mesh, P())
     self.second = second_stage(config, system)
-    shards = math.prod(mesh.shape[a] for a in sharding.BATCH_AXES if a in mesh.shape)
+    report_lib.methods(config)  # raises for names that do not exist
+    shards = sharding.batch_shards(mesh)
     for key, size in (("batch_size", config.eval.batch_size), ("block", config.eval.block[0])):
       if size % shards:
         raise ValueError(f"config.eval.{key} has {size} rows, not a multiple of {shards} devices")
@@ -78,12 +80,25 @@ class Evaluator:
     if not kept.all():
       texts = jax.tree.map(lambda x: x[kept], texts)
     scores = self.scores(state, images, texts)
-    report = self.report(scores, caption_image, split, split_key)
+    graded = report_lib.grades(self.config, self.inputs, split_key)
+    published = self.config.eval.protocol == "original"
+
+    def first(part):
+      rows, columns = part
+      block, owner = scores[part], caption_image[columns] - (rows.start or 0)
+      return metrics.Ranked(block, block, owner)
+
+    def second(part):
+      # Each part has shortlists of its own: captions of other folds are no candidates.
+      ranked = first(part)
+      lists = self.second_scores(state, ranked.i2t, image_bank, text_bank, kept, part)
+      return rerank.combine(ranked, *lists)
+
+    report = functools.partial(report_lib.report, self.config, split, split_key, graded=graded)
     if self.second is None:
-      return report
-    reranked = self.rerank(state, scores, image_bank, text_bank, kept)
-    parts = [self.report(s, caption_image, split, split_key) for s in reranked]
-    return metrics.merge_directions(*parts) | {f"first_{k}": v for k, v in report.items()}
+      return report(first, published=published)
+    out = report(second, published=published)
+    return out | {f"first_{k}": v for k, v in report(first).items()}
 
   def cache_path(
     self, workdir: epath.PathLike, split: records.Split, source: Any
@@ -94,12 +109,8 @@ class Evaluator:
     """
     if not self.config.eval.cache or self.second is not None:
       return None
-    flat = config_lib.flatten(self.config)
-    relevant = {
-      k: v for k, v in flat.items() if k.split(".")[0] in ("model", "text", "dtype", "data")
-    }
-    key = json.dumps([relevant, split.fingerprint, source], sort_keys=True, default=str)
-    return epath.Path(workdir) / f"embeddings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    sections = ("model", "text", "dtype", "data")
+    return cache_file(workdir, "embeddings", self.config, sections, split, source)
 
   def bank(self, steps: int) -> rerank.Bank | None:
     """Where features of the second stage are kept; None without one."""
@@ -118,31 +129,19 @@ class Evaluator:
 
     Those that only the second stage reads go into the bank.
     """
-    parts, ids, pending = [], [], None
-    for batch in batches:
-      self._check_stop()
-      features, kept = self.embed[side](
-        state.params, state.stats, sharding.put_batch(batch, self.rows)
-      )
+
+    def step(batch):
+      batch = sharding.put_batch(batch, self.rows)
+      features, kept = self.embed[side](state.params, state.stats, batch)
       if bank is not None:
         bank.add(kept, features["valid"])
-      # One batch stays in flight, so that reading the next overlaps with computing this.
-      if pending is not None:
-        self._take(pending, parts, ids)
-      pending = features
-    self._take(pending, parts, ids)
-    features = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+      return features
+
+    features, ids = collect(step, batches, self.stop)
     for path, leaf in jax.tree_util.tree_leaves_with_path(features):
       if np.issubdtype(leaf.dtype, np.floating):
         metrics.check_finite(f"{side} features{jax.tree_util.keystr(path)}", leaf)
-    return features, np.concatenate(ids)
-
-  @staticmethod
-  def _take(features: Any, parts: list, ids: list) -> None:
-    features = jax.device_get(features)
-    valid = features.pop("valid")
-    ids.append(features.pop("image_id")[valid])
-    parts.append(jax.tree.map(lambda x: x[valid], features))
+    return features, ids
 
   def scores(self, state: Any, images: Any, texts: Any) -> np.ndarray:
     """First-stage scores of all pairs on the host, float32 [I, T]."""
@@ -159,37 +158,32 @@ class Evaluator:
         out[i : i + rows, t : t + columns] = jax.device_get(block)[:rows, :columns]
     return out
 
-  def rerank(
+  def second_scores(
     self,
     state: Any,
     scores: np.ndarray,
     images: rerank.Bank,
     texts: rerank.Bank,
     kept: np.ndarray,
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [I, T] of both directions, image to text and text to image, with the candidates of
-    each query in front in the order of the second stage. kept: bool [T'], which captions count.
-    """
-    by_image, by_text = self.second_scores(state, scores, images, texts, kept)
-    i2t = rerank.promote(scores, *by_image)
-    t2i = rerank.promote(scores.T, *by_text)
-    return i2t, np.ascontiguousarray(t2i.T)
-
-  def second_scores(
-    self, state, scores, images, texts, kept
+    part: report_lib.Part = report_lib.WHOLE,
   ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(candidates, their scores), both [Q, k], of pictures and of captions; see `rerank`."""
+    """(candidates, their second-stage scores), both [Q, k], of pictures and of captions.
+
+    scores: first stage, [I, T] of the part of the pictures and captions that takes part. kept: bool
+    [T'], which captions of the bank count.
+    """
     top_text, top_image, mix = self.second
-    captions = rerank.top(scores, top_text)  # [I, k]
-    pictures = rerank.top(scores.T, top_image)  # [T, k]
+    captions = metrics.top(scores, top_text)  # [I, k]
+    pictures = metrics.top(scores.T, top_image)  # [T, k]
     row = lambda candidates: np.repeat(np.arange(len(candidates)), candidates.shape[1])
     picture = np.concatenate([row(captions), pictures.ravel()])
     caption = np.concatenate([captions.ravel(), row(pictures)])
     # A pair that both directions chose is scored once.
     pair, back = np.unique(picture * scores.shape[1] + caption, return_inverse=True)
     picture, caption = np.divmod(pair, scores.shape[1])
+    image_rows, text_rows = images.rows[part[0]], texts.rows[kept][part[1]]
     out = self.reranker.scores(
-      state, images, texts, images.rows[picture], texts.rows[kept][caption], self._check_stop
+      state, images, texts, image_rows[picture], text_rows[caption], self._check_stop
     )
     if mix:
       out = out + np.float32(mix) * scores[picture, caption]
@@ -202,28 +196,73 @@ class Evaluator:
     if self.stop():
       raise Interrupted
 
-  def report(
-    self, scores: np.ndarray, caption_image: np.ndarray, split: records.Split, split_key: str
-  ) -> dict[str, float]:
-    """The metrics that the config asks for; ECCV Caption and CxC only on the test split."""
-    config = self.config.eval
-    if config.score_dtype != "float32":
-      scores = scores.astype(config.score_dtype)
-    if config.eccv_dir and split_key == "test":
-      ids = [(r.image_id, r.caption_ids) for r in split]
-      all_captions = [c for _, captions in ids for c in captions]
-      folder = epath.Path(config.eccv_dir).expanduser()
-      report = metrics.coco_protocol(
-        scores, [i for i, _ in ids], all_captions, caption_image, folder
-      )
-      # The 5K numbers keep their plain names, whatever else is reported.
-      plain = {k.removeprefix("coco_5k_"): v for k, v in report.items() if k[:8] == "coco_5k_"}
-      return plain | {k: v for k, v in report.items() if k[:8] != "coco_5k_"}
-    report = metrics.summarise(scores, caption_image)
-    if config.folds and split_key == "test":
-      folds = metrics.folds(scores, caption_image, config.folds)
-      report |= {f"folds{config.folds}_{k}": v for k, v in folds.items()}
-    return report
+
+def collect(
+  step: Callable[[Mapping[str, np.ndarray]], dict[str, Any]],
+  batches: Iterator[Mapping[str, np.ndarray]],
+  stop: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, Any], np.ndarray]:
+  """What `step` gives for all valid rows, as host arrays [N, ...], and their image_id [N].
+
+  step: a host batch -> arrays [B, ...] on the devices, `valid` and `image_id` among them. Raises
+  Interrupted when asked to stop.
+  """
+  parts, ids, pending = [], [], None
+
+  def take(out):
+    out = jax.device_get(out)
+    valid = out.pop("valid")
+    ids.append(out.pop("image_id")[valid])
+    parts.append(jax.tree.map(lambda x: x[valid], out))
+
+  for batch in batches:
+    if stop():
+      raise Interrupted
+    # One batch stays in flight, so that reading the next overlaps with computing this.
+    out = step(batch)
+    if pending is not None:
+      take(pending)
+    pending = out
+  take(pending)
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts), np.concatenate(ids)
+
+
+def cache_file(
+  folder: epath.PathLike,
+  name: str,
+  config: Any,
+  sections: Sequence[str],
+  split: records.Split,
+  source: Any,
+) -> epath.Path:
+  """NAME-HASH.npz in the folder, for what depends on these keys of the config and all keys below
+  them, on the pictures of the split, and on the parameters of `source`."""
+  flat = config_lib.flatten(config)
+  below = lambda key: any(key == s or key.startswith(f"{s}.") for s in sections)
+  relevant = {k: v for k, v in flat.items() if below(k)}
+  key = json.dumps([relevant, split.fingerprint, source], sort_keys=True, default=str)
+  return epath.Path(folder) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+
+def load_state(config: Any, built: build_lib.Built, source: str) -> tuple[Any, dict[str, Any]]:
+  """The parameters of `source` on the devices, and where they came from; see `init.load`."""
+  params, stats, info = init.load(
+    source, config.model.system, built.params, built.stats, config.model
+  )
+  if "sha256" not in info:  # of a workdir, whose step may come again with other parameters
+    info = dict(info) | {"sha256": _digest({"params": params, "stats": stats})}
+  params = init.put(params, built.params_shardings)
+  stats = init.put(stats, built.stats_shardings)
+  return step_lib.TrainState(step=None, params=params, stats=stats, opt_state=None), info
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+  """sha256 of the names and bytes of host arrays in nested dicts."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted(init.flat(tree).items()):
+    digest.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+    digest.update(np.ascontiguousarray(leaf).data)
+  return digest.hexdigest()
 
 
 def second_stage(config: Any, system: type) -> tuple[int, int, float] | None:
@@ -242,7 +281,7 @@ def second_stage(config: Any, system: type) -> tuple[int, int, float] | None:
 
 
 def check_splits(config: Any, inputs: inputs_lib.Inputs) -> None:
-  """Opens what will be evaluated: a missing split or folds that do not divide show at once."""
+  """Opens what will be evaluated: what is missing or does not fit shows at once."""
   e = config.eval
   for key in {e.select} | ({"test"} if e.test else set()):
     images = len(inputs.split(key))
@@ -251,6 +290,7 @@ def check_splits(config: Any, inputs: inputs_lib.Inputs) -> None:
         f"config.eval.folds is {e.folds}, but split {config.data.test!r} has {images} pictures, "
         "which do not divide into them; set it to 0 for no folds"
       )
+    report_lib.grades(config, inputs, key, compute=False)
 
 
 def positions(image_id: np.ndarray, caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -269,16 +309,29 @@ def _save_features(path: epath.Path, *sides: tuple[Any, np.ndarray]) -> None:
   for side, (features, ids) in zip(("image", "text"), sides, strict=True):
     arrays |= {f"{side}/features/{k}": v for k, v in init.flat(features).items()}
     arrays[f"{side}/ids"] = ids
-  buffer = io.BytesIO()
-  np.savez(buffer, **arrays)
+  save_arrays(path, arrays)
+
+
+def save_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes an .npz atomically: a reader sees no file, or all of it."""
   temporary = path.parent / (path.name + ".tmp")
-  temporary.write_bytes(buffer.getbuffer())
+  if "://" in str(path):  # an archive is written with seeking back, which object stores do not have
+    np.savez(buffer := io.BytesIO(), **arrays)
+    temporary.write_bytes(buffer.getbuffer())
+  else:
+    with temporary.open("wb") as f:
+      np.savez(f, **arrays)
   temporary.replace(path)
 
 
+def load_arrays(path: epath.Path) -> dict[str, np.ndarray]:
+  """What `save_arrays` wrote."""
+  with init.local_copy(path) as local, np.load(local, allow_pickle=False) as f:
+    return {k: f[k] for k in f.files}
+
+
 def _load_features(path: epath.Path) -> list[tuple[Any, np.ndarray]]:
-  with np.load(io.BytesIO(path.read_bytes())) as f:
-    arrays = init.nested({k: f[k] for k in f.files})
+  arrays = init.nested(load_arrays(path))
   return [(arrays[side]["features"], arrays[side]["ids"]) for side in ("image", "text")]
 
 
@@ -293,21 +346,30 @@ def _block(tree: Any, start: int, size: int) -> Any:
 
 
 def log_table(name: str, report: Mapping[str, float]) -> None:
-  """The recalls of each stage as a table, then every other number on a line of its own."""
-  first = {k.removeprefix("first_"): v for k, v in report.items() if k.startswith("first_")}
-  rows = _table(f"{name}, first stage", first) if first else []
-  rows += _table(f"{name}, second stage" if first else name, report)
-  shown = ("i2t_", "t2i_", "first_")
-  rest = [f"{k} {v:.2f}" for k, v in report.items() if not k.startswith(shown) and k != "rsum"]
+  """A table of each stage and of the published protocol, then every other number on one line."""
+  first = "first_rsum" in report
+  tables = {"first_": f"{name}, first stage"} if first else {}
+  tables[""] = f"{name}, second stage" if first else name
+  if "published_rsum" in report:
+    tables["published_"] = f"{name}, published protocol"
+  rows = [row for prefix, title in tables.items() for row in _table(title, report, prefix)]
+  shown = ("first_", *(f"{p}{key}" for p in tables for key in ("i2t_", "t2i_", "rsum")))
+  number = lambda k, v: f"{k} {v:.4f}" if "ndcg_" in k else f"{k} {v:.2f}"
+  rest = [number(k, v) for k, v in report.items() if not k.startswith(shown)]
   logging.info("%s", "\n".join(rows + (["  ".join(rest)] if rest else [])))
 
 
-def _table(name: str, report: Mapping[str, float]) -> list[str]:
-  rows = [name, f"{'':14s} {'R@1':>7s} {'R@5':>7s} {'R@10':>7s} {'median':>7s} {'mean':>8s}"]
+def _table(name: str, report: Mapping[str, float], prefix: str = "") -> list[str]:
+  start = f"{prefix}i2t_ndcg_"
+  graded = [key.removeprefix(start) for key in report if key.startswith(start)]
+  head = f"{'':14s} {'R@1':>7s} {'R@5':>7s} {'R@10':>7s} {'median':>7s} {'mean':>8s}"
+  rows = [name, head + "".join(f" {'NDCG ' + g:>11s}" for g in graded)]
   for title, key in (("image to text", "i2t"), ("text to image", "t2i")):
-    values = [report[f"{key}_{m}"] for m in ("r1", "r5", "r10", "medr", "meanr")]
-    rows.append(f"{title:14s} " + " ".join(f"{v:7.2f}" for v in values[:4]) + f" {values[4]:8.2f}")
-  return [*rows, f"RSUM {report['rsum']:.2f}"]
+    get = lambda m, key=key: report[f"{prefix}{key}_{m}"]
+    recalls = " ".join(f"{get(m):7.2f}" for m in ("r1", "r5", "r10", "medr"))
+    gains = "".join(f" {get(f'ndcg_{g}'):11.4f}" for g in graded)
+    rows.append(f"{title:14s} {recalls} {get('meanr'):8.2f}{gains}")
+  return [*rows, f"RSUM {report[f'{prefix}rsum']:.2f}"]
 
 
 def evaluate(config: Any, workdir: str) -> dict[str, Any]:
@@ -315,14 +377,9 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
   built = build_lib.Built(config)
   inputs = inputs_lib.Inputs(config)
   source = config.init or workdir
-  params, stats, info = init.load(source, config.model.system, built.params, built.stats)
-  state = step_lib.TrainState(
-    step=None,
-    params=init.put(params, built.params_shardings),
-    stats=init.put(stats, built.stats_shardings),
-    opt_state=None,
-  )
+  state, info = load_state(config, built, source)
   evaluator = Evaluator(config, inputs, built)
+  report_lib.grades(config, inputs, "test", compute=False)  # a file that does not fit shows at once
   folder = epath.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   cache = evaluator.cache_path(folder, inputs.split("test"), info)

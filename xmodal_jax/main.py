@@ -1,4 +1,4 @@
-"""python -m xmodal_jax.main --config configs/coco_ft.py[:variant] --workdir DIR [--mode eval]"""
+"""python -m xmodal_jax.main --config configs/coco_ft.py[:variant] --workdir DIR [--mode MODE]"""
 
 import os
 
@@ -16,9 +16,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and results; 
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ["train", "eval"],
+  ["train", "eval", "linear_probe", "zeroshot_classify"],
   "train: train, evaluate, test; the same command again goes on. eval: only test config.init, or "
-  "the workdir's best checkpoint.",
+  "the workdir's best checkpoint. linear_probe: train and test a linear classifier on the image "
+  "tower of config.init. zeroshot_classify: classify pictures by texts that name their classes.",
 )
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
 flags.mark_flags_as_required(["config", "workdir"])
@@ -35,13 +36,18 @@ def main(argv: list[str]) -> None:
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   logs.setup()
-  from xmodal_jax import evaluate, train
+  from xmodal_jax import classify, evaluate, probe, train
 
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
   config = config_lib.resolve(_CONFIG.value, overrides)
   logging.info("devices: %s", jax.devices())
-  run = train.train if _MODE.value == "train" else evaluate.evaluate
-  run(config, _WORKDIR.value)
+  modes = {
+    "train": train.train,
+    "eval": evaluate.evaluate,
+    "linear_probe": probe.linear_probe,
+    "zeroshot_classify": classify.classify,
+  }
+  modes[_MODE.value](config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

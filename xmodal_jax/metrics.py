@@ -14,7 +14,7 @@ Scores are compared as float32. Recalls are percentages, ranks in reports count 
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,20 @@ class Positives(NamedTuple):
   total: np.ndarray
   pair: np.ndarray
   item: np.ndarray
+
+
+class Ranked(NamedTuple):
+  """How a model ranks the captions of pictures and the pictures of captions.
+
+  i2t, t2i: scores [I, T] that rank captions and pictures; the same array where there is one stage.
+  caption_image: int [T], as for `retrieval_ranks`. shortlists: with a second stage, (candidates
+  [Q, k] ascending, their scores [Q, k]) of pictures and of captions, which lead in i2t and t2i.
+  """
+
+  i2t: np.ndarray
+  t2i: np.ndarray
+  caption_image: np.ndarray
+  shortlists: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
@@ -74,6 +88,34 @@ def retrieval_ranks(scores: np.ndarray, caption_image: np.ndarray) -> tuple[np.n
   return i2t, t2i
 
 
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+  """Positions of the k highest of each row of [Q, N], ascending; ties go to the lower position."""
+  k = min(k, scores.shape[1])
+  out = np.empty((len(scores), k), np.int64)
+  for start in range(0, len(scores), 1024):  # bounds the copy that a partition makes
+    block = scores[start : start + 1024]
+    chosen = np.argpartition(block, -k, axis=1)[:, -k:] if k < block.shape[1] else None
+    if chosen is None:
+      out[start : start + len(block)] = np.arange(k)
+      continue
+    lowest = np.take_along_axis(block, chosen, 1).min(1, keepdims=True)
+    chosen.sort(1)
+    for row in np.flatnonzero((block >= lowest).sum(1) > k):  # a tie at the last place
+      chosen[row] = np.sort(np.argsort(-block[row], kind="stable")[:k])
+    out[start : start + len(block)] = chosen
+  return out
+
+
+def published_ranks(hits: np.ndarray, scores: np.ndarray) -> np.ndarray:
+  """0-based ranks int64 [Q] of the best positive in a shortlist, as the program of TGDT has them.
+
+  A query none of whose positives is in its shortlist has rank 0 there, as if it were found at once.
+  hits: bool [Q, k], which candidates are positives. scores: [Q, k]; ties to the lower position.
+  """
+  order = np.argsort(-scores, axis=1, kind="stable")
+  return np.take_along_axis(hits, order, 1).argmax(1)
+
+
 def recalls(ranks: np.ndarray) -> dict[str, float]:
   """Recalls of 0-based `ranks` [Q], and their median and mean counted from 1.
 
@@ -89,6 +131,21 @@ def recalls(ranks: np.ndarray) -> dict[str, float]:
   return out
 
 
+def accuracy(ranks: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+  """Percentages of pictures whose class is among the first 1 and 5 of all, as top1 and top5.
+
+  ranks [N]: 0-based, of the picture's own class among all classes. labels int [N]: that class.
+  mean_per_class: top1 of each class that has pictures, averaged over these classes.
+  """
+  right = np.asarray(ranks) == 0
+  count, hits = np.bincount(labels), np.bincount(labels, weights=right)
+  return {
+    "top1": 100 * float(right.mean()),
+    "top5": 100 * float((np.asarray(ranks) < 5).mean()),
+    "mean_per_class": 100 * float((hits[count > 0] / count[count > 0]).mean()),
+  }
+
+
 def summarise(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, float]:
   """`recalls` of both directions as i2t_* and t2i_*, and their sums.
 
@@ -96,6 +153,28 @@ def summarise(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, float]
   scores [I, T], caption_image int [T] as for `retrieval_ranks`.
   """
   return _summary(*retrieval_ranks(scores, caption_image))
+
+
+def summarise_ranked(
+  ranked: Ranked, summarise: Callable[[np.ndarray, np.ndarray], dict[str, float]] = summarise
+) -> dict[str, float]:
+  """`summarise` (or what else makes a report of scores) of both directions, each by its own."""
+  i2t = summarise(ranked.i2t, ranked.caption_image)
+  if ranked.t2i is ranked.i2t:
+    return i2t
+  return merge_directions(i2t, summarise(ranked.t2i, ranked.caption_image))
+
+
+def summarise_published(ranked: Ranked) -> dict[str, float]:
+  """`summarise` as the program of TGDT has it: shortlists ranked by `published_ranks`."""
+  if ranked.shortlists is None:
+    return summarise_ranked(ranked)
+  (captions, caption_scores), (pictures, picture_scores) = ranked.shortlists
+  owner = ranked.caption_image
+  return _summary(
+    published_ranks(owner[captions] == np.arange(len(captions))[:, None], caption_scores),
+    published_ranks(pictures == owner[:, None], picture_scores),
+  )
 
 
 def merge_directions(i2t: dict[str, float], t2i: dict[str, float]) -> dict[str, float]:
@@ -119,17 +198,40 @@ def folds(scores: np.ndarray, caption_image: np.ndarray, n_folds: int = 5) -> di
   Fei-Fei, CVPR 2015). Captions of other folds are no candidates. scores [I, T], caption_image [T].
   """
   scores, caption_image = _checked(scores, caption_image)
-  size, rest = divmod(len(scores), n_folds)
+  return average(
+    [
+      summarise(scores[rows, columns], caption_image[columns] - rows.start)
+      for rows, columns in split_folds(len(scores), caption_image, n_folds)
+    ]
+  )
+
+
+def split_folds(
+  n_images: int, caption_image: np.ndarray, n_folds: int
+) -> list[tuple[slice, slice | np.ndarray]]:
+  """Rows and columns of consecutive blocks of images with their own captions.
+
+  Raises ValueError where `n_images` do not divide into `n_folds`.
+  """
+  size, rest = divmod(n_images, n_folds)
   if rest or not size:
-    raise ValueError(f"{len(scores)} images do not make {n_folds} folds of equal size")
+    raise ValueError(f"{n_images} images do not make {n_folds} folds of equal size")
   parts = []
-  for start in range(0, len(scores), size):
+  for start in range(0, n_images, size):
     ours = np.flatnonzero(caption_image // size == start // size)
     # A slice is a view; captions scattered over the columns have to be copied.
     adjacent = ours[-1] - ours[0] + 1 == len(ours)
-    columns = slice(ours[0], ours[-1] + 1) if adjacent else ours
-    parts.append(summarise(scores[start : start + size, columns], caption_image[ours] - start))
-  return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+    columns = slice(int(ours[0]), int(ours[-1]) + 1) if adjacent else ours
+    parts.append((slice(start, start + size), columns))
+  return parts
+
+
+def average(parts: Sequence[dict[str, float]], *, published: bool = False) -> dict[str, float]:
+  """The mean over reports of folds. published: rsum six times too large, as in TGDT's program."""
+  out = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+  if published:
+    out["rsum"] *= 2 * len(RECALL_AT)
+  return out
 
 
 def read_positives(

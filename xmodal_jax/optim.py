@@ -47,15 +47,17 @@ def steps(duration: str, steps_per_epoch: int) -> int:
   return round(number * steps_per_epoch if m[2].startswith("epoch") else number)
 
 
+WARMUP_FROM = ("zero", "first", "second")
 SCHEDULES = ("cosine", "linear", "constant", "step", "milestones", "clip_itm")
 
 
 def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
   """Learning rate as a function of the 0-based step; `schedule(step, xp=np)` is the float64 form.
 
-  A linear warm-up, see config.optim.warmup_from, and then
-  cosine:     half a cosine down to `end` * lr at the end; `cycles` of it where that is not 0.5.
-  linear:     a line down to `end` * lr at the end.
+  A linear warm-up, see config.optim.warmup_from, times
+  cosine:     half a cosine from the end of the warm-up down to `end` * lr at the end of the run;
+              `cycles` of it where that is not 0.5.
+  linear:     a line likewise.
   constant:   lr.
   step:       lr * step_factor ** (step // step_every), counted from step 0.
   milestones: lr * step_factor for each of `milestones` that is past, counted from step 0.
@@ -67,9 +69,10 @@ def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
   per_epoch, samples = run.steps_per_epoch, run.samples
   if name not in SCHEDULES:
     raise ValueError(f"optim.schedule is {name!r}; there are {', '.join(SCHEDULES)}")
-  if config["warmup_from"] not in ("first", "zero"):
-    raise ValueError(f"optim.warmup_from is {config['warmup_from']!r}; there are first, zero")
-  offset = int(config["warmup_from"] == "first")
+  if config["warmup_from"] not in WARMUP_FROM:
+    choices = ", ".join(WARMUP_FROM)
+    raise ValueError(f"optim.warmup_from is {config['warmup_from']!r}; there are {choices}")
+  offset = WARMUP_FROM.index(config["warmup_from"])
   factor = config["step_factor"]
   every = steps(config["step_every"], per_epoch)
   if name == "step" and every < 1:
@@ -83,7 +86,7 @@ def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
     if name == "clip_itm":
       s = samples * (step // per_epoch) + step % per_epoch
       t = samples * steps(run.total, 1)
-    warm = (s + offset) / max(warmup, 1)
+    warm = xp.minimum((s + offset) / warmup, 1) if warmup else 1.0
     progress = xp.maximum(s - warmup, 0) / max(t - warmup, 1)
     if name == "constant":
       rest = 1.0
@@ -95,7 +98,7 @@ def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
       rest = end + (1 - end) * xp.maximum(1 - progress, 0)
     else:
       rest = end + (1 - end) * 0.5 * (1 + xp.cos(2 * xp.pi * config["cycles"] * progress))
-    return lr * xp.where(s < warmup, warm, rest)
+    return lr * warm * rest
 
   return schedule
 

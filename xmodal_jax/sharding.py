@@ -1,5 +1,6 @@
 """Mesh, and the rules that turn logical axes of parameters into mesh axes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,11 @@ def opt_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any,
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Rows of a batch over every data-like axis of the mesh."""
   return NamedSharding(mesh, P(tuple(a for a in BATCH_AXES if a in mesh.shape)))
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+  """How many devices share the rows of a batch."""
+  return math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.shape)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -61,7 +61,8 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   built = build_lib.Built(config)
   inputs = inputs_lib.Inputs(config)
   evaluate_lib.check_splits(config, inputs)
-  run = optim.Run(inputs.samples(), config.batch_size, config.total)
+  per_epoch = inputs.steps_per_epoch()
+  run = optim.Run(inputs.samples(), config.batch_size, config.total, per_epoch)
   if run.total_steps < 1:
     raise ValueError(
       f"nothing to train: {run.samples} samples in batches of config.batch_size={run.batch_size} "
@@ -208,8 +209,10 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
       config.init, config.init_optimizer, config.model.system, shapes, tx
     )
   if not config.init:
-    return _with_towers(config, built, jax.jit(new, out_shardings=shardings)()), 0, False
-  params, stats, _ = init.load(config.init, config.model.system, built.params, built.stats)
+    return with_towers(config, built, jax.jit(new, out_shardings=shardings)()), 0, False
+  params, stats, _ = init.load(
+    config.init, config.model.system, built.params, built.stats, config.model
+  )
   params = init.put(params, built.params_shardings)
   if opt_state is None:
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
@@ -220,7 +223,7 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
   return step_lib.TrainState(step, params, stats, opt_state), start, False
 
 
-def _with_towers(config, built, state):
+def with_towers(config, built, state):
   """A first state whose towers are those of config.init_image and config.init_text."""
   params = init.flat(state.params)
   shardings = init.flat(built.params_shardings)

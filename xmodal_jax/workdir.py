@@ -59,23 +59,37 @@ def json_like(value: Any) -> Any:
 
 
 def write_results(
-  workdir: epath.Path, config: Any, inputs: Any, report: Mapping[str, float], source: Mapping
+  workdir: epath.Path,
+  config: Any,
+  inputs: Any,
+  report: Mapping[str, float],
+  source: Mapping,
+  protocol: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """results.json: numbers, protocol, data set fingerprint, where the parameters came from."""
+  """results.json: numbers, protocol, data set fingerprint, where the parameters came from.
+
+  protocol: how the numbers came about, where they are not those of retrieval.
+  """
   split = inputs.split("test")
   e = config.eval
+  retrieval = dict(
+    split=config.data.test,
+    images=len(split),
+    captions=int(split.captions_per_record.sum()),
+    folds=e.folds,
+    score_dtype=e.score_dtype,
+    eccv_caption=bool(e.eccv_dir),
+    ndcg=e.ndcg,
+    published=e.protocol == "original",
+    ties="lower index first",
+  )
   results = dict(
     test=dict(report),
-    protocol=dict(
-      split=config.data.test,
-      images=len(split),
-      captions=int(split.captions_per_record.sum()),
-      folds=e.folds,
-      score_dtype=e.score_dtype,
-      eccv_caption=bool(e.eccv_dir),
-      ties="lower index first",
+    protocol=dict(protocol or retrieval),
+    data=dict(
+      name=str(config.data.eval_dir or config.data.dir) or config.data.tfds,
+      fingerprint=split.fingerprint,
     ),
-    data=dict(name=str(config.data.dir) or config.data.tfds, fingerprint=split.fingerprint),
     checkpoint=dict(source),
     versions=_versions(),
   )
