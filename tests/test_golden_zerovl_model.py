@@ -335,7 +335,7 @@ def test_nce_inside_a_process_multiplies_means():
   check_loss("nce_local_mask1", value, accuracy, grads)
 
 
-@pytest.mark.parametrize("reduce", ranking.REDUCTIONS)
+@pytest.mark.parametrize("reduce", ["max", "mean"])
 def test_triplet(reduce):
   def f(a, b):
     scores = a @ b.T
@@ -352,7 +352,7 @@ def test_triplet_across_processes():
   alone = ranking.triplet_across(a, b, 1, CONFIG["triplet_margin"])
   close(alone[0], zerovl_golden.outputs()["loss/triplet_global_world1/value"], LOSS)
   want = golden_files.arrays("zerovl", "outputs_two_ranks.npz")
-  for reduce in ranking.REDUCTIONS:
+  for reduce in ("max", "mean"):
     f = functools.partial(
       ranking.triplet_across, shards=RANKS, margin=CONFIG["triplet_margin"], reduce=reduce
     )

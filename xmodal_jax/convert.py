@@ -75,10 +75,12 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Ignore:
-  """Keys without a parameter of ours. keep: their values travel in meta.json, for the way back."""
+  """Keys without a parameter of ours. keep: their values travel along, for the way back.
+  parameter: the original's optimizer has them too."""
 
   torch: str
   keep: bool = True
+  parameter: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,15 @@ class Alias:
   means: str
 
 
-Entry = Rule | Ignore | Alias
+@dataclasses.dataclass(frozen=True)
+class Tied:
+  """A key that holds the tensor of another key once more: checked, and written again."""
+
+  torch: str
+  same_as: str
+
+
+Entry = Rule | Ignore | Alias | Tied
 
 
 @dataclasses.dataclass
@@ -180,9 +190,12 @@ def tensors(rules: Iterable[Entry], shapes: Shapes) -> list[tuple[tuple[str, ...
 
 
 def parameter_names(rules: Sequence[Entry], shapes: Shapes, keys: Iterable[str]) -> list[str]:
-  """Those of a file's keys that are parameters of these shapes, in order, by the rules' names."""
+  """Those of a file's keys that are parameters, in order, by the rules' names: of these shapes, or
+  of what is ignored."""
   steps = plan(rules, shapes)
-  return [name for name in _canonical(rules, keys).values() if name in steps]
+  idle = [_pattern(r.torch) for r in rules if isinstance(r, Ignore) and r.parameter]
+  names = _canonical(rules, keys).values()
+  return [n for n in names if n in steps or any(p.fullmatch(n) for p in idle)]
 
 
 def _canonical(rules: Sequence[Entry], names: Iterable[str]) -> dict[str, str]:
@@ -221,7 +234,7 @@ def to_jax(
   shapes = {path: tuple(x.shape) for path, x in abstract.items()}
   steps = plan(rules, shapes)
   ignores = [(_pattern(r.torch), r) for r in rules if isinstance(r, Ignore)]
-  known = [_pattern(r.torch) for r in rules if isinstance(r, Rule)]
+  known = [_pattern(r.torch) for r in rules if isinstance(r, Rule | Tied)]
   report = Report(list(state), {}, [], [], 0)
   names = _canonical(rules, state)
   state = {known: state[name] for name, known in names.items()}
@@ -229,9 +242,14 @@ def to_jax(
     count = collections.Counter(names.values())
     twice = [f"{name} is {known}" for name, known in names.items() if count[known] > 1]
     raise ConversionError(keys_under_two_names=twice)
-  unknown, extra, misshapen = [], [], []
+  unknown, extra, misshapen, untied = [], [], [], []
+  tied = {r.torch: r.same_as for r in rules if isinstance(r, Tied)}
   for name in state:
     if name in steps:
+      continue
+    if name in tied and tied[name] in state:
+      if not _same_bits(state[name], state[tied[name]]):
+        untied.append(f"{name} is not {tied[name]}")
       continue
     ignore = next((r for p, r in ignores if p.fullmatch(name)), None)
     if ignore is None:
@@ -255,11 +273,14 @@ def to_jax(
   covered = {path for step in steps.values() for path in step.paths}
   no_rule = [f"{path} {list(shapes[path])}" for path in shapes if path not in covered]
   no_model = sorted(covered - set(shapes))
-  if unknown or extra or missing or no_rule or no_model:  # shapes are compared without reading
+  if (
+    unknown or extra or missing or no_rule or no_model or untied
+  ):  # shapes are compared without reading
     misshapen = _compare(state, steps, shapes) if check_shapes and not no_model else []
     raise ConversionError(
       unknown=unknown, extra=extra, missing=missing, misshapen=misshapen,
-      parameters_without_a_rule=no_rule, rules_without_a_parameter=no_model,
+      tied_and_different=untied, parameters_without_a_rule=no_rule,
+      rules_without_a_parameter=no_model,
     )  # fmt: skip
   if check_shapes and (misshapen := _compare(state, steps, shapes)):
     raise ConversionError(misshapen=misshapen)
@@ -312,6 +333,11 @@ def _compare(state: Mapping[str, Any], steps: Mapping[str, _Step], shapes: Shape
   return wrong
 
 
+def _same_bits(a: Any, b: Any) -> bool:
+  a, b = _fetch(a), _fetch(b)
+  return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
+
+
 def _fetch(value: Any) -> np.ndarray:
   return value.read() if isinstance(value, TensorRef) else np.asarray(value)
 
@@ -343,6 +369,10 @@ def to_torch(
     for name, step in steps.items()
     if not filled(name, step)
   }
+  for tied in (r for r in rules if isinstance(r, Tied)):
+    first = out.get(alias.get(tied.same_as, tied.same_as))
+    if first is not None and (not order or tied.torch in order):
+      out[tied.torch] = first
   out |= {name: Lazy(v.shape, v.dtype, lambda v=v: v) for name, v in kept.items()}
   names = dict.fromkeys([n for n in order if n in out]) | dict.fromkeys(out)
   return {name: out[name] for name in names}

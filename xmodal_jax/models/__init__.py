@@ -9,6 +9,7 @@ SYSTEMS = {
   "clip": "xmodal_jax.models.clip_itm",
   "zerovl": "xmodal_jax.models.zerovl",
   "team": "xmodal_jax.models.team",
+  "tgdt": "xmodal_jax.models.tgdt",
 }
 
 # What a state dict is of, by keys that only such files have: for messages.

@@ -109,6 +109,13 @@ class System(nnx.Module):
     part = jax.checkpoint(lambda part: f(*part), prevent_cse=False)
     return jax.tree.map(join, jax.lax.map(part, (jax.tree.map(cut, dict(rows)), keys)))
 
+  def gathered(self, x: Array) -> Array:
+    """The rows of a sharded batch on every device."""
+    if self.rows is None or self.rows.mesh.size == 1:
+      return x
+    whole = NamedSharding(self.rows.mesh, jax.sharding.PartitionSpec())
+    return jax.lax.with_sharding_constraint(x, whole)
+
   def _place(self, parts: Array) -> Array:
     """[n, B / n, ...] with the second axis over the devices that have the rows."""
     if self.rows is None or self.rows.mesh.size == 1:

@@ -242,7 +242,7 @@ RULES: Sequence[Entry] = [
   *torch_names.timm_vit(_IMAGE, "image"),
   Ignore(f"{_TEXT}embeddings.position_ids"),
   # BERT built without pre-trained weights had a pooler, which nothing reads.
-  Ignore(f"{_TEXT}pooler.*"),
+  Ignore(f"{_TEXT}pooler.*", parameter=True),
   *torch_names.bert(_TEXT, "text"),
   Rule("image_projection.linear.weight", "image_proj/kernel", linear),
   Rule("text_projection.linear.weight", "text_proj/kernel", linear),
