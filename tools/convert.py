@@ -75,6 +75,9 @@ def to_jax(
     info=info,
     report=report,
   )
+  if meta["beside"]:
+    out.mkdir(parents=True)
+    torch_files.write(out / convert.BESIDE, {k: report.kept[k] for k in meta["beside"]})
   parts = [{k: v for k, v in flat.items() if (k in stats) == s} for s in (False, True)]
   checkpoint.save_model(out, *(init.nested(p) for p in parts), meta)
   filled = f", {len(report.filled)} not in the file: {', '.join(report.filled)}"
@@ -88,7 +91,7 @@ def to_jax(
 
 def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
   """Writes the file `out` from a converted directory or a workdir; returns a line about it."""
-  meta = dict(system=system, ignored={}, keys=[], wrapper=[])
+  meta = dict(system=system, ignored={}, beside=[], keys=[], wrapper=[])
   if (source / "checkpoints").is_dir():
     checkpoints = checkpoint.Checkpoints(source, keep=1, metric="", read_only=True)
     step = checkpoints.best()
@@ -99,6 +102,9 @@ def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
     raise SystemExit(f"{source} holds a {meta['system']} model, not {system}")
   flat = init.flat(tree["params"]) | init.flat(tree.get("stats") or {})
   kept = {name: convert.unpack(v) for name, v in meta["ignored"].items()}
+  if meta.get("beside"):
+    large, _ = torch_files.state_dict(source / convert.BESIDE)
+    kept |= {name: large[name].read() for name in meta["beside"]}
   rules = models.system_module(system).RULES
   state = convert.to_torch(flat, rules, kept=kept, order=meta["keys"])
   torch_files.write(out, convert.wrap(state, meta["wrapper"]))

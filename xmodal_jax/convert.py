@@ -396,6 +396,10 @@ def arrays(state: Mapping[str, Lazy]) -> Iterator[tuple[str, np.ndarray]]:
 # --- meta.json of a converted directory ---------------------------------------------------------
 
 
+BESIDE = "ignored.pth"  # what is ignored and too large for meta.json, as a PyTorch file
+_PACKED = 2**16  # bytes
+
+
 def pack(array: np.ndarray) -> dict[str, Any]:
   """An array as JSON: numbers where they are few, else their compressed bytes."""
   out = {"dtype": array.dtype.name, "shape": list(array.shape)}
@@ -422,7 +426,10 @@ def meta(
   info: Mapping[str, Any],
   report: Report,
 ) -> dict[str, Any]:
-  """What stands beside the parameters: where they are from and what the way back needs."""
+  """What stands beside the parameters: where they are from and what the way back needs.
+
+  Ignored arrays that are named in `beside` have to be written to the file BESIDE.
+  """
   return dict(
     system=system,
     variant=variant,
@@ -435,7 +442,8 @@ def meta(
     scalars=dict(info["scalars"]),
     missing=report.missing,
     dropped=report.dropped,
-    ignored={name: pack(x) for name, x in report.kept.items()},
+    ignored={name: pack(x) for name, x in report.kept.items() if x.nbytes <= _PACKED},
+    beside=[name for name, x in report.kept.items() if x.nbytes > _PACKED],
     keys=report.keys,
   )
 

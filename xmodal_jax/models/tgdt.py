@@ -55,7 +55,7 @@ def preset(name: str) -> dict[str, Any]:
   for part in ("image", "lower", "upper"):
     c[part] |= loop if c[part] else {}
   c["text"] |= loop | dict(attention_dropout=0.1)
-  return c | dict(OBJECTIVE, stage="joint" if c["upper"] else "lower")
+  return c | OBJECTIVE | ({} if c["upper"] else WITHOUT_UPPER)
 
 
 OBJECTIVE = dict(
@@ -74,6 +74,10 @@ OBJECTIVE = dict(
   upper_tokens=False,
   lower_dropout=True,
 )
+
+
+# The first stage's layout has no global vectors.
+WITHOUT_UPPER = dict(stage="lower", loss="alignment", first_stage="local")
 
 
 class TGDT(system.System):
@@ -118,7 +122,8 @@ class TGDT(system.System):
   ):
     if unknown := objective.keys() - OBJECTIVE.keys():
       raise ValueError(f"model.{min(unknown)} is no key of tgdt; it has {', '.join(OBJECTIVE)}")
-    self.options = tuple((OBJECTIVE | objective).items())
+    default = OBJECTIVE if upper else OBJECTIVE | WITHOUT_UPPER
+    self.options = tuple((default | objective).items())
     chosen = dict(self.options)
     for key, choices in CHOICES.items():
       if chosen[key] not in choices:
@@ -330,7 +335,11 @@ RULES: Sequence[Entry] = [
 
 # Public files of one tower: a Hugging Face BERT, of which the first layers are used.
 TOWERS: Mapping[str, Sequence[Entry]] = {
-  "text": [*torch_names.bert("bert.", "text"), *torch_names.BERT_REST],
+  "text": [
+    *torch_names.bert("bert.", "text"),
+    *torch_names.BERT_REST,
+    Ignore("bert.encoder.layer.*", keep=False),  # layers above those in use
+  ],
 }
 
 # The optimizer's first group in its order; the second is the text tower.

@@ -1,0 +1,121 @@
+"""TGDT's golden checkpoint: conversion both ways, tied and dead tensors, the optimizer's order."""
+
+import pathlib
+import runpy
+
+import golden_files
+import numpy as np
+import pytest
+import tgdt_golden
+from flax import nnx
+
+from xmodal_jax import convert, init, torch_files
+from xmodal_jax import step as step_lib
+from xmodal_jax.models import tgdt
+
+TIED = "img_txt_enc.txt_enc.word_embeddings.weight"
+
+
+@pytest.fixture(scope="module")
+def tool():
+  file = pathlib.Path(__file__).parents[1] / "tools" / "convert.py"
+  return runpy.run_path(str(file))["main"]
+
+
+def same_tensors(a: pathlib.Path, b: pathlib.Path):
+  ours, theirs = torch_files.state_dict(a)[0], torch_files.state_dict(b)[0]
+  assert list(ours) == list(theirs)
+  for key, value in theirs.items():
+    x, y = value.read(), ours[key].read()
+    assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.tobytes() == y.tobytes(), key
+
+
+def test_conversion_both_ways(tool, tmp_path):
+  source = golden_files.path("tgdt", tgdt_golden.CHECKPOINT)
+  out, back = tmp_path / "ours", tmp_path / "back.pth"
+  tool(["--system", "tgdt", "--checkpoint", str(source), "--out", str(out)])
+  meta = convert.read_meta(out)
+  assert meta["wrapper"] == ["model"] and meta["format"] == "legacy"
+  tool(["--system", "tgdt", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
+  same_tensors(back, source)
+
+
+def without(state, *prefixes):
+  return {k: v for k, v in state.items() if not k.removeprefix("img_txt_enc.").startswith(prefixes)}
+
+
+UPPER = ("transformer_encoder_text", "transformer_encoder_img", "text_agg", "img_agg")
+FIRST = ("img_first_emb", "cap_first_emb")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layouts_of_the_first_stage(shared, tool, tmp_path):
+  more = ("transformer_encoder_2",) if shared else ()
+  state = without(tgdt_golden.state_dict(), *UPPER, *FIRST, *more)
+  source, out, back = tmp_path / "a.pth", tmp_path / "out", tmp_path / "b.pth"
+  torch_files.write(source, state)
+  tool(["--system", "tgdt", "--checkpoint", str(source), "--out", str(out)])
+  config = convert.read_meta(out)["config"]
+  assert config["upper"] == {} and config["shared"] == shared
+  tool(["--system", "tgdt", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
+  same_tensors(back, source)
+
+
+def test_tied_tensors_have_to_agree():
+  state = dict(tgdt_golden.state_dict())
+  params = step_lib.split(
+    nnx.eval_shape(lambda: tgdt.build(tgdt_golden.config(), rngs=nnx.Rngs(0)))
+  )[1]
+  want = init.flat(nnx.to_pure_dict(params))
+  state[TIED] = state[TIED] + 1
+  with pytest.raises(convert.ConversionError, match=r"1 tied and different:\s+" + TIED):
+    convert.to_jax(state, tgdt.RULES, want)
+  del state[TIED]  # newer programs may leave it out
+  flat, _ = convert.to_jax(state, tgdt.RULES, want)
+  assert TIED not in convert.to_torch(flat, tgdt.RULES, order=list(state))
+  assert TIED in convert.to_torch(flat, tgdt.RULES)
+
+
+def test_missing_parts_are_named():
+  state = without(tgdt_golden.state_dict(), "cap_proj", *UPPER)
+  params = step_lib.split(
+    nnx.eval_shape(lambda: tgdt.build(tgdt_golden.config(), rngs=nnx.Rngs(0)))
+  )[1]
+  with pytest.raises(convert.ConversionError) as e:
+    convert.to_jax(state, tgdt.RULES, init.flat(nnx.to_pure_dict(params)))
+  assert "img_txt_enc.cap_proj.weight -> text_proj/kernel" in str(e.value)
+  assert "transformer_encoder_img.layers.0.norm1.weight" in str(e.value)
+  with pytest.raises(convert.ConversionError, match=r"not a TGDT state dict .*OpenAI CLIP"):
+    tgdt.infer_config({"visual.conv1.weight": (8, 3, 4, 4)})
+
+
+def test_config_from_shapes():
+  state = tgdt_golden.state_dict()
+  found = tgdt.infer_config({k: v.shape for k, v in state.items()})
+  want = tgdt_golden.config()
+  found["text"].pop("heads")  # one to 64 wide: no file tells
+  for part in ("image", "text", "lower", "upper"):
+    assert found[part].items() <= want[part].items(), part
+  assert (found["embed"], found["shared"]) == (want["embed"], False)
+
+
+def test_order_of_the_optimizer():
+  state = tgdt_golden.state_dict()
+  golden = tgdt_golden.Golden()
+  shapes = {k: v.shape for k, v in init.flat(golden.params).items()}
+  names = convert.parameter_names(tgdt.RULES, shapes, state)
+  want = tgdt_golden.goldens()["optimizer_param_order"]
+  assert tgdt.optimizer_names(names, [len(g) for g in want]) == [n for g in want for n in g]
+  assert tgdt.optimizer_names(names, [len(want[0])]) == want[0]
+
+
+def test_public_bert(tmp_path):
+  """A file of more layers than are used gives the first ones."""
+  section = tgdt_golden.config()
+  params = step_lib.split(nnx.eval_shape(lambda: tgdt.build(section, rngs=nnx.Rngs(0))))[1]
+  file = golden_files.path("tgdt", "bert_pretrained.pth")
+  leaves = init.load_tower(str(file), "text", "tgdt", params)
+  state, _ = torch_files.state_dict(file)
+  name = next(k for k in state if k.endswith("layer.1.output.dense.weight"))
+  np.testing.assert_array_equal(leaves["text/blocks/wo/kernel"][1], state[name].read().T)
+  assert len(leaves["text/blocks/wo/kernel"]) == tgdt_golden.SIZES["bert_layers_used"]
