@@ -18,7 +18,7 @@ def get_config(variant=None):
   c.data.captions = "one"
   c.batch_size = 250
   c.eval.block = (512, 2560)
-  return {"clip": clip, "zerovl": zerovl, "team": team}[variant or "clip"](c)
+  return {"clip": clip, "zerovl": zerovl, "team": team, "tgdt": tgdt}[variant or "clip"](c)
 
 
 def clip(c):
@@ -111,4 +111,42 @@ def team(c):
   o = c.optim
   o.lr, o.b2, o.warmup, o.weight_decay = 1.5e-3, 0.98, "2 epochs", 0.1
   o.grad_clip = 1.0
+  return c
+
+
+def tgdt(c):
+  from xmodal_jax.data import shapes  # what a detector would give of the scenes
+  from xmodal_jax.models import tgdt as tgdt_lib
+
+  stack = dict(heads=4, mlp=256, dropout=0.0)
+  c.model.update(
+    dict(
+      system="tgdt",
+      embed=128,
+      image=dict(features=shapes.REGION_DIM, depth=1, heads=5, mlp=256, dropout=0.0),
+      text=dict(
+        vocab=30522,
+        context=40,
+        width=128,
+        depth=2,
+        heads=4,
+        mlp=512,
+        dropout=0.0,
+        attention_dropout=0.0,
+      ),
+      lower=dict(depth=1, **stack),
+      upper=dict(depth=1, **stack),
+      shared=False,
+    )
+    | tgdt_lib.OBJECTIVE
+  )
+  c.data.regions = shapes.MAX_REGIONS
+  c.text.tokenizer, c.text.length = "bert", 37
+  c.batch_size, c.total = 125, "20 epochs"
+  c.eval.batch_size = 250
+  c.eval.every = "10 epochs"
+  c.checkpoint.every = "10 epochs"
+  o = c.optim
+  o.lr, o.b2, o.warmup, o.weight_decay = 1e-3, 0.98, "2 epochs", 0.1
+  o.grad_clip = 2.0
   return c

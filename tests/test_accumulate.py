@@ -14,7 +14,7 @@ from xmodal_jax import step as step_lib
 from xmodal_jax.models import layers, system
 
 BATCH = 64
-SYSTEMS = {"clip": tiny.config, "team": tiny.team, "zerovl": tiny.zerovl}
+SYSTEMS = {"clip": tiny.config, "team": tiny.team, "zerovl": tiny.zerovl, "tgdt": tiny.tgdt}
 
 
 def test_every_system_is_here():
@@ -31,14 +31,20 @@ def without_dropout(section) -> None:
 
 def batch(config, size: int = BATCH) -> dict:
   rng = np.random.default_rng(0)
-  side, length = config.model.image.size, 12
+  length = 12
   lengths = rng.integers(3, length + 1, size)
-  return {
-    "image": rng.integers(0, 256, (size, side, side, 3), np.uint8),
+  out = {
     "text_ids": rng.integers(1, 200, (size, length)).astype(np.int32),
     "text_mask": np.arange(length) < lengths[:, None],
     "image_id": rng.integers(0, size - 2, size).astype(np.int32),
   }
+  if n := config.data.regions:
+    width = config.model.image.features
+    out["regions"] = rng.standard_normal((size, n, width)).astype(np.float32)
+    out["boxes"] = rng.random((size, n, 4)).astype(np.float32)
+    return out | {"region_mask": np.arange(n) < rng.integers(1, n + 1, size)[:, None]}
+  side = config.model.image.size
+  return out | {"image": rng.integers(0, 256, (size, side, side, 3), np.uint8)}
 
 
 @functools.cache

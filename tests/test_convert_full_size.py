@@ -1,5 +1,5 @@
-"""The released models of CLIP, ZeroVL and TEAM at full size, of random bits: both ways bit-exact,
-in bounded memory. The tool runs as a process of its own, as a user would run it."""
+"""The released models of all systems at full size, of random bits: both ways bit-exact, in bounded
+memory. The tool runs as a process of its own, as a user would run it."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from xmodal_jax import convert, init, torch_files
-from xmodal_jax.models import clip_itm, team, zerovl
+from xmodal_jax.models import clip_itm, team, tgdt, zerovl
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_MEMORY = 2.5  # times the file, interpreter and libraries included
@@ -48,6 +48,17 @@ ZEROVL = {
   "zerovl": ("pretrain", False, 195_476_736),
   "zerovl_100m_eval": ("100m", True, 195_476_737),
   "linear_prob_imagenet": ("linear_probe", False, 86_567_656),
+}
+
+# The same of TGDT and its first stage, and what its files hold twice.
+TGDT = {
+  "f30k_all": ("tgdt", 255_372_032),
+  "stage1_teran_unshared": ("teran", None),
+  "stage1_teran_sharedTE": ("teran_shared", None),
+}
+_BERT = "img_txt_enc.txt_enc."
+TIED = {
+  _BERT + "word_embeddings.weight": _BERT + "bert_model.embeddings.word_embeddings.weight",
 }
 
 
@@ -84,7 +95,8 @@ def there_and_back(system: str, keys, tmp_path, prefix: str = "", variant: str =
   """What the tool said of a file of random bits with these keys, which came back as it was."""
   source, out, back = tmp_path / "a.pt", tmp_path / "dir", tmp_path / "b.pth"
   make = lambda i, shape, dtype: torch_files.Lazy(shape, dtype, lambda: bits(shape, dtype, i))
-  torch_files.write(source, {prefix + k: make(i, *v) for i, (k, v) in enumerate(keys.items())})
+  seeds = {k: list(keys).index(TIED.get(k, k)) for k in keys}
+  torch_files.write(source, {prefix + k: make(seeds[k], *v) for k, v in keys.items()})
   size = source.stat().st_size
   named = ["--variant", variant] if variant else []
   text, there = tool(system, "--checkpoint", str(source), "--out", str(out), *named)
@@ -154,6 +166,23 @@ def test_zerovl_config_from_shapes_is_that_of_the_presets(name):
   fit = [k for k, preset in zerovl.PRESETS.items() if preset == preset | found]
   assert fit == (["14m", "100m"] if named else [variant])
   assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if "position_ids" not in k) == count
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TGDT)
+def test_tgdt_round_trip(name, tmp_path):
+  assert f"tgdt {TGDT[name][0]}:" in there_and_back("tgdt", layout(name, "tgdt"), tmp_path)
+
+
+@pytest.mark.parametrize("name", TGDT)
+def test_tgdt_config_from_shapes_is_that_of_the_preset(name):
+  variant, count = TGDT[name]
+  shapes = shapes_of(name, "tgdt")
+  found, want = tgdt.infer_config(shapes), tgdt.PRESETS[variant]
+  assert found == want
+  if count is not None:
+    assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if k not in TIED) == count
 
 
 def test_files_that_fit_two_presets_have_to_be_named(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tools import prepare_data
-from xmodal_jax.data import pipeline, records, regions, wordpiece
+from xmodal_jax.data import detections, pipeline, records, wordpiece
 
 MANIFEST = golden_files.manifest("tgdt")
 INPUTS = golden_files.arrays("tgdt", "inputs.npz")
@@ -101,7 +101,7 @@ def test_token_ids(key):
 
 
 def test_table_of_bottom_up_attention():
-  reader = regions.open_reader([golden_files.path("tgdt", "bottom_up.tsv.txt")])
+  reader = detections.open_reader([golden_files.path("tgdt", "bottom_up.tsv.txt")])
   assert reader.ids
   for key in reader.ids:
     found, (features, boxes) = reader.read(key), image(int(key))

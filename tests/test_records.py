@@ -31,6 +31,8 @@ def example(i: int, base: int = 0) -> dict:
     "caption_ids": [2**41 + 10 * i + j for j in range(i % 3 + 1)],
     "regions": np.arange(6 * (i % 3), dtype=np.float32).reshape(-1, 6) + i,
     "boxes": np.full((i % 3, 4), i, np.float32),
+    "image_width": 640 + i,
+    "image_height": 480,
   }
 
 
@@ -57,6 +59,7 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(record.regions, want["regions"])
     np.testing.assert_array_equal(record.boxes, want["boxes"])
     assert record.regions.shape == (i % 3, 6) and record.boxes.dtype == np.float32
+    assert record.size == (640 + i, 480)
   assert [r.filename for r in split] == [f"{i}.jpg" for i in range(20)]
   with pytest.raises(IndexError):
     split.read(20)

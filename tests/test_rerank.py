@@ -15,13 +15,13 @@ def test_top_is_the_stable_order():
   scores = rng.integers(0, 6, (40, 30)).astype(np.float32)  # ties everywhere
   for k in (1, 4, 29, 30, 50):
     want = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :k])
-    np.testing.assert_array_equal(rerank.top(scores, k), want)
+    np.testing.assert_array_equal(metrics.top(scores, k), want)
 
 
 def test_promote_keeps_both_orders():
   rng = np.random.default_rng(1)
   first = rng.standard_normal((5, 12)).astype(np.float32)
-  candidates = rerank.top(first, 4)
+  candidates = metrics.top(first, 4)
   second = rng.integers(0, 3, candidates.shape).astype(np.float32) * 1e-9 + 1e6  # equal in float32
   second[:, 0] = -1e6
   out = rerank.promote(first, candidates, second)

@@ -38,7 +38,7 @@ def test_records(tmp_path):
   image = Image.open(io.BytesIO(record.image))
   assert (image.size, image.mode, image.format) == ((96, 96), "RGB", "JPEG")
   assert record.regions.shape == (len(record.boxes), shapes.REGION_DIM)
-  assert (record.boxes[:, 2:] - record.boxes[:, :2] > 8).all()
+  assert (record.boxes[:, 2:] - record.boxes[:, :2] > 8).all() and record.size == (96, 96)
 
 
 def test_scenes_differ_and_keep_the_rules():
@@ -120,7 +120,38 @@ def test_ensure_writes_once_also_in_a_race(tmp_path, monkeypatch):
     threads[-1].start()
   for thread in threads:
     thread.join()
-  assert found == [tmp_path / "shapes" / "1.0.0"] * 2
-  assert [p.name for p in (tmp_path / "shapes").iterdir()] == ["1.0.0"]  # nothing left behind
+  assert found == [tmp_path / "shapes" / shapes.VERSION] * 2
+  left = [p.name for p in (tmp_path / "shapes").iterdir()]
+  assert left == [shapes.VERSION]  # nothing left behind
   monkeypatch.setattr(shapes, "examples", None)  # a second run renders nothing
   assert len(records.open_split(shapes.ensure(tmp_path), "train")) == 12
+
+
+def test_regions_are_the_objects_and_then_background(tmp_path):
+  """Background boxes lie in cells without an object, and the first ones are where the objects are;
+  the pictures and captions are those of the scenes alone."""
+  split = records.open_split(shapes.write(tmp_path, sizes={"train": 40}), "train")
+  counts = set()
+  for i, (record, scene) in enumerate(zip(split, shapes.scenes(0, 40), strict=True)):
+    rng = np.random.default_rng((0, i))
+    image, boxes = shapes.render(scene, rng)
+    np.testing.assert_array_equal(record.boxes[: len(scene)], boxes)
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=95, subsampling=0)
+    assert record.image == data.getvalue()
+    assert list(record.captions) == shapes.captions(scene, rng)
+    centre = (record.boxes[:, :2] + record.boxes[:, 2:]) / 2 // 32
+    cells = (centre[:, 0] + 3 * centre[:, 1]).astype(int).tolist()
+    assert cells[: len(scene)] == [item[3] for item in scene] and len(set(cells)) == len(cells)
+    extra = len(cells) - len(scene)
+    assert 2 <= extra <= 4 and len(cells) <= shapes.MAX_REGIONS
+    counts.add(extra)
+    assert (record.boxes >= 0).all() and (record.boxes <= 96).all()
+  assert counts == {2, 3, 4}
+
+
+def test_a_copy_of_an_earlier_version_is_rendered_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(shapes, "SIZES", SMALL)
+  old = shapes.write(tmp_path, sizes=SMALL, version="1.0.0")
+  folder = shapes.ensure(tmp_path)
+  assert folder != old and records.open_split(folder, "val").read(0).size == (96, 96)

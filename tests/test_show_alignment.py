@@ -138,7 +138,8 @@ def get_config(variant=None):
   config = tiny.team(tiny_data, model__text__context=48, text__length=48)
   built = build.Built(config_lib.resolve(config))
   params = nnx.to_pure_dict(nnx.state(built.model(), nnx.Param))
-  meta = dict(system="team", source="none", sha256="", converter=convert.VERSION, ignored={})
+  meta = dict(system="team", source="none", sha256="", config={}, ignored={})
+  meta |= dict(converter=convert.VERSION)
   checkpoint.save_model(folder / "model", params, {}, meta)
   return ["--config", f"{folder}/small.py:team", "--init", f"{folder}/model"]
 

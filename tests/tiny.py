@@ -12,7 +12,7 @@ SIZES = {"train": 48, "val": 12, "test": 12}
 
 def data(folder: pathlib.Path) -> str:
   """Writes the data set once per test session and returns its folder."""
-  path = folder / "shapes" / "1.0.0"
+  path = folder / shapes.NAME / shapes.VERSION
   return str(path if path.exists() else shapes.write(folder, sizes=SIZES))
 
 
@@ -81,4 +81,23 @@ def zerovl(data_dir: str, **changes):
     mixup=dict(beta=0.5, block=0),
   )
   c.text.tokenizer, c.text.max_merges = "bert", 0
+  return _change(c, changes)
+
+
+def tgdt(data_dir: str, **changes):
+  """The same run with a TGDT: regions and BERT, both losses at once."""
+  c = config(data_dir)
+  stack = dict(depth=1, heads=2, mlp=32, dropout=0.1)
+  c.model = dict(
+    system="tgdt",
+    embed=16,
+    image=dict(features=shapes.REGION_DIM) | stack | dict(heads=5),
+    text=BERT,
+    lower=stack,
+    upper=stack,
+  )
+  c.data.regions = shapes.MAX_REGIONS
+  c.text.tokenizer, c.text.max_merges = "bert", 0
+  c.eval.top_k_text, c.eval.top_k_image = 4, 3
+  c.eval.rerank_block = (2, 2)
   return _change(c, changes)

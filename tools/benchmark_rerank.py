@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import init, rerank, step
+from xmodal_jax import init, metrics, rerank, step
 from xmodal_jax.models import team
 
 IMAGES, CAPTIONS, PATCHES, WORDS = 5000, 5, 257, 30  # CAPTIONS of each image
@@ -57,7 +57,7 @@ def candidates(images: int) -> tuple[np.ndarray, np.ndarray]:
   image = unit(rng.standard_normal((images, 64), np.float32) * weight)
   noise = unit(rng.standard_normal((images * CAPTIONS, 64), np.float32))
   scores = image @ unit(np.repeat(image, CAPTIONS, 0) + 2 * noise).T
-  return rerank.top(scores, TOP), rerank.top(scores.T, TOP)
+  return metrics.top(scores, TOP), metrics.top(scores.T, TOP)
 
 
 def make(args: argparse.Namespace) -> Work:

@@ -31,14 +31,19 @@ _SIZES = flags.DEFINE_list("sizes", [], "Batch size x accumulate, e.g. 1024x1,40
 
 def batch(config, size: int, rows) -> dict[str, jax.ShapeDtypeStruct]:
   """A training batch of the config in shapes alone."""
-  side, length = config.model.image.size, config.text.length
+  length = config.text.length
   fields = {
-    "image": ((side, side, 3), jnp.uint8),
     "text_ids": ((length,), jnp.int32),
     "text_mask": ((length,), bool),
     "image_id": ((), jnp.int32),
     "caption_id": ((), jnp.int32),
   }
+  if n := config.data.regions:
+    fields["regions"] = ((n, config.model.image.features), jnp.float32)
+    fields |= {"boxes": ((n, 4), jnp.float32), "region_mask": ((n,), bool)}
+  else:
+    side = config.model.image.size
+    fields["image"] = ((side, side, 3), jnp.uint8)
   make = lambda shape, dtype: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)
   return {name: make(*field) for name, field in fields.items()}
 

@@ -7,6 +7,7 @@
   python tools/prepare_data.py csv --root DIR --out DATA_DIR
   python tools/prepare_data.py folders --root DIR --out DATA_DIR
   python tools/prepare_data.py img2dataset --train DIR --out DATA_DIR
+  python tools/prepare_data.py regions --annotations dataset.json --features DIR --out DATA_DIR
   python tools/prepare_data.py shapes --out DATA_DIR
 
 img2dataset writes one shard from each of its shards, one after another, or on the workers of Apache
@@ -14,6 +15,11 @@ Beam (`pip install xmodal_jax[beam]`): on the cores of this machine by --beam_ru
 --beam_options="--direct_running_mode=multi_processing --direct_num_workers=16", or for instance by
 --beam_runner=DataflowRunner --beam_options="--project=P --region=R --temp_location=gs://B/tmp
 --setup_file=./setup.py", which needs apache-beam[gcp] besides. Options are Beam's own.
+
+regions writes no pictures but the regions that a detector found in them, from a folder with bu_att
+and bu_box, from tables of bottom-up attention or from an HDF5 file, whose layouts are listed in
+xmodal_jax/data/detections.py. --check reads all of them and reports what does not fit, without
+writing.
 
 The data set goes to DATA_DIR/NAME/VERSION; give DATA_DIR/NAME as the data directory of a config.
 """
@@ -30,7 +36,16 @@ from etils import epath
 # Runs from a clone that is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from xmodal_jax.data import builder, img2dataset, shapes, shards, sources, trees
+from xmodal_jax.data import (
+  builder,
+  detections,
+  img2dataset,
+  regions,
+  shapes,
+  shards,
+  sources,
+  trees,
+)
 
 SPLITS = ("train", "val", "test")
 
@@ -41,18 +56,21 @@ def _parser() -> argparse.ArgumentParser:
   parser.set_defaults(max_missing=0)  # the other sources allow none
   commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
-  def command(name: str, text: str, default_name: str) -> argparse.ArgumentParser:
+  def command(
+    name: str, text: str, default_name: str, version: str = "1.0.0"
+  ) -> argparse.ArgumentParser:
     sub = commands.add_parser(name, help=text, description=text)
-    sub.add_argument("--out", required=True, help="folder of data sets, local or gs://")
+    required = name != "regions"
+    sub.add_argument("--out", required=required, help="folder of data sets, local or gs://")
     sub.add_argument("--name", default=default_name, help="(default: %(default)s)")
-    sub.add_argument("--version", default="1.0.0", help="(default: %(default)s)")
+    sub.add_argument("--version", default=version, help="(default: %(default)s)")
     sub.add_argument("--overwrite", action="store_true", help="replace the data set if it exists")
     if name in ("csv", "folders"):
       sub.add_argument("--root", required=True, help="the folder of the data set")
     elif name not in ("albef", "img2dataset", "shapes"):
       sub.add_argument("--annotations", required=True)
-      sub.add_argument("--images", required=True, help="folder of the pictures")
-    if name != "shapes":
+      sub.add_argument("--images", required=required, help="folder of the pictures")
+    if name not in ("regions", "shapes"):
       broken = "left out and counted" if name == "img2dataset" else "an error"
       text = f"decode each picture; one that does not is {broken}"
       sub.add_argument("--check_images", action="store_true", help=text)
@@ -60,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command("karpathy", "Karpathy's dataset_*.json or .json.gz, all its splits", "karpathy")
   count = lambda v: None if v == "all" else int(v)
-  text = "the first so many of each picture, or all (default: 5, the COCO protocol)"
-  sub.add_argument("--captions_per_image", type=count, default=5, help=text)
+  five = "the first so many of each picture, or all (default: 5, the COCO protocol)"
+  sub.add_argument("--captions_per_image", type=count, default=5, help=five)
   text = "folder with captions_{train,val}2014.json and coco_{train,restval,dev,test}_ids.npy"
   command("coco", text, "coco")
   sub = command("pairs", "a .csv, .tsv or .jsonl with a row per caption", "pairs")
@@ -96,14 +114,43 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--beam_runner", help=text)
   text = "the runner's options, one string: --beam_options='--direct_num_workers=2 ...'"
   sub.add_argument("--beam_options", type=shlex.split, default=[], metavar="OPTIONS", help=text)
-  sub = command("shapes", "the embedded data set of rendered scenes", "shapes")
+  text = (
+    "regions that a detector found, with the captions of a Karpathy json or a folder as of coco"
+  )
+  sub = command("regions", text, "regions")
+  text = "a folder with bu_att and bu_box, tables of bottom-up attention, or an .h5 file"
+  sub.add_argument("--features", nargs="+", metavar="PATH", required=True, help=text)
+  sub.add_argument("--boxes", metavar="DIR", help="ID.npy for each picture (default: bu_box)")
+  text = "sizes of the pictures, .pkl, .json or .csv (default: those of annotations or tables)"
+  sub.add_argument("--sizes", metavar="FILE", help=text)
+  text = "how features name a picture: by id, by its file name without suffix, or (auto, the "
+  text += "default) by COCO's id, else by its place in the json"
+  sub.add_argument("--key", choices=("auto", "id", "stem"), default="auto", help=text)
+  text = "of the stored features (default: %(default)s)"
+  sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help=text)
+  sub.add_argument("--captions_per_image", type=count, default=5, help=f"of a json: {five}")
+  text = "of coco_dev_ids.npy only the first so many; TGDT's program takes 5000 (default: all)"
+  sub.add_argument("--dev_captions", type=count, metavar="N", help=text)
+  sub.add_argument("--check", action="store_true", help="report, and write nothing")
+  sub = command("shapes", "the embedded data set of rendered scenes", "shapes", shapes.VERSION)
   sub.add_argument("--seed", type=int, default=0)
   return parser
 
 
-def _write(args: argparse.Namespace) -> epath.Path:
+def _write(args: argparse.Namespace) -> epath.Path | None:
+  """The folder of the data set; None where nothing was to be written."""
+  if args.source == "regions" and args.check:
+    report = _regions(args).check()
+    print(report)
+    if report.errors:
+      raise builder.DatasetError("the region features have errors, which are listed above")
+    return None
+  if not args.out:
+    raise builder.DatasetError("no --out; name the folder of data sets, or pass --check")
   builder.check_absent(args.out, args.name, args.version, args.overwrite)
   where = {"name": args.name, "version": args.version, "overwrite": args.overwrite}
+  if args.source == "regions":
+    return _write_regions(args, where)
   if args.source == "shapes":
     return shapes.write(args.out, seed=args.seed, **where)
   if args.source == "img2dataset":
@@ -150,6 +197,48 @@ def _write(args: argparse.Namespace) -> epath.Path:
   )
 
 
+def _regions(args: argparse.Namespace) -> regions.Joined:
+  images = args.images or ""
+  if epath.Path(args.annotations).is_dir():
+    splits = sources.read_coco(args.annotations, images, args.dev_captions)
+  elif args.dev_captions:
+    raise builder.DatasetError(f"--dev_captions is of id lists, and {args.annotations} is a file")
+  else:
+    splits = sources.read_karpathy(args.annotations, images, args.captions_per_image)
+  return regions.Joined(
+    splits,
+    detections.open_reader(args.features, args.boxes),
+    sizes=detections.read_sizes(args.sizes) if args.sizes else None,
+    images=bool(args.images),
+    key=args.key,
+    dtype=args.dtype,
+  )
+
+
+def _write_regions(args: argparse.Namespace, where: dict) -> epath.Path:
+  joined = _regions(args)
+  names = ("features", "boxes", "sizes", "key", "captions_per_image", "dev_captions")
+  sha256 = sources.checksums(args.annotations)
+  if args.sizes:
+    sha256 |= sources.checksums(args.sizes)
+  path = builder.write_dataset(
+    args.out,
+    splits={split: joined.examples(split) for split in joined.report.pictures},
+    description="Regions and captions, written by prepare_data.py regions.",
+    sources={
+      "source": "regions",
+      "options": {name: getattr(args, name) for name in names},
+      "sha256": sha256,
+    },
+    region_dim=joined.region_dim,
+    region_dtype=args.dtype,
+    images=False,
+    **where,
+  )
+  logging.info("%s", joined.report)
+  return path
+
+
 def _write_img2dataset(args: argparse.Namespace, where: dict) -> epath.Path:
   folders = {k: getattr(args, k) for k in SPLITS if getattr(args, k)}
   if not folders:
@@ -176,7 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     path = _write(args)
   except builder.DatasetError as e:
     raise SystemExit(f"prepare_data.py: {e}") from None
-  print(path)
+  if path:
+    print(path)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def named(record: records.Record, scene: shapes.Scene, word: str) -> tuple[str, 
   """("colour" or "shape", number of the object) for a word that fits one object of the scene."""
   for column, (kind, names) in enumerate((("colour", COLOURS), ("shape", SHAPES))):
     fits = [i for i, item in enumerate(scene) if item[column] == names.get(word)]
-    if len(fits) == 1 and len(record.boxes) == len(scene):
+    if len(fits) == 1 and len(record.boxes) >= len(scene):  # background comes after the objects
       return kind, fits[0]
   return None
 
@@ -253,7 +253,7 @@ def measure(model: Model, split: str) -> dict[str, dict[str, np.ndarray]]:
     where = model.places(attention.shape[-1])
     rows: dict[str, list] = {kind: [] for kind in found}
     for n, (_, record, scene, _) in enumerate(batch):
-      boxes = seen_boxes(record.boxes, size, transform) / transform.crop
+      boxes = seen_boxes(record.boxes[: len(scene)], size, transform) / transform.crop
       for word in model.words(arrays["text_ids"][n], arrays["text_mask"][n]):
         if target := named(record, scene, word.text):
           kind, item = target

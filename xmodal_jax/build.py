@@ -23,8 +23,8 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 class Built:
-  """mesh; system: class of the model; graphdef; params, stats: abstract nnx.States; *_shardings:
-  nested dicts like them."""
+  """mesh; system: the model without values; graphdef; params, stats: abstract nnx.States;
+  *_shardings: nested dicts like them."""
 
   def __init__(self, config: Any, devices: Sequence[jax.Device] | None = None):
     if config.precision != "default":
@@ -33,7 +33,7 @@ class Built:
     self.mesh = sharding.make_mesh(config.mesh, devices)
     self.module = models.system_module(config.model.system)
     model = nnx.eval_shape(self.model)
-    self.system = type(model)
+    self.system = model
     self.graphdef, self.params, self.stats = step_lib.split(model)
     place = functools.partial(
       sharding.param_shardings,

@@ -22,6 +22,7 @@ from xmodal_jax import report as report_lib
 from xmodal_jax import step as step_lib
 from xmodal_jax import workdir as workdir_lib
 from xmodal_jax.data import records
+from xmodal_jax.models.system import System
 
 
 class Interrupted(Exception):
@@ -265,7 +266,7 @@ def _digest(tree: Mapping[str, Any]) -> str:
   return digest.hexdigest()
 
 
-def second_stage(config: Any, system: type) -> tuple[int, int, float] | None:
+def second_stage(config: Any, system: System) -> tuple[int, int, float] | None:
   """(captions per picture, pictures per caption, weight of the first stage); None: one stage."""
   e = config.eval
   pick = lambda given, own: own if given is None else given
@@ -275,7 +276,7 @@ def second_stage(config: Any, system: type) -> tuple[int, int, float] | None:
   if not system.second_stage or min(top) <= 0:
     raise ValueError(
       f"config.eval.top_k_text and top_k_image are {top}: a second stage needs both, and "
-      f"{system.__name__} {'has' if system.second_stage else 'has none'}"
+      f"{type(system).__name__} {'has' if system.second_stage else 'has none'}"
     )
   return *top, pick(e.stage_mix, system.stage_mix)
 

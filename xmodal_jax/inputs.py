@@ -41,10 +41,9 @@ class Inputs:
         f"config.model.text.vocab is {vocab}, but the tokenizer {config.text.tokenizer!r} makes "
         f"{self.tokenizer.vocab_size} different ids: set them to agree"
       )
-    size, keep = config.model.image.size, config.data.image
-    self.transform = image.Transform(
-      keep.size or size, size, keep.resize, keep.interpolation, keep.rgb_first, keep.exif
-    )
+    # One of the two is None: how pictures become pixels, or how many regions stand for one.
+    self.regions = _regions(config)
+    self.transform = None if self.regions else _transform(config)
 
   def split(self, name: str) -> records.Split | mix.Joined:
     """An open split by its key in the config's data section: "train", "val" or "test".
@@ -78,7 +77,19 @@ class Inputs:
         "config.data.dir is empty: name the folder of a data set written by tools/prepare_data.py, "
         "or set config.data.tfds to the name of a TFDS data set"
       )
-    return records.open_split(shapes.ensure(data_home()) if folder == "shapes" else folder, split)
+    where = shapes.ensure(data_home()) if folder == "shapes" else folder
+    return self._fitting(records.open_split(where, split), where)
+
+  def _fitting(self, split: records.Split, where: epath.PathLike) -> records.Split:
+    """The split. Raises DatasetError where the model reads regions and it has none that fit."""
+    if self.regions and split.region_dim != self.regions.width:
+      has = f"has regions of {split.region_dim} numbers" if split.region_dim else "has no regions"
+      raise DatasetError(
+        f"{where}: split {split.name!r} {has}, and config.model.image.features is "
+        f"{self.regions.width}: write it with `python tools/prepare_data.py regions`, or set the "
+        "two to agree"
+      )
+    return split
 
   def samples(self) -> int:
     """Training samples of all data sets."""
@@ -100,6 +111,8 @@ class Inputs:
     return hashlib.sha256(f"{self.config.data.mix}\n{split.fingerprint}".encode()).hexdigest()
 
   def _augment(self) -> image.Augment | None:
+    if self.regions:
+      return None
     options = {k: self.config.data[k] for k in AUGMENT}
     if self.config.data.erase:
       options |= self._statistics()
@@ -123,6 +136,7 @@ class Inputs:
       batch_size=c.batch_size,
       image_transform=self.transform,
       augment=self._augment(),
+      regions=self.regions,
       tokenizer=self.tokenizer,
       text_length=c.text.length,
       truncate=c.text.truncate,
@@ -143,6 +157,7 @@ class Inputs:
       batch_size=batch_size,
       image_transform=self.transform,
       augment=self._augment(),
+      regions=self.regions,
       tokenizer=None,
       text_length=0,
       captions="none",
@@ -162,6 +177,7 @@ class Inputs:
       split,
       batch_size=self.config.eval.batch_size,
       image_transform=self.transform,
+      regions=self.regions,
       max_bad_fraction=data.max_bad_fraction if training else data.eval_max_bad_fraction,
       threads=self.config.data.threads or None,
       **_process(),
@@ -177,6 +193,39 @@ class Inputs:
       max_bad_fraction=self.config.data.eval_max_bad_fraction,
       **_process(),
     )
+
+
+def _transform(config: Any) -> image.Transform:
+  keep = config.data.image
+  if not (size := config.model.image.get("size")):
+    raise ValueError(
+      f"the model {config.model.system!r} reads regions: set config.data.regions to how many a "
+      "picture has at most"
+    )
+  return image.Transform(
+    keep.size or size, size, keep.resize, keep.interpolation, keep.rgb_first, keep.exif
+  )
+
+
+def _regions(config: Any) -> pipeline.Regions | None:
+  """None for a model of pixels. Raises ValueError for keys that do not go together."""
+  data, width = config.data, config.model.image.get("features")
+  if not data.regions:
+    return None
+  if data.regions < 0 or not width:
+    raise ValueError(
+      f"config.data.regions is {data.regions}: expected a number above 0 for a model of regions "
+      f"(config.model.image.features), 0 for one of pixels; the model is {config.model.system!r}"
+    )
+  changes = {k: data[k] for k in ("grayscale", "blur", "flip", "auto_augment", "erase")}
+  changes |= {"jitter": any(data.jitter), "rand_augment": data.rand_augment[0]}
+  changes["crop"] = data.crop != "center"
+  if on := [key for key, value in changes.items() if value]:
+    raise ValueError(
+      f"config.data.{on[0]} is {data[on[0]]!r}, which changes pixels, and config.data.regions is "
+      f"{data.regions}: regions are used as they are; leave it at its default"
+    )
+  return pipeline.Regions(data.regions, width, data.truncate_regions)
 
 
 def _folders(where: str) -> list[str]:

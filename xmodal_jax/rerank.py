@@ -119,24 +119,6 @@ def make_rerank_step(graphdef: nnx.GraphDef, rows: NamedSharding) -> Callable[..
   return jax.jit(step, out_shardings=whole)
 
 
-def top(scores: np.ndarray, k: int) -> np.ndarray:
-  """Positions of the k highest of each row of [Q, N], ascending; ties go to the lower position."""
-  k = min(k, scores.shape[1])
-  out = np.empty((len(scores), k), np.int64)
-  for start in range(0, len(scores), 1024):  # bounds the copy that a partition makes
-    block = scores[start : start + 1024]
-    chosen = np.argpartition(block, -k, axis=1)[:, -k:] if k < block.shape[1] else None
-    if chosen is None:
-      out[start : start + len(block)] = np.arange(k)
-      continue
-    lowest = np.take_along_axis(block, chosen, 1).min(1, keepdims=True)
-    chosen.sort(1)
-    for row in np.flatnonzero((block >= lowest).sum(1) > k):  # a tie at the last place
-      chosen[row] = np.sort(np.argsort(-block[row], kind="stable")[:k])
-    out[start : start + len(block)] = chosen
-  return out
-
-
 class Calls(NamedTuple):
   """What each call scores: picture int32 [C, N], caption int32 [C, N, M], pair int64 [C, N, M] the
   number of the pair, -1 for filling."""
@@ -263,3 +245,11 @@ def promote(first: np.ndarray, candidates: np.ndarray, scores: np.ndarray) -> np
   lead = np.ceil(max(float(out.max()), 0.0)) + 1
   np.put_along_axis(out, candidates, (lead + k - place).astype(np.float32), 1)
   return out
+
+
+def combine(first: metrics.Ranked, *shortlists: tuple[np.ndarray, np.ndarray]) -> metrics.Ranked:
+  """A ranking in which the shortlists of pictures and captions, each (candidates [Q, k], their
+  second-stage scores [Q, k]), lead: see `promote`."""
+  by_image, by_text = shortlists
+  t2i = np.ascontiguousarray(promote(first.i2t.T, *by_text).T)
+  return first._replace(i2t=promote(first.i2t, *by_image), t2i=t2i, shortlists=shortlists)

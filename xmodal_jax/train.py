@@ -203,6 +203,9 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
       "config.init is a whole model: set it, or config.init_image and config.init_text, not both"
     )
   opt_state, start = None, 0
+  check = getattr(built.module, "check_start", None)
+  if check is not None and not config.init and (doubt := check(config.model)):
+    logging.warning("%s", doubt)
   if config.init_optimizer:
     shapes = nnx.to_pure_dict(built.params)
     opt_state, start = torch_optim.for_init(

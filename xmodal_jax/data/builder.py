@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from etils import epath
 
 from xmodal_jax.data import tfrecord
@@ -29,8 +30,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 # One picture: image (encoded bytes), image_id, filename, captions [C], caption_ids [C],
-# caption_positions [C] (may be left out: enumerated), regions [R, F] and boxes [R, 4] (optional),
-# label (optional).
+# caption_positions [C] (may be left out: enumerated), label (optional); and all of regions [R, F],
+# boxes [R, 4] in pixels, image_width and image_height, or none of them.
 Example = Mapping[str, Any]
 
 
@@ -43,9 +44,11 @@ def features(
   images: bool = True,
   class_names: Sequence[str] = (),
   positions: bool = True,
+  region_dtype: npt.DTypeLike = np.float32,
 ):
   """The feature spec of a data set. region_dim: F of regions, None without regions and boxes.
 
+  region_dtype: that the features of regions are stored in; boxes are float32 always.
   class_names: what labels 0, 1, ... stand for, all different; empty without labels. positions:
   False for captions whose order in the split is that of the records.
   """
@@ -64,17 +67,21 @@ def features(
   if (
     region_dim is not None
   ):  # as one string each: a list of 36 x 2048 floats parses in milliseconds
-    array = lambda width: tfds.features.Tensor(
-      shape=(None, width), dtype=np.float32, encoding=tfds.features.Encoding.BYTES
+    array = lambda width, dtype: tfds.features.Tensor(
+      shape=(None, width), dtype=np.dtype(dtype).type, encoding=tfds.features.Encoding.BYTES
     )
-    spec |= {"regions": array(region_dim), "boxes": array(4)}
+    spec |= {"regions": array(region_dim, region_dtype), "boxes": array(4, np.float32)}
+    spec |= {"image_width": np.int64, "image_height": np.int64}
   if class_names:
     spec["label"] = tfds.features.ClassLabel(names=class_names)
   return tfds.features.FeaturesDict(spec)
 
 
 def encode(example: Example) -> bytes:
-  """An example -> a serialised tf.train.Example. Equal examples give equal bytes."""
+  """An example -> a serialised tf.train.Example. Equal examples give equal bytes.
+
+  Regions that are float16 are stored so, others as float32.
+  """
   from tensorflow.core.example import example_pb2
 
   out = example_pb2.Example()
@@ -94,10 +101,12 @@ def encode(example: Example) -> bytes:
     feature[name].int64_list.value.extend(values)
   for name in ("regions", "boxes"):
     if name in example:
-      array = np.ascontiguousarray(example[name], "<f4")
+      half = name == "regions" and np.asarray(example[name]).dtype == np.float16
+      array = np.ascontiguousarray(example[name], "<f2" if half else "<f4")
       feature[name].bytes_list.value.append(array.tobytes())
-  if "label" in example:
-    feature["label"].int64_list.value.append(int(example["label"]))
+  for name in ("image_width", "image_height", "label"):
+    if name in example:
+      feature[name].int64_list.value.append(int(example[name]))
   return out.SerializeToString(deterministic=True)
 
 
@@ -129,18 +138,19 @@ def write_dataset(
   region_dim: int | None = None,
   images: bool = True,
   class_names: Sequence[str] = (),
+  region_dtype: npt.DTypeLike = np.float32,
   shard_bytes: int = SHARD_BYTES,
   overwrite: bool = False,
 ) -> epath.Path:
   """Writes a data set and returns its folder, out_dir/name/version.
 
   sources: JSON that says what it is made of, kept in source.json. region_dim, images,
-  class_names: which of the optional fields the examples have, as in `features`. The folder
-  appears whole, at the end, or not at all.
+  class_names, region_dtype: which of the optional fields the examples have, as in `features`. The
+  folder appears whole, at the end, or not at all.
   """
   final = dataset_dir(out_dir, name, version)
   with publishing(final, splits, overwrite) as folder:
-    spec = features(region_dim, images, class_names)
+    spec = features(region_dim, images, class_names, region_dtype=region_dtype)
     written = {
       split: _write_split(folder, shard_prefix(final, split), split, examples, shard_bytes, spec)
       for split, examples in splits.items()
@@ -199,7 +209,7 @@ class ShardCounts:
 def _write_split(
   folder: epath.Path, prefix: str, split: str, examples: Iterable[Example], shard_bytes: int, spec
 ) -> list[ShardCounts]:
-  indices, numbered = [], _numbered(examples, set(spec), split)
+  indices, numbered = [], _numbered(examples, spec, split)
   first = next(numbered, None)
   if first is None:
     raise DatasetError(f"split {split!r} is empty: no picture of the source belongs to it")
@@ -240,13 +250,18 @@ def write_records(
   return builder.build()
 
 
-def _numbered(examples: Iterable[Example], fields: set[str], split: str) -> Iterator[Example]:
-  """Adds caption ids and positions where there are none, and checks that all fields are there."""
-  count = 0
+def _numbered(examples: Iterable[Example], spec, split: str) -> Iterator[Example]:
+  """Adds caption ids and positions where there are none, checks that all fields are there, and
+  gives regions the type of the spec."""
+  count, fields = 0, set(spec)
   for example in examples:
     places = range(count, count + len(example["captions"]))
     count += len(example["captions"])
-    yield checked({"caption_ids": places, "caption_positions": places, **example}, fields, split)
+    example = {"caption_ids": places, "caption_positions": places, **example}
+    example = checked(example, fields, split)
+    if "regions" in fields:
+      example["regions"] = np.asarray(example["regions"], spec["regions"].np_dtype)
+    yield example
 
 
 def checked(example: Example, fields: set[str], split: str) -> Example:

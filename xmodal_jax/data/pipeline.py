@@ -7,6 +7,7 @@ own: they hand over a flag, and the consumer raises the error itself.
 """
 
 import atexit
+import dataclasses
 import functools
 import logging
 import os
@@ -60,7 +61,7 @@ class Ledger:
     """Counts a record once. DataError if that makes them too many."""
     reason = str(error)
     if not isinstance(error, BadRecordError):  # whose text already names the record
-      reason = f"{self._named(record, filename)}: {reason}"
+      reason = f"{self.named(record, filename)}: {reason}"
     with self._lock:
       if record in self.bad:
         return
@@ -76,7 +77,8 @@ class Ledger:
         f"than max_bad_fraction = {self.max_bad_fraction:g} allows:{names}"
       )
 
-  def _named(self, record: int, filename: str) -> str:
+  def named(self, record: int, filename: str) -> str:
+    """What messages call a record."""
     split = self.split
     if not isinstance(split, mix_lib.Joined):
       return f"record {record} ({filename}) of split {split.name!r}"
@@ -181,6 +183,80 @@ def _parallel(threads: int | None) -> int:
   return threads or len(os.sched_getaffinity(0))
 
 
+@dataclasses.dataclass(frozen=True)
+class Regions:
+  """What a row has in place of pixels: regions float32 [R, F], boxes float32 [R, 4] as parts of the
+  picture, region_mask bool [R].
+
+  count: R; rows with fewer regions are padded with zeros. width: F. truncate: of a picture with
+  more regions the first R count; otherwise it is an error.
+  """
+
+  count: int
+  width: int
+  truncate: bool = False
+
+  def blanks(self) -> list[np.ndarray]:
+    """The three arrays of no regions."""
+    return [
+      np.zeros((self.count, self.width), np.float32),
+      np.zeros((self.count, 4), np.float32),
+      np.zeros(self.count, bool),
+    ]
+
+  def arrays(self, content: Record) -> list[np.ndarray]:
+    """The three arrays of a record. ValueError, saying why, if it has none that fit."""
+    if content.regions is None or content.boxes is None or content.size is None:
+      raise ValueError(
+        "no regions with boxes and the size of the picture, and config.data.regions asks for them; "
+        "write the data set with `python tools/prepare_data.py regions`"
+      )
+    n, width = content.regions.shape
+    if width != self.width or len(content.boxes) != n:
+      raise ValueError(
+        f"{n} regions of {width} numbers with {len(content.boxes)} boxes, expected {self.width} "
+        "numbers and a box each; write the data set again, or set config.model.image.features"
+      )
+    if n > self.count and not self.truncate:
+      raise ValueError(
+        f"{n} regions, more than config.data.regions = {self.count}; raise it, or set "
+        "config.data.truncate_regions to use the first ones"
+      )
+    n = min(n, self.count)
+    features, boxes, mask = self.blanks()
+    features[:n], mask[:n] = content.regions[:n], True
+    boxes[:n] = content.boxes[:n] / np.array(content.size * 2, np.float32)
+    return [features, boxes, mask]
+
+
+# What a row has of a picture: the names of the fields, blanks of them, and what gives the arrays of
+# record number i, None if it is bad. The last argument is the generator of its augmentation.
+class _Visual(NamedTuple):
+  names: tuple[str, ...]
+  blanks: list[np.ndarray]
+  read: Callable[[Record, int, np.random.Generator | None], list[np.ndarray] | None]
+
+
+def _visual(regions: Regions | None, transform: Callable | None, ledger: Ledger) -> _Visual:
+  """transform: (picture, generator) -> uint8 [H, W, 3]; not needed for regions."""
+  if regions is None:
+
+    def pixels(content: Record, record: int, rng) -> list[np.ndarray] | None:
+      found = _pixels(content, lambda image: transform(image, rng), ledger, record)
+      return None if found is None else [found]
+
+    blank = _blank(lambda image: transform(image, order_lib.generator(0, 0, 0)))
+    return _Visual(("image",), [blank], pixels)
+
+  def arrays(content: Record, record: int, rng) -> list[np.ndarray]:
+    try:
+      return regions.arrays(content)
+    except ValueError as e:  # of the data set as a whole, not of a bad record
+      raise DataError(f"{ledger.named(record, content.filename)}: {e}") from None
+
+  return _Visual(("regions", "boxes", "region_mask"), regions.blanks(), arrays)
+
+
 class _Rows(NamedTuple):
   """What a process's rows of a batch are read from; [b] arrays are int64."""
 
@@ -209,6 +285,7 @@ def train_batches(
   max_bad_fraction: float = 1e-4,
   order: Callable[[int], np.ndarray] | None = None,
   augment: image_lib.Augment | None = None,
+  regions: Regions | None = None,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
   truncate: bool = True,
@@ -218,7 +295,9 @@ def train_batches(
   Fields, with b = batch_size / process_count: image uint8 [b, H, W, 3], text_ids int32 [b, L],
   text_mask bool [b, L], image_id int32 [b], caption_id int32 [b]; of a joined split also dataset
   int32 [b], the number of each row's data set. With captions "none", which needs no tokenizer,
-  there are neither texts nor caption_id, but label int32 [b], see `records.Record`.
+  there are neither texts nor caption_id, but label int32 [b], see `records.Record`. With `regions`
+  there are regions float32 [b, R, F], boxes float32 [b, R, 4] and region_mask bool [b, R] in place
+  of image, and a record that they do not fit is a DataError.
 
   batch_size: global; process p has rows p b to (p + 1) b. captions: see `order.samples_per_epoch`.
   mix: see `order.Mixture`. augment: (picture, generator) -> uint8 [H, W, 3], in place of
@@ -240,7 +319,7 @@ def train_batches(
     mixture = order_lib.Mixture(mix, [len(order(0))], batch_size, seed)
   else:
     raise ValueError(f'a given order takes the place of data.mix="shuffle", and mix is {mix!r}')
-  transform = augment or (lambda image, rng: image_transform(image))
+  visual = _visual(regions, augment or (lambda image, rng: image_transform(image)), ledger)
   labelled = captions == "none"
 
   @functools.lru_cache(maxsize=256)  # far more batches than are under way at a time
@@ -259,7 +338,8 @@ def train_batches(
     return _Rows(pool_seed, epoch, first, sources, *found, keys)
 
   def example(i: np.ndarray):
-    """Row i of ours, over all steps -> pixels, caption, record, caption id or label, key."""
+    """Row i of ours, over all steps -> fields of the picture, caption, record, caption id or label,
+    key."""
     this_step, row = divmod(int(i), local)
     rows = plan(this_step)
     seed, epoch, position, source = rows.seed, rows.epoch, rows.first + row, rows.sources[row]
@@ -268,33 +348,34 @@ def train_batches(
       content = _read(split, ledger, record)
       if content is not None:
         rng = augment and order_lib.generator(position, seed, epoch)
-        pixels = _pixels(content, lambda image: transform(image, rng), ledger, record)
-        if pixels is not None:
+        arrays = visual.read(content, record, rng)
+        if arrays is not None:
           caption = b"" if labelled else content.captions[text].encode()
           own = content.label if labelled else offsets[record] + text
-          return pixels, caption, record, own, rows.keys[row]
+          return *arrays, caption, record, own, rows.keys[row]
       stand_in = order_lib.replacement(position, attempt, counts[source], seed, epoch)
       stand_in += firsts[source]
       found = order_lib.locate(np.array([stand_in]), offsets, captions, seed, epoch)
       record, text = int(found[0][0]), int(found[1][0])
     raise DataError(f"split {split.name!r}: {_ATTEMPTS} samples in a row are bad")
 
-  blank = _blank(lambda image: transform(image, order_lib.generator(0, seed, 0)))
-  example_blanks = [blank, b"", np.int64(0), np.int64(0), np.uint64(0)]
+  example_blanks = [*visual.blanks, b"", np.int64(0), np.int64(0), np.uint64(0)]
 
-  def assemble(image, texts, record, caption, keys, ok):
+  def assemble(*x):
+    *arrays, texts, record, caption, keys, ok = x
+    seen = dict(zip(visual.names, arrays, strict=True))
     int32 = lambda x: tf.cast(x, tf.int32)
     several = {}
     if isinstance(split, mix_lib.Joined):
       several["dataset"] = int32(tf.searchsorted(split.starts, record, side="right") - 1)
     if labelled:
       ids = {"image_id": int32(record), "label": int32(caption)}
-      return {"image": image, **ids, **several, "ok": tf.reduce_all(ok)}
+      return {**seen, **ids, **several, "ok": tf.reduce_all(ok)}
     if getattr(tokenizer, "corrupt", 0.0):  # evaluation makes no use of it
       texts = tokenizer.corrupted(texts, keys)
     ids, mask, tokens_ok = _tokens(texts, tokenizer, text_length, truncate, ledger)
     return {
-      "image": image,
+      **seen,
       "text_ids": ids,
       "text_mask": mask,
       "image_id": int32(record),
@@ -363,7 +444,8 @@ def eval_images(
   split: Split,
   *,
   batch_size: int,
-  image_transform: Transform,
+  image_transform: Transform | None,
+  regions: Regions | None = None,
   process_index: int = 0,
   process_count: int = 1,
   max_bad_fraction: float = 0.0,
@@ -375,30 +457,32 @@ def eval_images(
   Fields: image uint8 [b, H, W, 3], image_id int32 [b], valid bool [b]; label int32 [b] of a split
   with class names. The last batch is filled up with rows that are not valid, of image_id and label
   -1. A bad picture is not valid either but keeps its id;
-  DataError if more than max_bad_fraction of the split are bad.
+  DataError if more than max_bad_fraction of the split are bad. regions: in place of image, as in
+  `train_batches`.
   """
   local = _local_batch(batch_size, process_index, process_count)
-  ledger, blank = Ledger(split, max_bad_fraction, on_bad), _blank(image_transform)
+  ledger = Ledger(split, max_bad_fraction, on_bad)
+  visual = _visual(regions, lambda image, rng: image_transform(image), ledger)
 
   def example(i: np.ndarray):
     this_step, row = divmod(int(i), local)
     record = this_step * batch_size + process_index * local + row
     if record >= len(split):
-      return blank, np.int32(-1), np.int32(-1), False
+      return *visual.blanks, np.int32(-1), np.int32(-1), False
     content = _read(split, ledger, record)
-    pixels = content and _pixels(content, image_transform, ledger, record)
-    if pixels is None:
-      return blank, np.int32(record), np.int32(-1), False
-    return pixels, np.int32(record), np.int32(content.label), True
+    arrays = content and visual.read(content, record, None)
+    if arrays is None:
+      return *visual.blanks, np.int32(record), np.int32(-1), False
+    return *arrays, np.int32(record), np.int32(content.label), True
 
-  blanks = [blank, np.int32(0), np.int32(0), np.False_]
+  blanks = [*visual.blanks, np.int32(0), np.int32(0), np.False_]
   steps = -(-len(split) // batch_size)
   dataset = tf.data.Dataset.range(steps * local).map(
     lambda i: tuple(ledger.call(example, [i], blanks)),
     num_parallel_calls=_parallel(threads),
   )
   dataset = dataset.batch(local, drop_remainder=True)
-  fields = ("image", "image_id", "label", "valid", "ok")
+  fields = (*visual.names, "image_id", "label", "valid", "ok")
   left_out = () if split.class_names else ("label",)
 
   def assemble(*x):

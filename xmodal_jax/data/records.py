@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from etils import epath
 
 from xmodal_jax.data import tfrecord
@@ -31,6 +32,8 @@ _FIELDS = {
   "caption_positions": ("caption_positions",),
   "regions": ("regions",),
   "boxes": ("boxes",),
+  "image_width": ("image_width",),
+  "image_height": ("image_height",),
   "label": ("label",),
 }
 
@@ -56,7 +59,8 @@ class Record:
   captions: tuple[str, ...]
   caption_ids: tuple[int, ...]  # of the annotation file; empty where there are none
   regions: np.ndarray | None = None  # float32 [R, F]
-  boxes: np.ndarray | None = None  # float32 [R, 4], x1 y1 x2 y2 in pixels
+  boxes: np.ndarray | None = None  # float32 [R, 4], x1 y1 x2 y2 in pixels of the picture
+  size: tuple[int, int] | None = None  # width and height of that picture, where it has boxes
   label: int = -1  # position in Split.class_names; -1 where there is none
 
 
@@ -81,30 +85,35 @@ def count_captions(payload: bytes) -> tuple[int, Sequence[int]]:
   return len(f["captions"].bytes_list.value) if "captions" in f else 0, places
 
 
-def parse(payload: bytes, region_dim: int | None = None) -> Record:
-  """A serialised tf.train.Example -> Record. region_dim: F of regions. Raises on any damage."""
+def parse(
+  payload: bytes, region_dim: int | None = None, region_dtype: npt.DTypeLike = np.float32
+) -> Record:
+  """A serialised tf.train.Example -> Record. region_dim: F of regions; region_dtype: as stored.
+  Raises on any damage."""
   f = _features(payload)
   ints = lambda name: tuple(f[name].int64_list.value) if name in f else ()
   texts = lambda name: tuple(v.decode() for v in f[name].bytes_list.value) if name in f else ()
 
-  def floats(name: str, width: int | None) -> np.ndarray | None:
+  def floats(name: str, width: int | None, dtype: npt.DTypeLike) -> np.ndarray | None:
     if name not in f:
       return None
     if not width:
       raise ValueError(f"{name} of unknown width: the data set's features.json gives none")
     raw = f[name].bytes_list.value  # one string of little-endian floats, or a list of floats
-    flat = np.frombuffer(raw[0], "<f4") if raw else np.array(f[name].float_list.value, np.float32)
-    return flat.reshape(-1, width)
+    flat = np.frombuffer(raw[0], dtype) if raw else np.array(f[name].float_list.value, np.float32)
+    return flat.astype(np.float32, copy=False).reshape(-1, width)
 
   image = f["image"].bytes_list.value if "image" in f else ()
+  size = (*ints("image_width")[:1], *ints("image_height")[:1])
   return Record(
     image=image[0] if image else b"",
     image_id=(ints("image_id") or (-1,))[0],
     filename=(texts("filename") or ("",))[0],
     captions=texts("captions"),
     caption_ids=ints("caption_ids"),
-    regions=floats("regions", region_dim),
-    boxes=floats("boxes", 4),
+    regions=floats("regions", region_dim, region_dtype),
+    boxes=floats("boxes", 4, np.float32),
+    size=size if len(size) == 2 else None,
     label=(ints("label") or (-1,))[0],
   )
 
@@ -144,6 +153,7 @@ class Split:
 
   captions_per_record: int32 [N].
   class_names: what the labels of the records stand for; empty where there are no labels.
+  region_dim: width of the features of the regions; None where there are none.
   fingerprint: sha256 of shard names and sizes and of the extents and crcs of all records.
   """
 
@@ -154,10 +164,12 @@ class Split:
     region_dim: int | None = None,
     max_captions: int | None = None,
     class_names: Sequence[str] = (),
+    region_dtype: npt.DTypeLike = np.float32,
   ):
     """parts: for each split joined, its shards and the number of records of each. max_captions:
-    of every picture only the first so many count."""
-    self.name, self._region_dim, self._max_captions = name, region_dim, max_captions
+    of every picture only the first so many count. region_dtype: of the features as stored."""
+    self.name, self.region_dim, self._max_captions = name, region_dim, max_captions
+    self._region_dtype = np.dtype(region_dtype).newbyteorder("<")
     self.class_names: tuple[str, ...] = tuple(class_names)
     shards = [(epath.Path(path), n) for part in parts for path, n in part]
     load = lambda shard: tfrecord.load_index(*shard, count_captions)
@@ -210,7 +222,8 @@ class Split:
     # Outside the try: a lost disk is no bad record.
     data = self._files.read(shard, offset, tfrecord.OVERHEAD + length)
     try:
-      record = parse(tfrecord.unframe(data, length, int(index.crcs[j])), self._region_dim)
+      payload = tfrecord.unframe(data, length, int(index.crcs[j]))
+      record = parse(payload, self.region_dim, self._region_dtype)
     except Exception as e:
       raise BadRecordError(self.name, int(i), os.fspath(self._paths[shard]), str(e)) from e
     if self._max_captions:
@@ -257,9 +270,10 @@ def _open(builder, split: str, max_captions: int | None = None) -> Split:
     parts.append(list(zip(info.splits[name].filepaths, counts, strict=True)))
   regions, label = (dict(info.features).get(name) for name in ("regions", "label"))
   region_dim = regions.shape[-1] if regions is not None else None
+  region_dtype = regions.np_dtype if regions is not None else np.float32
   # A label of another kind, say a plain number, has no names; numbered classes have their numbers.
   names = label.names if getattr(label, "num_classes", None) else ()
-  return Split(split, parts, region_dim, max_captions, names)
+  return Split(split, parts, region_dim, max_captions, names, region_dtype)
 
 
 def open_split(data_dir: epath.PathLike, split: str) -> Split:

@@ -3,8 +3,8 @@
 A scene has 2 or 3 objects, each of one of 8 colours, 5 shapes and 2 sizes in one of 9 places, no
 two in the same place. All scenes of all splits differ. Each has five captions of different wordings
 and with objects in differing order; some leave out sizes, or give relations in place of places.
-Beside the picture stand region features of its objects, as a detector would give them. Everything
-is a function of the seed.
+Beside the picture stand regions as a detector would give them, its objects first and after them
+some of background, with features of their pixels. Everything is a function of the seed.
 """
 
 import io
@@ -17,12 +17,14 @@ from PIL import Image, ImageDraw
 
 from xmodal_jax.data import builder
 
-NAME, VERSION = "shapes", "1.0.0"
+NAME, VERSION = "shapes", "1.1.0"  # another version for other contents: see `ensure`
 SIZES = {"train": 4000, "val": 500, "test": 500}  # pictures of each split
 WIDTH = 96
 _CELL, _SCALE = WIDTH // 3, 2  # drawn at twice the size and averaged: cheap smooth edges
 _CROP = 8  # a region's pixels are seen at 8 x 8
 REGION_DIM = 3 * _CROP * _CROP + 6 + 7
+_BACKGROUND = (2, 4)  # fewest and most regions without an object
+MAX_REGIONS = 3 + _BACKGROUND[1]
 
 COLOURS = {
   "red": (208, 40, 38),
@@ -110,6 +112,17 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, np.ndar
     box = np.concatenate([low, high]) + uniform(-1, 1, 4)
     boxes.append(np.clip(box, 0, WIDTH))
   return image.reduce(_SCALE), np.array(boxes, np.float32)
+
+
+def background_boxes(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+  """Boxes float32 [N, 4], N from 2 to 4, in different cells that hold no object: false alarms."""
+  empty = np.setdiff1d(np.arange(9), [item[3] for item in scene])
+  count = rng.integers(_BACKGROUND[0], _BACKGROUND[1], endpoint=True)
+  cells = rng.permutation(empty)[:count]
+  corner = np.stack([cells % 3, cells // 3], 1) * _CELL  # [N, 2]
+  size = rng.uniform(_CELL / 3, _CELL, (count, 2))
+  low = corner + rng.random((count, 2)) * (_CELL - size)
+  return np.concatenate([low, low + size], 1).astype(np.float32)
 
 
 def region_features(image: Image.Image, boxes: np.ndarray) -> np.ndarray:
@@ -238,6 +251,8 @@ def _example(scene: Scene, seed: int, index: int, split: str) -> builder.Example
   data = io.BytesIO()
   image.save(data, "JPEG", quality=95, subsampling=0)  # small objects live by their colours
   texts = captions(scene, rng)
+  # From a generator of their own: the pictures and captions are what they were without them.
+  boxes = np.concatenate([boxes, background_boxes(scene, np.random.default_rng((seed, index, 1)))])
   return {
     "image": data.getvalue(),
     "image_id": index,
@@ -246,6 +261,8 @@ def _example(scene: Scene, seed: int, index: int, split: str) -> builder.Example
     "caption_ids": range(index * len(texts), (index + 1) * len(texts)),
     "regions": region_features(image, boxes),
     "boxes": boxes,
+    "image_width": WIDTH,
+    "image_height": WIDTH,
   }
 
 
@@ -275,6 +292,7 @@ def write(
 def ensure(data_dir: epath.PathLike) -> epath.Path:
   """The folder of the data set under data_dir, rendered first (10 s) if it is not there.
 
+  One of an earlier version stays beside it, unread.
   Several processes may call it at once: each renders, one's folder stays, all get that one.
   """
   path = builder.dataset_dir(data_dir, NAME, VERSION)

@@ -26,7 +26,11 @@ from xmodal_jax.data.tfrecord import DatasetError
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A picture file and its captions; positions: their places in the split's list, if it has one."""
+  """A picture file and its captions; positions: their places in the split's list, if it has one.
+
+  position: of the picture in the annotations' list, where they number pictures so and not by
+  COCO's ids. size: width and height, where the annotations say it.
+  """
 
   filename: str
   path: epath.Path
@@ -35,6 +39,8 @@ class Picture:
   caption_ids: tuple[int, ...] | None = None
   caption_positions: tuple[int, ...] | None = None
   label: int | None = None
+  position: int | None = None
+  size: tuple[int, int] | None = None
 
 
 Splits = dict[str, list[Picture]]
@@ -46,10 +52,14 @@ def examples(pictures: Iterable[Picture]) -> Iterator[Example]:
 
 
 def example(picture: Picture) -> Example:
-  fields = ("caption_ids", "caption_positions", "label")
-  given = {name: getattr(picture, name) for name in fields}
+  return {"image": picture.path.read_bytes(), **fields(picture)}
+
+
+def fields(picture: Picture) -> dict:
+  """What an example holds beside the picture itself."""
+  optional = ("caption_ids", "caption_positions", "label")
+  given = {name: getattr(picture, name) for name in optional}
   return {
-    "image": picture.path.read_bytes(),
     "image_id": picture.image_id,
     "filename": picture.filename,
     "captions": picture.captions,
@@ -147,6 +157,12 @@ def _json(path: epath.Path) -> dict | list:
     raise DatasetError(f"{path}: not JSON ({e}); fetch the file again") from e
 
 
+def _size(item: dict) -> tuple[int, int] | None:
+  """Of an entry of a picture that may have a width and a height."""
+  size = item.get("width"), item.get("height")
+  return size if all(type(side) is int and side > 0 for side in size) else None
+
+
 def _keys(where: str, item: object, keys: tuple[str, ...], layout: str) -> None:
   missing = [k for k in keys if not isinstance(item, dict) or k not in item]
   if missing:
@@ -191,6 +207,8 @@ def read_karpathy(
         int(item.get("cocoid", item.get("imgid"))),
         tuple(s["raw"] for s in sentences),
         tuple(int(s["sentid"]) for s in sentences),
+        position=None if "cocoid" in item else i,
+        size=_size(item),
       )
     )
   if not splits:
@@ -198,23 +216,26 @@ def read_karpathy(
   return dict(splits)
 
 
-def read_coco(annotations: epath.PathLike, images: epath.PathLike) -> Splits:
+def read_coco(
+  annotations: epath.PathLike, images: epath.PathLike, dev_captions: int | None = None
+) -> Splits:
   """The layout of VSE++: captions_{train,val}2014.json and coco_{train,restval,dev,test}_ids.npy.
 
   annotations: the folder of these files. One picture for all captions of an image, in the order of
   the first of them in the id list; each caption keeps its place in the list. dev becomes "val".
+  dev_captions: only so many of its captions count; None for all.
   """
   folder, images = epath.Path(annotations), epath.Path(images)
   layout = (
     "COCO's {'images': [{'id', 'file_name'}], 'annotations': [{'id', 'image_id', 'caption'}]}"
   )
-  names, captions = {}, {}
+  names, captions, sizes = {}, {}, {}
   for file in (folder / "captions_train2014.json", folder / "captions_val2014.json"):
     data = _json(file)
     _keys(f"{file}", data, ("images", "annotations"), layout)
     for i, item in enumerate(data["images"]):
       _keys(f"{file}: images[{i}]", item, ("id", "file_name"), layout)
-      names[item["id"]] = item["file_name"]
+      names[item["id"]], sizes[item["id"]] = item["file_name"], _size(item)
     for i, item in enumerate(data["annotations"]):
       _keys(f"{file}: annotations[{i}]", item, ("id", "image_id", "caption"), layout)
       if item["image_id"] not in names:
@@ -226,7 +247,7 @@ def read_coco(annotations: epath.PathLike, images: epath.PathLike) -> Splits:
   for stem, split in (("train", "train"), ("restval", "restval"), ("dev", "val"), ("test", "test")):
     file = folder / f"coco_{stem}_ids.npy"
     places = collections.defaultdict(list)  # image -> positions of its captions
-    ids = _id_list(file, captions)
+    ids = _id_list(file, captions)[: dev_captions if stem == "dev" else None]
     for position, caption in enumerate(ids):
       places[captions[caption][0]].append(position)
     if twice := [i for i in places if owner.setdefault(i, split) != split]:
@@ -242,6 +263,7 @@ def read_coco(annotations: epath.PathLike, images: epath.PathLike) -> Splits:
         tuple(captions[ids[p]][1] for p in positions),
         tuple(ids[p] for p in positions),
         tuple(positions),
+        size=sizes[image],
       )
       for image, positions in places.items()
     ]
