@@ -139,14 +139,16 @@ def tgdt(c):
       shared=False,
     )
     | tgdt_lib.OBJECTIVE
+    # From scratch the hardest negative alone teaches nothing for a long time.
+    | dict(reduce="sum")
   )
   c.data.regions = shapes.MAX_REGIONS
   c.text.tokenizer, c.text.length = "bert", 37
-  c.batch_size, c.total = 125, "20 epochs"
+  c.batch_size, c.total = 125, "16 epochs"
   c.eval.batch_size = 250
-  c.eval.every = "10 epochs"
-  c.checkpoint.every = "10 epochs"
+  c.eval.every = "8 epochs"
+  c.checkpoint.every = "8 epochs"
   o = c.optim
-  o.lr, o.b2, o.warmup, o.weight_decay = 1e-3, 0.98, "2 epochs", 0.1
+  o.lr, o.b2, o.warmup, o.weight_decay = 1e-3, 0.98, "1 epochs", 0.1
   o.grad_clip = 2.0
   return c

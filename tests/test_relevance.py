@@ -114,6 +114,8 @@ def test_files(tmp_path):
   relevance.write(path, iter((values,)))
   with pytest.raises(ValueError, match=r"spice.npy: 3 of 24 relevances .* 2 of them -1"):
     relevance.read(path, 6, 4)
+  with pytest.raises(FileNotFoundError, match=r"none: no such folder; .* \*-test-spice.npy"):
+    relevance.find(folder / "none", "test", "spice")
   (path.parent / "coco-test-spice.npy").write_bytes(b"")
   with pytest.raises(ValueError, match=r"coco-test-spice.npy, f30k-test-spice.npy"):
     relevance.find(path.parent, "test", "spice")

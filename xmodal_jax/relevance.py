@@ -155,8 +155,12 @@ def _common(
 def find(directory: Any, split: str, method: str) -> Any | None:
   """The file NAME-SPLIT-METHOD.npy of a folder (a pathlib or epath path); None where there is none.
 
-  Raises ValueError where there are several.
+  Raises ValueError where there are several, FileNotFoundError where there is no such folder.
   """
+  if not directory.is_dir():
+    raise FileNotFoundError(
+      f"{directory}: no such folder; expected one with *-{split}-{method}.npy"
+    )
   found = sorted(directory.glob(f"*-{split}-{method}.npy"))
   if len(found) > 1:
     listing = ", ".join(path.name for path in found)
