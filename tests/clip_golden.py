@@ -81,7 +81,7 @@ def optimizer(train: dict, schedule, params, **changes):
     round_to="",
     round_paths=(),
   )
-  return optim.make_optimizer(c | changes, schedule, params)
+  return optim.make_optimizer(tiny.optim(**c | changes), schedule, params)
 
 
 def schedule(train: dict, run: optim.Run):

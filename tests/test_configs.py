@@ -59,7 +59,7 @@ def test_config_builds_full_size(name, variant, tmp_path):
   config.mesh = (("data", 2), ("fsdp", 2), ("model", 2))
   built = build.Built(config)
   run = optim.Run(100_000, config.batch_size, config.total)
-  tx = built.optimizer(optim.make_schedule(config.optim, run))
+  tx = built.optimizer(optim.make_schedule(config.optim, run), run.steps_per_epoch)
   built.state_shardings(tx)
   optim.steps(config.eval.every, run.steps_per_epoch)
   optim.steps(config.checkpoint.every, run.steps_per_epoch)
@@ -235,3 +235,30 @@ def test_published_learning_rates():
     )
     checked += 1
   assert checked
+
+
+def test_frozen_parameters_begin_later():
+  """They stay as they are, decay included, and their Adam starts from nothing at its first step."""
+  params = {"a": {"kernel": jnp.float32([2.0, -1.0])}, "b": {"kernel": jnp.float32([2.0, -1.0])}}
+  grads = [jax.tree.map(lambda p: p * k, params) for k in (3.0, -0.7, 1.3, 0.4)]
+  settings = tiny.optim(weight_decay=0.3, grad_clip=1e9)
+  schedule = lambda step, xp=jnp: xp.asarray(0.1)
+  late = optim.make_optimizer(
+    settings | dict(freeze=[("^b/", "2 epochs")]), schedule, params, (), 1
+  )
+  plain = optim.make_optimizer(settings, schedule, params)
+
+  def run(tx, params, grads):
+    state, out = tx.init(params), []
+    for g in grads:
+      updates, state = tx.update(g, state, params)
+      params = jax.tree.map(jnp.add, params, updates)
+      out.append(params)
+    return out
+
+  ours, from_start = run(late, params, grads), run(plain, params, grads)
+  fresh = run(plain, params, grads[2:])
+  for k in range(4):
+    np.testing.assert_allclose(ours[k]["a"]["kernel"], from_start[k]["a"]["kernel"], rtol=1e-5)
+    want = params if k < 2 else fresh[k - 2]
+    np.testing.assert_allclose(ours[k]["b"]["kernel"], want["b"]["kernel"], rtol=1e-5)

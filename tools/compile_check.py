@@ -53,7 +53,7 @@ def check(config) -> dict[str, float]:
   built = build.Built(config)
   run = optim.Run(1000 * config.batch_size, config.batch_size, config.total)
   schedule = optim.make_schedule(config.optim, run)
-  tx = built.optimizer(schedule)
+  tx = built.optimizer(schedule, run.steps_per_epoch)
   shardings = built.state_shardings(tx)
   rows = sharding.batch_sharding(built.mesh)
   key = jax.device_put(jax.random.key(0), built.replicated)

@@ -81,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
   five = "the first so many of each picture, or all (default: 5, the COCO protocol)"
   sub.add_argument("--captions_per_image", type=count, default=5, help=five)
   text = "folder with captions_{train,val}2014.json and coco_{train,restval,dev,test}_ids.npy"
-  command("coco", text, "coco")
+  sub = command("coco", text, "coco")
+  dev = "of coco_dev_ids.npy only the first so many; {} takes 5000 (default: all)"
+  text = dev.format("HAT's program")
+  sub.add_argument("--dev_captions", type=count, metavar="N", help=text)
   sub = command("pairs", "a .csv, .tsv or .jsonl with a row per caption", "pairs")
   for column in ("image", "caption", "id", "split"):
     default = "image_id" if column == "id" else column
@@ -129,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
   text = "of the stored features (default: %(default)s)"
   sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help=text)
   sub.add_argument("--captions_per_image", type=count, default=5, help=f"of a json: {five}")
-  text = "of coco_dev_ids.npy only the first so many; TGDT's program takes 5000 (default: all)"
+  text = dev.format("TGDT's program")
   sub.add_argument("--dev_captions", type=count, metavar="N", help=text)
   sub.add_argument("--check", action="store_true", help="report, and write nothing")
   sub = command("shapes", "the embedded data set of rendered scenes", "shapes", shapes.VERSION)
@@ -160,8 +163,8 @@ def _write(args: argparse.Namespace) -> epath.Path | None:
     options = {"captions_per_image": args.captions_per_image}
     splits = sources.read_karpathy(args.annotations, args.images, **options)
   elif args.source == "coco":
-    options = {}
-    splits = sources.read_coco(args.annotations, args.images)
+    options = {"dev_captions": args.dev_captions}
+    splits = sources.read_coco(args.annotations, args.images, args.dev_captions)
   elif args.source == "albef":
     lists = {k: getattr(args, k) for k in SPLITS if getattr(args, k)}
     options = {**lists, "max_missing": args.max_missing}

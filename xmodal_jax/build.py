@@ -68,9 +68,10 @@ class Built:
         "the whole batch; set it to 1"
       )
 
-  def optimizer(self, schedule: optim.Schedule):
-    params = nnx.to_pure_dict(self.params)
-    return optim.make_optimizer(self.config.optim, schedule, params, self.module.RULES)
+  def optimizer(self, schedule: optim.Schedule, steps_per_epoch: int = 0):
+    """The optax chain; steps_per_epoch: of the run, where config.optim.freeze counts epochs."""
+    params, rules = nnx.to_pure_dict(self.params), self.module.RULES
+    return optim.make_optimizer(self.config.optim, schedule, params, rules, steps_per_epoch)
 
   def state_shardings(self, tx) -> step_lib.TrainState:
     params = nnx.to_pure_dict(self.params)

@@ -105,6 +105,8 @@ def base() -> ConfigDict:
   o.weight_decay = 0.2
   o.decay = ((r"kernel$", 1.0), (".*", 0.0))  # multiples of weight_decay
   o.lr_mult = ((".*", 1.0),)
+  # (regex, duration): parameters that do not change before; their moments begin then, too.
+  o.freeze = ()
   o.grad_clip = 0.0  # global norm; 0: none
   # A warm-up may also be a share of all steps, "2.5 %". warmup_from: rate of step s, counted from 0:
   # "first", lr (s + 1) / warmup; "zero", lr s / warmup, so that the first step changes nothing;

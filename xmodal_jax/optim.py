@@ -225,6 +225,47 @@ def scale_by_trust_ratio(
   return optax.stateless(update)
 
 
+def scale_by_adam_from(
+  starts: Any, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+  """optax.scale_by_adam where each parameter begins at a step of its own, moments and counts alike.
+
+  starts: nested dict of ints like the parameters. Before its start a parameter's update is 0, and
+  what its gradient is does not matter.
+  """
+
+  def init(params):
+    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+    return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(), zeros())
+
+  def update(grads, state, params=None):
+    del params
+    held = lambda g, start: jnp.where(state.count >= start, g, 0)
+    grads = jax.tree.map(held, grads, starts)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+
+    def one(m, v, start):
+      taken = jnp.maximum(state.count + 1 - start, 1).astype(jnp.float32)
+      return (m / (1 - b1**taken)) / (jnp.sqrt(v / (1 - b2**taken)) + eps)
+
+    return jax.tree.map(one, mu, nu, starts), optax.ScaleByAdamState(state.count + 1, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
+def hold(starts: Any) -> optax.GradientTransformation:
+  """Updates of 0 before each parameter's start; see `scale_by_adam_from`."""
+
+  def update(updates, state, params=None):
+    del params
+    kept = jax.tree.map(lambda u, start: jnp.where(state.count >= start, u, 0), updates, starts)
+    return kept, optax.ScaleByScheduleState(state.count + 1)
+
+  init = lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+  return optax.GradientTransformation(init, update)
+
+
 def trust_groups(
   trust: str, decay: Any, params: Any, rules: Sequence[convert.Entry]
 ) -> list[tuple[tuple[str, ...], bool]]:
@@ -284,26 +325,32 @@ def make_optimizer(
   schedule: Schedule,
   params: Any,
   rules: Sequence[convert.Entry] = (),
+  steps_per_epoch: int = 0,
 ) -> optax.GradientTransformation:
   """The optax chain of the `optim` section, for parameters like `params` (shapes suffice).
 
   rules: the system's torch table, which says what LAMB takes norms of; adamw needs none.
+  steps_per_epoch: of the run, which durations in `freeze` may count in.
   """
   if config["name"] not in ("adamw", "lamb"):
     raise ValueError(f"optim.name is {config['name']!r}; there are adamw, lamb")
   decay = per_param("optim.decay", config["decay"], params)
   decay = jax.tree.map(lambda m: m * config["weight_decay"], decay)
-  chain = []
+  adam, chain, frozen = (config["b1"], config["b2"], config["eps"]), [], []
+  if config["freeze"]:
+    rules_of = [(p, steps(d, steps_per_epoch)) for p, d in config["freeze"]] + [(".*", 0)]
+    starts = jax.tree.map(int, per_param("optim.freeze", rules_of, params))
+    chain.append(hold(starts))  # what is frozen has no part in the norm that is clipped
+    frozen = [hold(starts)]  # nor does it decay
   if config["grad_clip"]:
     chain.append(optax.clip_by_global_norm(config["grad_clip"]))
-  chain += [
-    optax.scale_by_adam(config["b1"], config["b2"], config["eps"]),
-    add_decay(decay),
-  ]
+  scale = scale_by_adam_from(starts, *adam) if frozen else optax.scale_by_adam(*adam)
+  chain += [scale, add_decay(decay)]
   if config["name"] == "lamb":
     # The decay is inside of the ratio, multiples of the learning rate are outside.
     chain.append(scale_by_trust_ratio(trust_groups(config["trust"], decay, params, rules)))
   chain += [
+    *frozen,
     scale_per_param(per_param("optim.lr_mult", config["lr_mult"], params)),
     optax.scale_by_learning_rate(schedule),
   ]

@@ -69,7 +69,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
       f"for config.total={run.total!r} are {run.total_steps} steps"
     )
   schedule = optim.make_schedule(config.optim, run)
-  tx = built.optimizer(schedule)
+  tx = built.optimizer(schedule, run.steps_per_epoch)
   shardings = built.state_shardings(tx)
   logging.info("\n%s", optim.table(config.optim, built.params, built.params_shardings))
   with contextlib.ExitStack() as stack:

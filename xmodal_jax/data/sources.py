@@ -223,19 +223,25 @@ def read_coco(
 
   annotations: the folder of these files. One picture for all captions of an image, in the order of
   the first of them in the id list; each caption keeps its place in the list. dev becomes "val".
-  dev_captions: only so many of its captions count; None for all.
+  The picture is images/file_name, else images/train2014/file_name or images/val2014/file_name, by
+  the annotation file that has it. dev_captions: only so many captions of dev count; None for all.
   """
   folder, images = epath.Path(annotations), epath.Path(images)
+  if dev_captions is not None and dev_captions < 1:
+    raise DatasetError(f"dev_captions {dev_captions}: expected 1 or more, or all")
   layout = (
     "COCO's {'images': [{'id', 'file_name'}], 'annotations': [{'id', 'image_id', 'caption'}]}"
   )
-  names, captions, sizes = {}, {}, {}
-  for file in (folder / "captions_train2014.json", folder / "captions_val2014.json"):
+  names, paths, captions, sizes = {}, {}, {}, {}
+  for part in ("train2014", "val2014"):
+    file, apart = folder / f"captions_{part}.json", images / part
+    locate = functools.partial(_flat_or_in, images, apart if apart.is_dir() else None)
     data = _json(file)
     _keys(f"{file}", data, ("images", "annotations"), layout)
     for i, item in enumerate(data["images"]):
       _keys(f"{file}: images[{i}]", item, ("id", "file_name"), layout)
       names[item["id"]], sizes[item["id"]] = item["file_name"], _size(item)
+      paths[item["id"]] = locate(item["file_name"])
     for i, item in enumerate(data["annotations"]):
       _keys(f"{file}: annotations[{i}]", item, ("id", "image_id", "caption"), layout)
       if item["image_id"] not in names:
@@ -258,7 +264,7 @@ def read_coco(
     splits[split] = [
       Picture(
         names[image],
-        images / names[image],
+        paths[image],
         int(image),
         tuple(captions[ids[p]][1] for p in positions),
         tuple(ids[p] for p in positions),
@@ -268,6 +274,12 @@ def read_coco(
       for image, positions in places.items()
     ]
   return splits
+
+
+def _flat_or_in(images: epath.Path, apart: epath.Path | None, name: str) -> epath.Path:
+  """images/name, or apart/name where that folder exists and the former does not."""
+  path = images / name
+  return path if apart is None or path.exists() else apart / name
 
 
 def _id_list(file: epath.Path, captions: dict) -> list[int]:

@@ -14,6 +14,7 @@ Array = jax.Array
 MODES = ("MrSw", "MwSr", "symm", "sum", "mean", "MrAVGw", "scan-sentences")
 
 CHUNK_BYTES = 2**23  # of a held at a time: what a CPU's cache and a GPU's kernels work well on
+TEXTS, WORDS = 512, 128  # the same for `_packed`: texts packed together, words scored at a time
 
 
 def local_scores(
@@ -32,26 +33,71 @@ def local_scores(
   image_mask bool [I, R], text_mask bool [T, W]: the tokens that count. image_zero bool [I], and
   text_zero bool [T]: whether a maximum over the tokens of this picture (text) also sees a 0, as
   where an original's padding took part in it. A picture or text without a token scores 0.
-  chunk: so many texts at a time, [I, chunk, R, W] in memory; 0: as CHUNK_BYTES allows. The gradient
-  is that of `plain`, with every chunk computed again for it.
+  chunk: so many texts at a time; 0: as many as suit. MrSw and MrAVGw hold [I, R, WORDS] at a time
+  and work in proportion to the words that count; the others hold [I, chunk, R, W]. The gradient is
+  that of `plain`, with all pairs of tokens computed again for it.
   """
   if mode not in MODES:
     raise ValueError(f"alignment mode {mode!r}; there are {', '.join(MODES)}")
   count = len(texts)
-  pairs = 4 * len(images) * images.shape[1] * texts.shape[1]
-  size = min(chunk or max(CHUNK_BYTES // max(pairs, 1), 1), count)
   zero = lambda given, n: jnp.zeros(n, bool) if given is None else given
   image_zero, text_zero = zero(image_zero, len(images)), zero(text_zero, count)
-  score = functools.partial(plain, images, image_mask, image_zero, mode=mode)
+  if mode in ("MrSw", "MrAVGw"):
+    score, size = _packed, TEXTS
+  else:
+    score = jax.checkpoint(plain, prevent_cse=False, static_argnums=6)
+    size = CHUNK_BYTES // max(4 * len(images) * images.shape[1] * texts.shape[1], 1)
+  size = min(chunk or max(size, 1), count)
   parts = -(-count // size)
-  if parts == 1:
-    return score(texts, text_mask, text_zero)
   cut = lambda x: jnp.pad(x, [(0, parts * size - count)] + [(0, 0)] * (x.ndim - 1)).reshape(
     parts, size, *x.shape[1:]
   )
-  body = jax.checkpoint(lambda part: score(*part), prevent_cse=False)
-  scores = jax.lax.map(body, tuple(map(cut, (texts, text_mask, text_zero))))  # [parts, I, size]
+  one = lambda part: score(images, image_mask, image_zero, *part, mode)
+  scores = jax.lax.map(one, tuple(map(cut, (texts, text_mask, text_zero))))  # [parts, I, size]
   return jnp.moveaxis(scores, 0, 1).reshape(len(images), -1)[:, :count]
+
+
+def _packed(
+  images: Array,
+  image_mask: Array,
+  image_zero: Array,
+  texts: Array,
+  text_mask: Array,
+  text_zero: Array,
+  mode: str,
+) -> Array:
+  """`plain` for modes that add up words: those that count side by side, WORDS at a time.
+
+  Shapes are static, as many steps as for texts without padding; those without a word are skipped.
+  """
+  del text_zero  # of maxima over words
+  count, width, _ = texts.shape
+  words = min(WORDS, count * width)
+  parts = -(-count * width // words)
+  # Past the last word that counts: an index out of range, of a text that does not exist.
+  (place,) = jnp.nonzero(text_mask.reshape(-1), size=parts * words, fill_value=count * width)
+  place = place.reshape(parts, words)
+  tokens = texts.reshape(count * width, -1)
+  rows = tokens.at[place].get(
+    mode="fill", fill_value=0, indices_are_sorted=True
+  )  # [parts, words, D]
+
+  def some(rows: Array, place: Array) -> Array:
+    a = jnp.einsum("ird,wd->irw", images, rows, preferred_element_type=jnp.float32)
+    best = _best(a, image_mask[:, :, None], image_zero[:, None], 1)  # [I, words]
+    # A product, because adding to columns by index has no fixed order on a GPU.
+    owner = jax.nn.one_hot(place // width, count)
+    return jnp.dot(best, owner, precision="highest")  # [I, T]
+
+  none = lambda rows, place: jnp.zeros((len(images), count), jnp.float32)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def add(rows: Array, place: Array) -> Array:
+    return jax.lax.cond(place[0] < count * width, some, none, rows, place)
+
+  start = none(rows, place)
+  scores, _ = jax.lax.scan(lambda s, part: (s + add(*part), None), start, (rows, place))
+  return scores / jnp.maximum(text_mask.sum(-1), 1) if mode == "MrAVGw" else scores
 
 
 def plain(
@@ -102,7 +148,8 @@ def _scan_sentences(
   dot = (attended * images[:, None]).sum(-1)  # [I, T, R]
   norm = lambda x: jnp.sqrt(jnp.maximum((x.astype(jnp.float32) ** 2).sum(-1), 1e-16))
   cosine = dot / (norm(attended) * norm(images)[:, None])
-  return jnp.where(image_mask[:, None], cosine, 0).sum(-1)
+  counts = image_mask[:, None] & text_mask.any(-1)[:, None]  # [I, T, R]
+  return jnp.where(counts, cosine, 0).sum(-1)
 
 
 def aligned_scores(

@@ -99,6 +99,12 @@ class ViT(nnx.Module):
     remat, unroll = self.loop
     return layers.scan(self.blocks, self.embed(images), remat=remat, unroll=unroll)
 
+  def states(self, images: Array) -> Array:
+    """Every block's output [N, B, P, D]."""
+    remat, unroll = self.loop
+    x = self.embed(images)
+    return layers.scan(self.blocks, x, remat=remat, unroll=unroll, collect=True)
+
   def pool(self, tokens: Array) -> Array:
     """tokens [B, P, D] -> [B, embed]: the class token, normalised and projected."""
     return self.proj(self.ln_post(tokens[:, 0]))
