@@ -18,7 +18,8 @@ def get_config(variant=None):
   c.data.captions = "one"
   c.batch_size = 250
   c.eval.block = (512, 2560)
-  return {"clip": clip, "zerovl": zerovl, "team": team, "tgdt": tgdt}[variant or "clip"](c)
+  variants = {"clip": clip, "zerovl": zerovl, "team": team, "tgdt": tgdt, "hat": hat}
+  return variants[variant or "clip"](c)
 
 
 def clip(c):
@@ -148,6 +149,49 @@ def tgdt(c):
   c.eval.batch_size = 250
   c.eval.every = "8 epochs"
   c.checkpoint.every = "8 epochs"
+  o = c.optim
+  o.lr, o.b2, o.warmup, o.weight_decay = 1e-3, 0.98, "1 epochs", 0.1
+  o.grad_clip = 2.0
+  return c
+
+
+def hat(c):
+  c.model.update(
+    dict(
+      system="hat",
+      embed=128,
+      image=dict(
+        kind="swin",
+        size=64,
+        window=4,
+        embed=32,
+        depths=(1, 1, 2, 1),
+        heads=(1, 2, 4, 8),
+        drop_path=0.0,
+      ),
+      text=dict(
+        vocab=30522,
+        context=40,
+        width=128,
+        depth=3,
+        heads=4,
+        mlp=512,
+        dropout=0.0,
+        attention_dropout=0.0,
+      ),
+      levels=((3, 2), (1, 0), (2, 1)),
+      direction="i2t",
+      sharpness=9.0,
+      margin=0.2,
+      reduce="sum",  # from scratch; see `tgdt`
+      first_levels=(),
+    )
+  )
+  c.text.tokenizer, c.text.length = "bert", 37
+  c.batch_size, c.total = 40, "12 epochs"
+  c.eval.batch_size, c.eval.block = 100, (100, 500)
+  c.eval.every = "6 epochs"
+  c.checkpoint.every = "6 epochs"
   o = c.optim
   o.lr, o.b2, o.warmup, o.weight_decay = 1e-3, 0.98, "1 epochs", 0.1
   o.grad_clip = 2.0

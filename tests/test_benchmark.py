@@ -29,3 +29,19 @@ def test_rerank(tmp_path):
     # 20 images with 16 captions each, 100 captions with 16 images each.
     assert kind["sides"]["ours"]["info"]["examples"] == 1920
     assert kind["sides"]["ours"]["info"]["unique"] <= 1920
+
+
+def test_local_scores(tmp_path):
+  toy = ["local_scores", "--scale", "0.002", "--width", "32", "--repeats", "1", "--warmup", "0"]
+  against = ["--against", "torch", "--no_compile"] if importlib.util.find_spec("torch") else []
+  out = run(tmp_path, *toy, *against)
+  if not against:
+    assert out["sides"]["ours"]["examples_per_s"] > 0
+    pytest.skip("ours ran; torch is not there to compare with")
+  assert list(out["kinds"]) == ["expanded", "query", "einsum"]
+  for kind in out["kinds"].values():
+    assert kind["largest_difference"] < 1e-4
+    info = kind["sides"]["ours"]["info"]
+    assert info["examples"] == 500 and info["padded_flops"] == 2 * 500 * 36 * 40 * 32
+    # 6 words at the least, 10 in the mean, of 40.
+    assert 6 / 40 < info["flops"] / info["padded_flops"] < 14 / 40

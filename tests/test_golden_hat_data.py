@@ -15,7 +15,7 @@ from PIL import Image
 from tools import prepare_data
 from xmodal_jax import inputs
 from xmodal_jax.data import augment, image, records, sources, wordpiece
-from xmodal_jax.models import system
+from xmodal_jax.models import hat, system
 
 MANIFEST = golden_files.manifest("hat")
 CONFIG, CROP = MANIFEST["config"], MANIFEST["train_random_resized_crop"]
@@ -27,9 +27,9 @@ TRAINED = [k for k in PICTURES if k.startswith("train_uint8_")]
 
 
 class Pixels(system.System):
-  """What every system does with a batch of pictures; the statistics of ImageNet."""
+  """What every system does with a batch of pictures, with HAT's statistics."""
 
-  mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+  mean, std = hat.HAT.mean, hat.HAT.std
 
 
 def read(*parts: str) -> dict:

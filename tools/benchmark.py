@@ -1,16 +1,18 @@
-"""Measures the pieces: ranks, input pipeline, both towers, a training step, the second stage.
+"""Measures the pieces: ranks, input pipeline, towers, a training step, second stage, local scores.
 
   python tools/benchmark.py ranks --data DIR [--against eccv_caption]
   python tools/benchmark.py data --data_dir DIR --split train
   python tools/benchmark.py encode --model vit_b32 --batch 32 [--against torch]
   python tools/benchmark.py step --model vit_b32 --batch 32 [--against torch]
   python tools/benchmark.py rerank --scale 0.02 [--against torch]
+  python tools/benchmark.py local_scores --scale 0.02 [--against torch]
 
 Every side runs in a process of its own that stays alive, on the same cores with the same number of
 threads. Sides take turns (ours, theirs, ours, ...), so that a busy machine is as busy for both, and
 the ratio is reported pair by pair. The waiting side sleeps; its CPU time is reported to prove it.
 Of several forms of the other side (attention, memory format, compilation) the fastest counts;
-those of `rerank` are of three kinds (query by query, in batches, on our plan), each compared.
+those of `rerank` are of three kinds (query by query, in batches, on our plan), those of
+`local_scores` too (expanded over all pairs, over a picture's, not expanded), each compared.
 """
 
 import argparse
@@ -37,8 +39,10 @@ SIDES = {
   "ours": "benchmark_ours",
   "torch": "benchmark_torch",
   "torch rerank": "benchmark_rerank_torch",
+  "torch local_scores": "benchmark_local_torch",
   "eccv_caption": "benchmark_ranks",
 }
+OF_KINDS = ("rerank", "local_scores")  # commands whose forms have a kind, their first word
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorflow", "torch", "transformers", "eccv_caption")
 
 
@@ -85,6 +89,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   command.add_argument(
     "--slice", type=int, default=256, help="pairs that a run of the other side scores; 0: all"
   )
+  command = commands.add_parser("local_scores", parents=[common], help="TGDT's scores of all pairs")
+  command.add_argument("--scale", type=float, default=0.02, help="of the pictures and captions")
+  command.add_argument("--images", type=int, default=5000)
+  command.add_argument("--captions", type=int, default=25000)
+  command.add_argument("--regions", type=int, default=36, help="tokens of a picture")
+  command.add_argument("--words", type=int, default=40, help="tokens of a caption, with padding")
+  command.add_argument("--width", type=int, default=1024, help="of tokens")
+  command.add_argument("--chunk", type=int, default=0, help="captions at a time (ours); 0: its own")
+  command.add_argument("--against", choices=["torch"])
+  command.add_argument("--form", help="the only form of the other side to measure")
+  command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
   args = parser.parse_args(argv)
   for name in ("against", "form"):
     setattr(args, name, getattr(args, name, None))
@@ -107,7 +122,7 @@ class Side:
       "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--serve", name]
-    self.name = name
+    self.name, self.asked = name, set()
     self.process = subprocess.Popen(
       command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -115,6 +130,7 @@ class Side:
 
   def ask(self, form: str) -> dict[str, Any]:
     """Runs `form` once; the first time after another form, prepares it and warms up before."""
+    self.asked.add(form)
     self.process.stdin.write(json.dumps({"form": form}) + "\n")
     self.process.stdin.flush()
     return self._read()
@@ -196,10 +212,10 @@ def environment() -> dict[str, Any]:
 
 
 def kinds(forms: list[str]) -> dict[str, list[str]]:
-  """Forms of the other side by kind: only those of `rerank` are of several, their first words."""
+  """Forms of the other side by kind: of one kind unless the command is in OF_KINDS."""
   out: dict[str, list[str]] = {}
   for form in forms:
-    out.setdefault(form.split()[0] if ARGS.command == "rerank" else "", []).append(form)
+    out.setdefault(form.split()[0] if ARGS.command in OF_KINDS else "", []).append(form)
   return out
 
 
@@ -247,6 +263,9 @@ def main() -> None:
       form[ARGS.against] = names[0]
       if len(names) > 1:
         form[ARGS.against], part["forms"] = choose(sides["ours"], theirs, names)
+      if kind and theirs.asked - {form[ARGS.against]}:  # their peak of memory is not this form's
+        theirs.close()
+        theirs = sides[ARGS.against] = Side(ARGS.against)
     part |= measure(sides, form)
   for side in sides.values():
     side.close()
@@ -302,10 +321,17 @@ def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, A
     line += f" (1/{info['times']:.1f} of the work measured)"
   if "flops" in info:
     out["gflops_per_s"] = info["flops"] / out["wall"] / 1e9
+    if "padded_flops" in info:
+      out["padded_gflops_per_s"] = info["padded_flops"] / out["wall"] / 1e9
     line += f"  {out['gflops_per_s']:.1f} GFLOP/s"
     if info.get("peak_gflops_per_s"):
       out["peak_share"] = out["gflops_per_s"] / info["peak_gflops_per_s"]
       line += f" ({100 * out['peak_share']:.0f} % of a matmul's {info['peak_gflops_per_s']:.0f})"
+  if "padded_flops" in info:
+    line += f", {out['padded_gflops_per_s']:.1f} if padding counts"
+    if "peak_share" in out:
+      share = out["padded_gflops_per_s"] / info["peak_gflops_per_s"]
+      line += f" ({100 * share:.0f} %)"
   print(line, flush=True)
   return out
 

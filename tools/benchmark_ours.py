@@ -20,6 +20,10 @@ def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
     import benchmark_rerank
 
     return {"pairs once, scheduled": lambda: benchmark_rerank.ours(args)}
+  if args.command == "local_scores":
+    import benchmark_local
+
+    return {"words packed": lambda: benchmark_local.ours(args)}
   prepare = {"data": pipeline, "encode": encode, "step": train_step}[args.command]
   return {args.command: lambda: prepare(args)}
 

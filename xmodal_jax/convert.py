@@ -99,7 +99,20 @@ class Tied:
   same_as: str
 
 
-Entry = Rule | Ignore | Alias | Tied
+@dataclasses.dataclass(frozen=True)
+class Constant:
+  """A key without a parameter, whose value the shape of another key, `of`, determines. It may be
+  absent; where it is not it is compared, and it is written again.
+
+  value: (shape of `of`, **numbers in its name) -> array, None where a model has no such key.
+  """
+
+  torch: str
+  of: str
+  value: Callable[..., np.ndarray | None]
+
+
+Entry = Rule | Ignore | Alias | Tied | Constant
 
 
 @dataclasses.dataclass
@@ -234,7 +247,7 @@ def to_jax(
   shapes = {path: tuple(x.shape) for path, x in abstract.items()}
   steps = plan(rules, shapes)
   ignores = [(_pattern(r.torch), r) for r in rules if isinstance(r, Ignore)]
-  known = [_pattern(r.torch) for r in rules if isinstance(r, Rule | Tied)]
+  known = [_pattern(r.torch) for r in rules if isinstance(r, Rule | Tied | Constant)]
   report = Report(list(state), {}, [], [], 0)
   names = _canonical(rules, state)
   state = {known: state[name] for name, known in names.items()}
@@ -242,7 +255,7 @@ def to_jax(
     count = collections.Counter(names.values())
     twice = [f"{name} is {known}" for name, known in names.items() if count[known] > 1]
     raise ConversionError(keys_under_two_names=twice)
-  unknown, extra, misshapen, untied = [], [], [], []
+  unknown, extra, misshapen, untied, wrong = [], [], [], [], []
   tied = {r.torch: r.same_as for r in rules if isinstance(r, Tied)}
   for name in state:
     if name in steps:
@@ -250,6 +263,15 @@ def to_jax(
     if name in tied and tied[name] in state:
       if not _same_bits(state[name], state[tied[name]]):
         untied.append(f"{name} is not {tied[name]}")
+      continue
+    if (want := _constant(rules, name, state)) is not None:
+      have = _fetch(state[name])
+      if have.shape != want.shape:
+        wrong.append(f"{name} {list(have.shape)}, expected {list(want.shape)}")
+      elif differ := np.count_nonzero(have != want):
+        wrong.append(f"{name}: {differ} of {want.size} values differ")
+      elif have.dtype != want.dtype:  # a file of half precision gets its own back
+        report.kept[name] = have
       continue
     ignore = next((r for p, r in ignores if p.fullmatch(name)), None)
     if ignore is None:
@@ -274,13 +296,13 @@ def to_jax(
   no_rule = [f"{path} {list(shapes[path])}" for path in shapes if path not in covered]
   no_model = sorted(covered - set(shapes))
   if (
-    unknown or extra or missing or no_rule or no_model or untied
+    unknown or extra or missing or no_rule or no_model or untied or wrong
   ):  # shapes are compared without reading
     misshapen = _compare(state, steps, shapes) if check_shapes and not no_model else []
     raise ConversionError(
       unknown=unknown, extra=extra, missing=missing, misshapen=misshapen,
-      tied_and_different=untied, parameters_without_a_rule=no_rule,
-      rules_without_a_parameter=no_model,
+      tied_and_different=untied, not_what_the_model_computes=wrong,
+      parameters_without_a_rule=no_rule, rules_without_a_parameter=no_model,
     )  # fmt: skip
   if check_shapes and (misshapen := _compare(state, steps, shapes)):
     raise ConversionError(misshapen=misshapen)
@@ -338,6 +360,20 @@ def _same_bits(a: Any, b: Any) -> bool:
   return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
+def _constant(rules: Sequence[Entry], name: str, state: Mapping[str, Any]) -> np.ndarray | None:
+  """What the Constant of this name has to be beside the rest of a file; None if it is none."""
+  for rule in rules:
+    if isinstance(rule, Constant) and (match := _pattern(rule.torch).fullmatch(name)):
+      numbers = match.groupdict()
+      of = state.get(rule.of.format(**numbers))
+      return None if of is None else _value(rule, of.shape, numbers)
+  return None
+
+
+def _value(rule: Constant, shape: Sequence[int], numbers: Mapping[str, str]) -> np.ndarray | None:
+  return rule.value(tuple(shape), **{k: int(v) for k, v in numbers.items()})
+
+
 def _fetch(value: Any) -> np.ndarray:
   return value.read() if isinstance(value, TensorRef) else np.asarray(value)
 
@@ -373,6 +409,16 @@ def to_torch(
     first = out.get(alias.get(tied.same_as, tied.same_as))
     if first is not None and (not order or tied.torch in order):
       out[tied.torch] = first
+  for rule in (r for r in rules if isinstance(r, Constant)):
+    pattern = _pattern(rule.of)
+    for known in steps:
+      name, match = alias.get(known, known), pattern.fullmatch(known)
+      if match is None or name not in out:
+        continue
+      key = rule.torch.format(**match.groupdict())
+      value = _value(rule, out[name].shape, match.groupdict())
+      if value is not None and (not order or alias.get(key, key) in order):
+        out[alias.get(key, key)] = Lazy(value.shape, value.dtype, lambda v=value: v)
   out |= {name: Lazy(v.shape, v.dtype, lambda v=v: v) for name, v in kept.items()}
   names = dict.fromkeys([n for n in order if n in out]) | dict.fromkeys(out)
   return {name: out[name] for name in names}

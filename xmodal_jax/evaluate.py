@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -53,6 +54,8 @@ class Evaluator:
       for s in ("image", "text")
     }
     self.score = step_lib.make_score_step(graphdef, self.whole)
+    self.streams = system.stream and self.second is None
+    self.keep = step_lib.make_embed_step(graphdef, "image", self.whole, self.rows, None)
     self.reranker = rerank.Reranker(
       graphdef, self.rows, block=config.eval.block[1], shape=config.eval.rerank_block
     )
@@ -72,15 +75,21 @@ class Evaluator:
     text_bank = self.bank(batches(int(split.captions_per_record.sum())))
     if cache and cache.exists():
       (images, image_id), (texts, caption_image) = _load_features(cache)
+    elif self.streams:
+      texts, caption_image = self.encode(state, "text", self.inputs.texts(split))
+      scores, image_id = self.stream(state, self.inputs.images(split), texts)
     else:
       images, image_id = self.encode(state, "image", self.inputs.images(split), image_bank)
       texts, caption_image = self.encode(state, "text", self.inputs.texts(split), text_bank)
       if cache and jax.process_index() == 0:
         _save_features(cache, (images, image_id), (texts, caption_image))
     caption_image, kept = positions(image_id, caption_image)
-    if not kept.all():
-      texts = jax.tree.map(lambda x: x[kept], texts)
-    scores = self.scores(state, images, texts)
+    if self.streams:
+      scores = scores if kept.all() else scores[:, kept]
+    else:
+      if not kept.all():
+        texts = jax.tree.map(lambda x: x[kept], texts)
+      scores = self.scores(state, images, texts)
     graded = report_lib.grades(self.config, self.inputs, split_key)
     published = self.config.eval.protocol == "original"
 
@@ -106,9 +115,9 @@ class Evaluator:
   ) -> epath.Path | None:
     """Where features of a split under the parameters of `source` are kept.
 
-    None unless config.eval.cache, and with a second stage, which needs all tokens again anyway.
+    None unless config.eval.cache, and where tokens of pictures are needed, which are not kept.
     """
-    if not self.config.eval.cache or self.second is not None:
+    if not self.config.eval.cache or self.second is not None or self.streams:
       return None
     sections = ("model", "text", "dtype", "data")
     return cache_file(workdir, "embeddings", self.config, sections, split, source)
@@ -158,6 +167,32 @@ class Evaluator:
         rows, columns = min(block_i, len(out) - i), min(block_t, out.shape[1] - t)
         out[i : i + rows, t : t + columns] = jax.device_get(block)[:rows, :columns]
     return out
+
+  def stream(
+    self, state: Any, batches: Iterator[Mapping[str, np.ndarray]], texts: Any
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """First-stage scores float32 [I, T] with host features of texts, and image_id [I].
+
+    Batch by batch: the features of a picture, which can be megabytes, never leave the devices.
+    """
+    dtype, block = build_lib.compute_dtype(self.config.eval.token_dtype), self.config.eval.block[1]
+    count = len(jax.tree.leaves(texts)[0])
+    narrow = lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x
+    texts = jax.tree.map(narrow, texts)
+
+    def step(batch):
+      out, images = self.keep(state.params, state.stats, sharding.put_batch(batch, self.rows))
+      parts = []
+      for t in range(0, count, block):
+        self._check_stop()
+        part = jax.device_put(_block(texts, t, block), self.whole)
+        parts.append(self.score(state.params, state.stats, images, part))
+      return out | {"scores": jnp.concatenate(parts, axis=1)}
+
+    found, ids = collect(step, batches, self.stop)
+    scores = found["scores"][:, :count]
+    metrics.check_finite("scores", scores)
+    return scores, ids
 
   def second_scores(
     self,

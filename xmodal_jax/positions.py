@@ -1,5 +1,6 @@
-"""Learned position tables for another resolution, on the host."""
+"""Learned position tables for another resolution, and places in windows, on the host."""
 
+import functools
 import math
 
 import numpy as np
@@ -44,3 +45,28 @@ def resize_table(table: np.ndarray, rows: int, *, prefix: int = 1) -> np.ndarray
   grid = table[prefix:].astype(np.float64).reshape(old, old, -1)
   grid = np.einsum("yh,xw,hwd->yxd", m, m, grid).reshape(new * new, -1)
   return np.concatenate([table[:prefix], grid.astype(table.dtype)])
+
+
+@functools.cache
+def relative_index(window: int) -> np.ndarray:
+  """int64 [w*w, w*w]: the row of a table [(2w-1)^2, H] that belongs to (query, key) in a window."""
+  row, column = (x.ravel() for x in np.indices((window, window)))
+  away = lambda x: x[:, None] - x[None] + window - 1
+  out = (away(row) * (2 * window - 1) + away(column)).astype(np.int64)
+  out.flags.writeable = False  # one array for all callers
+  return out
+
+
+@functools.cache
+def shift_mask(grid: int, window: int) -> np.ndarray:
+  """float32 [(grid/w)^2, w*w, w*w]: 0, and -100 between places that a shift brought together.
+
+  The grid [grid, grid] is rolled by half a window; windows are row-major, and so are their places.
+  """
+  band = np.searchsorted([grid - window, grid - window // 2], np.arange(grid), side="right")
+  n = grid // window
+  region = (3 * band[:, None] + band).reshape(n, window, n, window).swapaxes(1, 2)
+  region = region.reshape(n * n, window * window)
+  out = np.where(region[:, :, None] != region[:, None], np.float32(-100), np.float32(0))
+  out.flags.writeable = False
+  return out

@@ -70,18 +70,23 @@ def make_train_step(
 
 
 def make_embed_step(
-  graphdef: nnx.GraphDef, side: str, whole: Any, rows: Any, second_stage: Sequence[str] = ()
+  graphdef: nnx.GraphDef,
+  side: str,
+  whole: Any,
+  rows: Any,
+  second_stage: Sequence[str] | None = (),
 ) -> Callable[..., Any]:
   """jitted (params, stats, batch) -> (first, second): features of `side` ("image" or "text").
 
-  second: those named by second_stage, sharded as `rows`; first: the others, sharded as `whole`,
-  with `valid` and `image_id` of the batch, from every process's rows.
+  second: those named by second_stage, None for all, sharded as `rows`; first: the others, sharded
+  as `whole`, with `valid` and `image_id` of the batch, from every process's rows.
   """
 
   def embed_step(params, stats, batch):
     model = nnx.merge(graphdef, params, stats)
     features = getattr(model, f"encode_{side}")(batch)
-    second = {k: features.pop(k) for k in second_stage if k in features}
+    names = list(features) if second_stage is None else second_stage
+    second = {k: features.pop(k) for k in names if k in features}
     return features | {k: batch[k] for k in ("valid", "image_id")}, second
 
   return jax.jit(embed_step, out_shardings=(whole, rows))

@@ -10,6 +10,7 @@ SYSTEMS = {
   "zerovl": "xmodal_jax.models.zerovl",
   "team": "xmodal_jax.models.team",
   "tgdt": "xmodal_jax.models.tgdt",
+  "hat": "xmodal_jax.models.hat",
 }
 
 # What a state dict is of, by keys that only such files have: for messages.

@@ -246,8 +246,12 @@ def scan(
   return each if collect else last
 
 
-def recompute(body: Callable, policy: str) -> Callable:
-  """The body of a scan whose activations are kept or computed again as the policy says."""
+def recompute(body: Callable, policy: str, *, once: bool = False) -> Callable:
+  """The body of a scan whose activations are kept or computed again as the policy says.
+
+  once: it runs outside of a loop, or in one of a single iteration, which compilers unroll: they
+  would find there that the same is computed twice, and keep it.
+  """
   if not policy:
     return body
-  return jax.checkpoint(body, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=False)
+  return jax.checkpoint(body, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=once)

@@ -22,6 +22,7 @@ class System(nnx.Module):
   `stage_mix` times the first stage; `second_stage` names the features that only it reads. Of texts
   with a `mask` [B, L] among these, whatever is as long as it along the second axis may be cut to
   fewer positions, as long as all of them are padding: `rerank` may not depend on padding.
+  `stream`: pictures have features too large to keep, so they are scored as they are encoded.
   `rows` is the sharding of a batch's rows, None for one device; `accumulate` the number of parts
   that a batch is encoded in while training: who builds it for a mesh sets both.
   """
@@ -32,6 +33,7 @@ class System(nnx.Module):
   top_k_image: int = 0
   stage_mix: float = 0.0
   second_stage: tuple[str, ...] = ()
+  stream: bool = False
   rows: NamedSharding | None = None
   accumulate: int = 1
 

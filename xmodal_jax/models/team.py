@@ -13,7 +13,7 @@ from flax import nnx
 from xmodal_jax import models, positions
 from xmodal_jax.convert import Alias, ConversionError, Entry, Ignore, Rule, linear
 from xmodal_jax.losses import contrastive, exchange, tokens
-from xmodal_jax.models import bert, clip_itm, layers, system, torch_names, vit
+from xmodal_jax.models import bert, clip_itm, layers, swin, system, torch_names, vit
 from xmodal_jax.models import matching as matching_lib
 
 Array = jax.Array
@@ -98,16 +98,23 @@ class TEAM(system.System):
     kw = dict(dtype=dtype, rngs=rngs)
     image = dict(image)
     self.kind = image.pop("kind")
-    if self.kind not in _TOWERS:
-      raise ValueError(f"model.image.kind is {self.kind!r}; team has {', '.join(_TOWERS)}")
-    tower = vit.ViT(embed=embed, **image, **_TOWERS[self.kind], **kw)
+    self.image_proj, dim = nnx.data(None), image.get("width")
+    if self.kind == "swin":
+      tower = swin.Swin(**image, **kw)
+      dim = image["embed"] * 2 ** (len(image["depths"]) - 1)
+      self.image_proj = nnx.data(layers.linear(dim, embed, ("embed", None), use_bias=False, **kw))
+    elif self.kind in _TOWERS:
+      tower = vit.ViT(embed=embed, **image, **_TOWERS[self.kind], **kw)
+    else:
+      kinds = ", ".join((*_TOWERS, "swin"))
+      raise ValueError(f"model.image.kind is {self.kind!r}; team has {kinds}")
     # A tower stands under its kind, because files of another kind have other names for its parts.
     self.image = nnx.Dict({self.kind: tower})
     self.text = bert.Bert(**text, **kw)
-    width, dim = text["width"], image["width"]
+    width = text["width"]
     if not project_text and width != dim:
       raise ValueError(
-        f"model.text.width is {width} and model.image.width {dim}: set model.project_text, so that "
+        f"model.text.width is {width} and that of image tokens {dim}: set model.project_text, so that "
         "the tokens of both have one width"
       )
     self.text_proj = layers.linear(width, embed, ("embed", None), use_bias=False, **kw)
@@ -120,10 +127,16 @@ class TEAM(system.System):
 
   def probe_features(self, batch):
     tower = self.image[self.kind]
-    return tower.ln_post(tower(self.pixels(batch["image"]))[:, 0]).astype(jnp.float32)
+    x = tower(self.pixels(batch["image"]))
+    x = x[-1].mean(1) if self.image_proj is not None else tower.ln_post(x[:, 0])
+    return x.astype(jnp.float32)
 
   def encode_image(self, batch, key=None):
     tower = self.image[self.kind]
+    if self.image_proj is not None:  # the last stage has no class token: the mean stands for it
+      x = tower(self.pixels(batch["image"]), key)[-1]
+      embed = self.image_proj(x.mean(1))
+      return {"embed": system.l2_normalize(embed, eps=1e-12), "tokens": x}
     x = tower(self.pixels(batch["image"]))
     normalised = self.kind == "deit"
     return {

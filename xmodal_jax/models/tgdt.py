@@ -138,7 +138,7 @@ class TGDT(system.System):
       raise ValueError("model.stage='lower' trains tokens alone: set model.loss='alignment'")
     if chosen["first_stage"] == "local":
       self.top_k_text = self.top_k_image = 0
-      self.second_stage = ()
+      self.second_stage, self.stream = (), True
     kw = dict(dtype=dtype, rngs=rngs)
     self.image, self.text = encoder.RegionTower(**image, **kw), bert.Bert(**text, **kw)
     project = lambda width: layers.linear(width, embed, ("embed", None), **kw)

@@ -4,8 +4,12 @@ import math
 import re
 from collections.abc import Iterable
 
+import numpy as np
+
+from xmodal_jax import positions
 from xmodal_jax.convert import (
   Alias,
+  Constant,
   ConversionError,
   Entry,
   Ignore,
@@ -117,6 +121,65 @@ def bert(torch: str, ours: str) -> list[Rule]:
   ]
 
 
+def swin(torch: str, ours: str) -> list[Entry]:
+  """Swin Transformer as Microsoft and timm 0.4.12 have it. torch: a prefix with its dot, "" for a
+  bare file.
+
+  Bare files are of classifiers, which normalise the last stage only: the norms of the others start
+  as they do in training. Index and mask buffers have to be what the tables say.
+  """
+  layer, stage = f"{torch}layers.{{stage}}", f"{ours}/stages/{{stage}}"
+  block, blocks = f"{layer}.blocks.{{layer}}", f"{stage}/blocks"
+  table = f"{block}.attn.relative_position_bias_table"
+  level = lambda name, path, default: [
+    Rule(
+      f"{torch}norm_{i}.{name}",
+      f"{ours}/norms/{i}/{path}",
+      default=default,
+      default_beside=r"patch_embed\..*",
+    )
+    for i in range(3)
+  ]
+  return [
+    Rule(f"{torch}patch_embed.proj.weight", f"{ours}/patch/kernel", conv),
+    Rule(f"{torch}patch_embed.proj.bias", f"{ours}/patch/bias"),
+    *norm(f"{torch}patch_embed.norm", f"{ours}/patch_ln"),
+    *norm(f"{block}.norm1", f"{blocks}/ln_1"),
+    Rule(table, f"{blocks}/table"),
+    Constant(f"{block}.attn.relative_position_index", table, _window_index),
+    Constant(f"{block}.attn_mask", table, _window_mask),
+    *fused(f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias", blocks),
+    *dense(f"{block}.attn.proj", f"{blocks}/out"),
+    *norm(f"{block}.norm2", f"{blocks}/ln_2"),
+    *dense(f"{block}.mlp.fc1", f"{blocks}/wi"),
+    *dense(f"{block}.mlp.fc2", f"{blocks}/wo"),
+    Rule(f"{layer}.downsample.reduction.weight", f"{stage}/merge/reduction/kernel", linear),
+    *norm(f"{layer}.downsample.norm", f"{stage}/merge/ln"),
+    *level("weight", "scale", 1.0),
+    *level("bias", "bias", 0.0),
+    *norm(f"{torch}norm", f"{ours}/norms/3"),
+  ]
+
+
+def window_of(rows: int) -> int:
+  """w of a table of (2w-1)^2 rows; 0 for another number of rows."""
+  side = math.isqrt(rows)
+  return (side + 1) // 2 if side * side == rows and side % 2 else 0
+
+
+def _window_index(shape: tuple[int, ...], stage: int, layer: int) -> np.ndarray | None:
+  del stage, layer
+  window = window_of(shape[0])
+  return positions.relative_index(window) if window else None
+
+
+def _window_mask(shape: tuple[int, ...], stage: int, layer: int) -> np.ndarray | None:
+  """Every second block has one, where the grid is of several windows: at the sizes of all
+  published files, 32 windows of pixels, it is of 8, 4, 2 and 1 along a side."""
+  window, along = window_of(shape[0]), 8 >> stage
+  return positions.shift_mask(along * window, window) if window > 1 < along and layer % 2 else None
+
+
 # What stands in public files of one tower beside the tower, and is of no use here.
 CLIP_REST: list[Entry] = [
   Ignore(name, keep=False)
@@ -126,6 +189,7 @@ CLIP_REST: list[Entry] = [
   )
 ]
 TIMM_REST: list[Entry] = [Ignore(name, keep=False) for name in ("head.*", "pre_logits.*")]
+SWIN_REST: list[Entry] = [Ignore("head.*", keep=False)]
 BERT_REST: list[Entry] = [
   # Files with a language model's head have the prefix; the oldest have TensorFlow's LayerNorms.
   Alias(r"^(?=embeddings\.|encoder\.|pooler\.)", "bert."),
