@@ -15,6 +15,7 @@ from xmodal_jax.models import layers, system
 
 BATCH = 64
 SYSTEMS = {"clip": tiny.config, "team": tiny.team, "zerovl": tiny.zerovl, "tgdt": tiny.tgdt}
+SYSTEMS |= {"hat": tiny.hat}
 
 
 def test_every_system_is_here():
@@ -25,7 +26,7 @@ def without_dropout(section) -> None:
   for key, value in section.items():
     if hasattr(value, "items"):
       without_dropout(value)
-    elif "dropout" in key:
+    elif "drop" in key:
       section[key] = 0.0
 
 

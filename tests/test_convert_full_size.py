@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import runpy
 import shutil
 import subprocess
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xmodal_jax import convert, init, torch_files
-from xmodal_jax.models import clip_itm, team, tgdt, zerovl
+from xmodal_jax import convert, init, models, torch_files
+from xmodal_jax.models import clip_itm, hat, team, tgdt, zerovl
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_MEMORY = 2.5  # times the file, interpreter and libraries included
@@ -50,6 +51,7 @@ ZEROVL = {
   "linear_prob_imagenet": ("linear_probe", False, 86_567_656),
 }
 
+HAT_PARAMETERS = 199_377_592  # of both published configs; the pooler's are not ours
 # The same of TGDT and its first stage, and what its files hold twice.
 TGDT = {
   "f30k_all": ("tgdt", 255_372_032),
@@ -91,12 +93,27 @@ def tool(system: str, *args: str) -> tuple[str, int]:
   return "\n".join(text), int(peak) * 1024
 
 
+def constants(system: str, keys) -> dict[str, np.ndarray]:
+  """Buffers, which are what they have to be and not random bits."""
+  out = {}
+  for rule in models.system_module(system).RULES:
+    if isinstance(rule, convert.Constant):
+      pattern = re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule.torch)))
+      for key in keys:
+        if m := pattern.fullmatch(key):
+          numbers = {k: int(v) for k, v in m.groupdict().items()}
+          out[key] = rule.value(keys[rule.of.format(**numbers)][0], **numbers)
+  return out
+
+
 def there_and_back(system: str, keys, tmp_path, prefix: str = "", variant: str = "") -> str:
   """What the tool said of a file of random bits with these keys, which came back as it was."""
   source, out, back = tmp_path / "a.pt", tmp_path / "dir", tmp_path / "b.pth"
   make = lambda i, shape, dtype: torch_files.Lazy(shape, dtype, lambda: bits(shape, dtype, i))
   seeds = {k: list(keys).index(TIED.get(k, k)) for k in keys}
-  torch_files.write(source, {prefix + k: make(seeds[k], *v) for k, v in keys.items()})
+  fixed = constants(system, keys)
+  value = lambda k, v: fixed[k] if k in fixed else make(seeds[k], *v)
+  torch_files.write(source, {prefix + k: value(k, v) for k, v in keys.items()})
   size = source.stat().st_size
   named = ["--variant", variant] if variant else []
   text, there = tool(system, "--checkpoint", str(source), "--out", str(out), *named)
@@ -183,6 +200,21 @@ def test_tgdt_config_from_shapes_is_that_of_the_preset(name):
   assert found == want
   if count is not None:
     assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if k not in TIED) == count
+
+
+@needs_proc
+@pytest.mark.slow
+def test_hat_round_trip(tmp_path):
+  assert "hat swin_b:" in there_and_back("hat", layout("flickr30k", "hat"), tmp_path)
+
+
+def test_hat_config_from_shapes_is_the_preset():
+  shapes = shapes_of("flickr30k", "hat")
+  found, want = hat.infer_config(shapes), hat.PRESETS["swin_b"]
+  assert found == want
+  buffers = ("relative_position_index", "attn_mask")
+  count = sum(np.prod(s, dtype=int) for k, s in shapes.items() if not k.endswith(buffers))
+  assert count == HAT_PARAMETERS
 
 
 def test_files_that_fit_two_presets_have_to_be_named(tmp_path):

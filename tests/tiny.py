@@ -101,3 +101,18 @@ def tgdt(data_dir: str, **changes):
   c.eval.top_k_text, c.eval.top_k_image = 4, 3
   c.eval.rerank_block = (2, 2)
   return _change(c, changes)
+
+
+def hat(data_dir: str, **changes):
+  """The same run with a HAT: a Swin and BERT, compared at three depths."""
+  c = config(data_dir)
+  swin = dict(size=32, window=4, embed=8, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2))
+  c.model = dict(
+    system="hat",
+    embed=16,
+    image=dict(kind="swin", **swin, drop_path=0.1),
+    text=BERT,
+    levels=((3, 1), (1, 0), (2, 1)),
+  )
+  c.text.tokenizer, c.text.max_merges = "bert", 0
+  return _change(c, changes)
