@@ -188,7 +188,7 @@ def hat(c):
     )
   )
   c.text.tokenizer, c.text.length = "bert", 37
-  c.batch_size, c.total = 40, "12 epochs"
+  c.batch_size, c.total = 40, "18 epochs"
   c.eval.batch_size, c.eval.block = 100, (100, 500)
   c.eval.every = "6 epochs"
   c.checkpoint.every = "6 epochs"

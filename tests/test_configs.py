@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CLIP = ["rn50", "rn101", "rn50x4", "rn50x16", "rn50x64"]
 CLIP += ["vit_b32", "vit_b16", "vit_l14", "vit_l14_336"]
 CONFIGS = {
-  "shapes": ["clip", "zerovl", "team"],
+  "shapes": ["clip", "zerovl", "team", "tgdt", "hat"],
   "zerovl_pretrain": ["zerovl", "dga"],
   "zerovl_eval": ["14m", "100m"],
   "zerovl_ft": ["coco", "f30k", "coco_14m", "f30k_14m"],
@@ -30,6 +30,9 @@ CONFIGS = {
   "f30k_ft": [*CLIP, "tiny"],
   "coco_zeroshot": CLIP,
   "tgdt": [f"{s}_{p}" for s in ("f30k", "coco") for p in ("all", "global", "local", "stage1")],
+  "hat": ["f30k", "coco"],
+  "hat_clip_vit": ["", "shapes"],
+  "team_swin": ["", "shapes"],
   "team_pretrain": ["vit_b16", "clip_l14"],
   "team_ft": ["coco_clip_l14", "coco_vit_b16", "f30k_clip_l14", "f30k_vit_b16"],
   "team_eval": ["vit_b16", "clip_l14", "chinese_l14"],

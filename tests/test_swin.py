@@ -19,13 +19,17 @@ TINY = dict(size=16, patch=2, window=4, embed=8, depths=(3, 2), heads=(1, 2))
 
 
 @functools.cache
+def weights(**config) -> dict:
+  """Parameters of a tower, large enough that all of them matter."""
+  rng, (_, params) = np.random.default_rng(0), abstract(**config)
+  draw = lambda path, v: rng.normal(path.endswith("scale"), 0.2, v.shape).astype(np.float32)
+  flat = init.flat(nnx.to_pure_dict(params))
+  return init.nested({path: jnp.asarray(draw(path, v)) for path, v in flat.items()})
+
+
 def tower(**changes) -> swin.Swin:
-  """A tower with weights large enough that all of them matter."""
-  out = swin.Swin(**TINY | changes, rngs=nnx.Rngs(0))
-  params, keys = nnx.state(out, nnx.Param), nnx.Rngs(1)
-  more = lambda x: x + 0.2 * jax.random.normal(keys.params(), x.shape)
-  nnx.update(out, jax.tree.map(more, params))
-  return out
+  sizes = {k: v for k, v in (TINY | changes).items() if k in TINY}
+  return nnx.merge(abstract(**TINY | changes)[0], weights(**sizes))
 
 
 def images(count: int, size: int = TINY["size"]):
@@ -38,7 +42,7 @@ def run(model: swin.Swin, x, key=None):
 
 
 def close(have, want):
-  """Trees of numbers; not the biases of keys, whose gradients are rounding: softmax ignores them."""
+  """Trees of numbers; not the biases of keys, whose gradients are 0 but for rounding."""
   pairs = zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (have, want)), strict=True)
   for (path, a), (_, b) in pairs:
     name = jax.tree_util.keystr(path)
@@ -98,29 +102,11 @@ def by_hand(model: swin.Swin, x, key):
   return out
 
 
-def value_and_grad(graphdef, key, forward=lambda model, x, key: model(x, key)):
-  """(params, x) -> (loss, outputs), gradients of the parameters."""
-
-  def loss(params, x):
-    out = forward(nnx.merge(graphdef, params), x, key)
-    return sum((y * jnp.cos(y)).mean() for y in out), out
-
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-
 def test_the_scan_is_the_loop():
-  """Values and gradients, with drop-path, however the loop is compiled."""
+  """With drop-path, however the loop is compiled."""
   x, key, config = images(4), jax.random.key(3), dict(depths=(5, 1), drop_path=0.3)
-  _, params = nnx.split(tower(**config))
-  params = nnx.to_pure_dict(params)
-
-  def results(*forward, **changes):
-    graphdef, _ = abstract(**TINY | config | changes)
-    return value_and_grad(graphdef, key, *forward)(params, x)
-
-  want = results(by_hand)
-  close(results(), want)
-  close(results(unroll=8, remat="nothing_saveable"), want)
+  want = jax.jit(by_hand)(tower(**config), x, key)
+  close(run(tower(**config, unroll=8, remat="nothing_saveable"), x, key), want)
 
 
 class _Same(nnx.Module):
@@ -134,9 +120,8 @@ def test_drop_path_of_every_branch():
   Weights are such that a branch adds 1 in a channel of its own, or nothing.
   """
   rate, count = 0.6, 4096
-  model = swin.Swin(**TINY, drop_path=rate, rngs=nnx.Rngs(0))
-  zero = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
-  nnx.update(model, zero)
+  model = tower(drop_path=rate)
+  nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
   model.norms = nnx.Dict({str(i): _Same() for i in range(2)})
   for i, depth in enumerate(TINY["depths"]):
     blocks, width = model.stages[str(i)].blocks, TINY["embed"] * 2**i
@@ -162,22 +147,33 @@ def test_drop_path_of_every_branch():
 
 
 def test_inference_and_rate_zero_draw_nothing():
-  x = images(2)
-  for a, b in zip(run(tower(), x), run(tower(drop_path=0.0), x, jax.random.key(0)), strict=True):
-    np.testing.assert_array_equal(a, b)
+  draws = lambda key, **changes: (
+    "random_bits" in str(jax.make_jaxpr(run)(tower(**changes), images(2), key))
+  )
+  key = jax.random.key(0)
+  assert draws(key) and not draws(None) and not draws(key, drop_path=0.0)
 
 
 def test_eight_devices_are_one():
   """Training outputs and gradients with everything sharded that can be."""
   mesh = sharding.make_mesh((("data", 2), ("fsdp", 2), ("model", 2)))
   rules = {"heads": "model", "mlp": "model", "embed": "fsdp"}
-  graphdef, params = nnx.split(tower(drop_path=0.5))
+  config = TINY | dict(depths=(1, 1))
+  graphdef, params = abstract(**config, drop_path=0.5)
   places = sharding.param_shardings(params, mesh, rules, min_size=0)
   flat = init.flat(places)
   assert flat["stages/1/blocks/table"].spec == P(None, None, "model")
   assert flat["stages/1/blocks/q/kernel"].spec == P(None, "fsdp", "model")
-  params, x = nnx.to_pure_dict(params), images(8)
-  step = value_and_grad(graphdef, jax.random.key(5))
+  params, x = weights(**config), images(8)
+
+  @jax.jit
+  def step(params, x):
+    def loss(params):
+      out = nnx.merge(graphdef, params)(x, jax.random.key(5))
+      return sum((y * jnp.cos(y)).mean() for y in out), out
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
   want = step(params, x)
   rows = NamedSharding(mesh, P(("data", "fsdp")))
   close(step(jax.device_put(params, places), jax.device_put(x, rows)), want)
@@ -185,11 +181,11 @@ def test_eight_devices_are_one():
 
 def test_bfloat16():
   """Computed in bfloat16 on float32 parameters."""
-  graphdef, _ = nnx.split(swin.Swin(**TINY, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-  half = nnx.merge(graphdef, nnx.state(tower()))
+  small = dict(depths=(2,), heads=(2,))
+  half = tower(**small, dtype=jnp.bfloat16)
   trained = jax.eval_shape(run, half, images(2), jax.random.key(0))
-  assert [y.dtype for y in trained] == 2 * [jnp.bfloat16]
-  for a, b in zip(run(half, images(2)), run(tower(), images(2)), strict=True):
+  assert [y.dtype for y in trained] == [jnp.bfloat16]
+  for a, b in zip(run(half, images(2)), run(tower(**small), images(2)), strict=True):
     assert a.dtype == jnp.bfloat16
     assert abs(a.astype(jnp.float32) - b).mean() < 0.05 * abs(b).mean()
 
@@ -253,7 +249,7 @@ def test_a_stage_of_one_window():
   """It has the window of its grid, and no shift."""
   masks = lambda model: [model.stages[str(i)].masks()[1] is None for i in range(2)]
   assert masks(tower()) == [False, True]
-  small = nnx.eval_shape(lambda: swin.Swin(**TINY | dict(window=9), rngs=nnx.Rngs(0)))
+  small = tower(window=9)
   assert masks(small) == [True, True]
   assert [small.stages[str(i)].blocks.table.shape[1] for i in range(2)] == [225, 49]
 

@@ -1,10 +1,11 @@
-"""Scores of pictures and texts by attention between their tokens, without attended vectors.
+"""Scores of pictures and texts by attention between their tokens.
 
 The similarity of SCAN (Lee et al., 2018, section 3.2) as HAT uses it. Each token of one side asks,
 the tokens of the other answer: weights a are a softmax over the answers, the attended vector is
 t = sum_w a_w c_w, and the score is the mean over askers v of cos(v, t). With raw dot products
 d_w = v . c_w and the answers' Gram matrix G, v . t = sum_w a_w d_w and |t|^2 = a' G a, so that no
-vector of a pair has to be made: of all pairs only the weights exist, chunk by chunk.
+vector of a pair has to be made: of all pairs only the weights exist, chunk by chunk. Where a
+question has more answers than a token has numbers, |t|^2 is that of t itself, then the less work.
 """
 
 import functools
@@ -42,8 +43,8 @@ def attended_scores(
   pairs = 4 * len(images) * images.shape[1] * texts.shape[1]
   limit = CHUNK_BYTES.get(jax.default_backend(), ACCELERATOR_CHUNK_BYTES)
   size = min(chunk or max(limit // max(pairs, 1), 1), count)
-  of_images = _Side(images) if direction != "i2t" else _Side(images, gram=False)
-  score = functools.partial(_all_pairs, of_images, sharpness=sharpness, direction=direction)
+  regions = _Side(images[:, None], answers=direction != "i2t")
+  score = functools.partial(_all_pairs, images, regions, sharpness=sharpness, direction=direction)
   parts = -(-count // size)
   cut = lambda x: jnp.pad(x, [(0, parts * size - count)] + [(0, 0)] * (x.ndim - 1)).reshape(
     parts, size, *x.shape[1:]
@@ -57,62 +58,72 @@ def attended_scores(
 
 
 class _Side:
-  """Tokens [N, P, D] with their norms [N, P] and Gram matrices [N, P, P], in float32."""
+  """Tokens [..., P, D] with their norms [..., P] and, of answers, what squares are made from."""
 
-  def __init__(self, tokens: Array, gram: bool = True):
+  def __init__(self, tokens: Array, answers: bool):
     self.tokens = tokens
-    square = jnp.square(tokens.astype(jnp.float32)).sum(-1)
-    self.norm = _root(square)
-    self.gram = _product("...pd,...qd->...pq", tokens, tokens) if gram else None
+    self.norm = _root(jnp.square(tokens.astype(jnp.float32)).sum(-1))
+    # Of more tokens than numbers in each, the Gram matrix is the larger and the dearer of the two.
+    fits = tokens.shape[-2] <= tokens.shape[-1]
+    self.gram = _product("...pd,...qd->...pq", tokens, tokens) if answers and fits else None
+
+  def square(self, weights: Array, axis: int) -> Array:
+    """|t|^2 of vectors attended with these weights over P, which is their `axis`, -1 or -2."""
+    pa = "ap" if axis == -1 else "pa"
+    if self.gram is None:
+      return jnp.square(_product(f"...{pa},...pd->...ad", weights, self.tokens)).sum(-1)
+    changed = _product(f"...{pa},...pq->...{pa.replace('p', 'q')}", weights, self.gram)
+    return (changed * weights).sum(axis)
 
 
-def _all_pairs(images: _Side, texts: Array, mask: Array, *, sharpness, direction) -> Array:
-  words = _Side(texts, gram=direction != "t2i")
-  dots = _product("ird,twd->itrw", images.tokens, texts)
-  words_mask = mask[None, :, None, :]  # [1, T, 1, W]
-  score = 0.0
-  if direction != "t2i":
-    score += _regions_ask(dots, images.norm[:, None], words.gram[None], words_mask, sharpness)
-  if direction != "i2t":
-    score += _words_ask(dots, words.norm[None], images.gram[:, None], words_mask, sharpness)
-  return score
+def _all_pairs(
+  images: Array, regions: _Side, texts: Array, mask: Array, *, sharpness, direction
+) -> Array:
+  words = _Side(texts[None], answers=direction != "t2i")
+  dots = _product("ird,twd->itrw", images, texts)
+  return _score(dots, regions, words, mask[None, :, None], sharpness, direction)
 
 
 def aligned_scores(
   images: Array, texts: Array, text_mask: Array, sharpness: float = 9.0, direction: str = "i2t"
 ) -> Array:
   """M texts for each of G pictures: [G, R, D], [G, M, W, D], bool [G, M, W] -> float32 [G, M]."""
-  regions, words = _Side(images, gram=direction != "i2t"), _Side(texts, gram=direction != "t2i")
+  regions = _Side(images[:, None], answers=direction != "i2t")
+  words = _Side(texts, answers=direction != "t2i")
   dots = _product("grd,gmwd->gmrw", images, texts)
-  mask = text_mask[:, :, None, :]
+  return _score(dots, regions, words, text_mask[:, :, None], sharpness, direction)
+
+
+def _score(
+  dots: Array, regions: _Side, words: _Side, mask: Array, sharpness: float, direction: str
+) -> Array:
+  """dots [N, M, R, W], mask bool [N or 1, M, 1, W] -> [N, M]."""
   score = 0.0
   if direction != "t2i":
-    score += _regions_ask(dots, regions.norm[:, None], words.gram, mask, sharpness)
+    score += _regions_ask(dots, regions, words, mask, sharpness)
   if direction != "i2t":
-    score += _words_ask(dots, words.norm, regions.gram[:, None], mask, sharpness)
+    score += _words_ask(dots, regions, words, mask, sharpness)
   return score
 
 
-def _regions_ask(dots: Array, norm: Array, gram: Array, mask: Array, sharpness: float) -> Array:
-  """dots [N, M, R, W], norm [N or 1, M or 1, R] of regions, gram [.., W, W] of words -> [N, M]."""
+def _regions_ask(dots: Array, regions: _Side, words: _Side, mask: Array, sharpness: float) -> Array:
   a = jnp.where(mask, jax.nn.leaky_relu(dots, 0.1), 0)
   a = a / (_root((a * a).sum(-2, keepdims=True)) + 1e-8)  # each word over the regions
   # Not -inf: where no word counts, the weights are even and no NaN.
   weights = jax.nn.softmax(jnp.where(mask, sharpness * a, -1e30), axis=-1)
   weights = jnp.where(mask, weights, 0)
   against = (weights * dots).sum(-1)  # [N, M, R]
-  square = (_product("...rw,...wu->...ru", weights, gram) * weights).sum(-1)
-  return (against / jnp.maximum(norm * _root(square), 1e-8)).mean(-1)
+  length = regions.norm * _root(words.square(weights, -1))
+  return (against / jnp.maximum(length, 1e-8)).mean(-1)
 
 
-def _words_ask(dots: Array, norm: Array, gram: Array, mask: Array, sharpness: float) -> Array:
-  """dots [N, M, R, W], norm [.., W] of words, gram [.., R, R] of regions -> [N, M]."""
+def _words_ask(dots: Array, regions: _Side, words: _Side, mask: Array, sharpness: float) -> Array:
   a = jnp.where(mask, jax.nn.leaky_relu(dots, 0.1), 0)
   a = a / (_root((a * a).sum(-1, keepdims=True)) + 1e-8)  # each region over the words
   weights = jax.nn.softmax(sharpness * a, axis=-2)  # over the regions
   against = (weights * dots).sum(-2)  # [N, M, W]
-  square = (_product("...rs,...sw->...rw", gram, weights) * weights).sum(-2)
-  cosine = against / jnp.maximum(norm * _root(square), 1e-8)
+  length = words.norm * _root(regions.square(weights, -2))
+  cosine = against / jnp.maximum(length, 1e-8)
   count = mask[..., 0, :].sum(-1)
   return jnp.where(mask[..., 0, :], cosine, 0).sum(-1) / jnp.maximum(count, 1)
 

@@ -220,6 +220,7 @@ TOWERS: Mapping[str, Sequence[Entry]] = {
     *torch_names.swin("", "image/swin"),
     *torch_names.SWIN_REST,
     *torch_names.timm_vit("", "image/timm"),
+    *torch_names.TIMM_REST,
     *torch_names.clip_vit("visual", "image/clip"),
     *torch_names.CLIP_REST,
   ],

@@ -1,0 +1,47 @@
+"""Alignments over towers that no published system has them on."""
+
+import jax
+import numpy as np
+import pytest
+from test_configs import get_config
+
+from xmodal_jax import build, inputs, optim, sharding, train
+from xmodal_jax import config as config_lib
+from xmodal_jax import step as step_lib
+
+MIXED = ["hat_clip_vit", "team_swin"]
+
+
+def read(name, tiny_data):
+  config = config_lib.resolve(get_config(name, "shapes"))
+  config.data.dir = tiny_data
+  return config
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_few_steps_lower_the_loss(name, tiny_data):
+  config = read(name, tiny_data)
+  config.batch_size, config.optim.warmup = 16, "1 steps"
+  built = build.Built(config, jax.devices()[:1])
+  run = optim.Run(1600, 16, "1 epochs")
+  schedule = optim.make_schedule(config.optim, run)
+  tx = built.optimizer(schedule, run.steps_per_epoch)
+  shardings = built.state_shardings(tx)
+  state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
+  step = step_lib.make_train_step(built.graphdef, tx, jax.random.key(0), shardings, schedule)
+  stream = inputs.Inputs(config).train(0)
+  batch = sharding.put_batch(next(stream), sharding.batch_sharding(built.mesh))
+  stream.close()
+  losses = []
+  for _ in range(25):  # the same batch again and again
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss"]))
+  assert np.isfinite(losses).all() and min(losses[-5:]) < 0.9 * losses[0], losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXED)
+def test_a_minute_on_shapes_learns(name, tmp_path):
+  """Chance is an R@10 of 2."""
+  results = train.train(config_lib.resolve(get_config(name, "shapes")), str(tmp_path))
+  assert min(results["test"]["i2t_r10"], results["test"]["t2i_r10"]) > 10
