@@ -1,4 +1,4 @@
-"""Measures the pieces: ranks, input pipeline, towers, a training step, second stage, local scores.
+"""Measures the pieces: ranks, input pipeline, towers, a training step, second stage, token scores.
 
   python tools/benchmark.py ranks --data DIR [--against eccv_caption]
   python tools/benchmark.py data --data_dir DIR --split train
@@ -6,13 +6,15 @@
   python tools/benchmark.py step --model vit_b32 --batch 32 [--against torch]
   python tools/benchmark.py rerank --scale 0.02 [--against torch]
   python tools/benchmark.py local_scores --scale 0.02 [--against torch]
+  python tools/benchmark.py hierarchical_scores --scale 0.004 [--against torch]
 
 Every side runs in a process of its own that stays alive, on the same cores with the same number of
 threads. Sides take turns (ours, theirs, ours, ...), so that a busy machine is as busy for both, and
 the ratio is reported pair by pair. The waiting side sleeps; its CPU time is reported to prove it.
 Of several forms of the other side (attention, memory format, compilation) the fastest counts;
 those of `rerank` are of three kinds (query by query, in batches, on our plan), those of
-`local_scores` too (expanded over all pairs, over a picture's, not expanded), each compared.
+`local_scores` too (expanded over all pairs, over a picture's, not expanded), those of
+`hierarchical_scores` of two (with attended vectors, without), each compared.
 """
 
 import argparse
@@ -40,9 +42,11 @@ SIDES = {
   "torch": "benchmark_torch",
   "torch rerank": "benchmark_rerank_torch",
   "torch local_scores": "benchmark_local_torch",
+  "torch hierarchical_scores": "benchmark_hierarchical_torch",
   "eccv_caption": "benchmark_ranks",
 }
-OF_KINDS = ("rerank", "local_scores")  # commands whose forms have a kind, their first word
+# Commands whose forms have a kind, their first word.
+OF_KINDS = ("rerank", "local_scores", "hierarchical_scores")
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorflow", "torch", "transformers", "eccv_caption")
 
 
@@ -96,6 +100,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   command.add_argument("--regions", type=int, default=36, help="tokens of a picture")
   command.add_argument("--words", type=int, default=40, help="tokens of a caption, with padding")
   command.add_argument("--width", type=int, default=1024, help="of tokens")
+  command.add_argument("--chunk", type=int, default=0, help="captions at a time (ours); 0: its own")
+  command.add_argument("--against", choices=["torch"])
+  command.add_argument("--form", help="the only form of the other side to measure")
+  command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+  command = commands.add_parser(
+    "hierarchical_scores", parents=[common], help="HAT's scores of all pairs, at one level"
+  )
+  command.add_argument("--scale", type=float, default=0.004, help="of the pictures and captions")
+  command.add_argument("--images", type=int, default=5000)
+  command.add_argument("--captions", type=int, default=25000)
+  command.add_argument("--regions", type=int, default=784, help="tokens of a picture")
+  command.add_argument("--words", type=int, default=32, help="tokens of a caption, with padding")
+  command.add_argument("--width", type=int, default=768, help="of tokens")
+  command.add_argument("--direction", default="i2t", choices=["i2t", "t2i", "both"])
   command.add_argument("--chunk", type=int, default=0, help="captions at a time (ours); 0: its own")
   command.add_argument("--against", choices=["torch"])
   command.add_argument("--form", help="the only form of the other side to measure")

@@ -24,6 +24,10 @@ def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
     import benchmark_local
 
     return {"words packed": lambda: benchmark_local.ours(args)}
+  if args.command == "hierarchical_scores":
+    import benchmark_hierarchical
+
+    return {"gram": lambda: benchmark_hierarchical.ours(args)}
   prepare = {"data": pipeline, "encode": encode, "step": train_step}[args.command]
   return {args.command: lambda: prepare(args)}
 
