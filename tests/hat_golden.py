@@ -3,7 +3,6 @@
 import functools
 
 import golden_files
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx

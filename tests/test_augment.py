@@ -520,7 +520,7 @@ def test_config():
   """The keys of config.data are the arguments of `build`, all off by default."""
   data = base.base().data
   made = inputs.Inputs.__new__(inputs.Inputs)
-  made.config, made.transform = base.base(), TRANSFORM
+  made.config, made.transform, made.regions = base.base(), TRANSFORM, None
   assert made._augment() is None
   for key, value in TEAM.items():
     assert type(value) is type(data[key])
@@ -539,7 +539,7 @@ def test_statistics_are_the_models(own):
   import tiny
 
   made = inputs.Inputs.__new__(inputs.Inputs)
-  made.transform = TRANSFORM
+  made.transform, made.regions = TRANSFORM, None
   made.config = tiny.config("none", data__erase=1.0, data__erase_mode="const")
   mean = (0.48145466, 0.4578275, 0.40821073)
   if own:

@@ -105,13 +105,9 @@ def test_levels_and_two_stages(data_dir):
 def test_each_level_alone(n, data_dir):
   want = arrays("evaluation")
   direction = hat_golden.CONFIG["direction"]
-  ev, state = evaluator(data_dir, first_levels=(n,))
-  ev.second, ev.streams = None, False
+  ev, _ = evaluator(data_dir, first_levels=(n,))
   split = ev.inputs.split("test")
-  banks = [ev.reranker and None] * 2
-  del banks
   model = hat_golden.Golden(first_levels=(n,)).model()
-  ours = []
   b = next(iter(ev.inputs.images(split)))
   t = next(iter(ev.inputs.texts(split)))
   v = model.encode_image({k: b[k] for k in ("image",)})

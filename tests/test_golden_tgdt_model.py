@@ -14,7 +14,6 @@ from tgdt_golden import GLOBAL, LOCAL, LOSS, RTOL, UNIT, after, close_gradients,
 from xmodal_jax import step as step_lib
 from xmodal_jax import torch_optim
 from xmodal_jax.losses import local, ranking
-from xmodal_jax.models import encoder
 
 KEY = jax.random.key(0)
 

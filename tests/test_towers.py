@@ -47,9 +47,9 @@ def numbers(shapes, seed: int = 0) -> dict[str, np.ndarray]:
 # --- BERT ---------------------------------------------------------------------------------------
 
 
-def bert_state(vocab, context, width, depth, mlp, heads=None) -> dict[str, np.ndarray]:
-  """A state dict of BertModel, without transformers."""
-  del heads
+def bert_state(vocab, context, width, depth, mlp, **rest) -> dict[str, np.ndarray]:
+  """A state dict of BertModel, without transformers. rest: what no file tells."""
+  del rest
   shapes = {
     "embeddings.word_embeddings.weight": (vocab, width),
     "embeddings.position_embeddings.weight": (context, width),

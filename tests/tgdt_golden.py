@@ -4,13 +4,12 @@ import functools
 import json
 
 import golden_files
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xmodal_jax import convert, init, optim, torch_files
 from xmodal_jax import config as config_lib
+from xmodal_jax import convert, init, optim, torch_files
 from xmodal_jax import step as step_lib
 from xmodal_jax.models import tgdt
 
@@ -147,12 +146,13 @@ def captions(split: str) -> list[dict]:
 
 
 def rows(split: str, index) -> dict:
-  """A batch of captions of a split with their pictures, padded as the original pads it."""
+  """A batch of captions of a split with their pictures; padded for the whole split, so that
+  programs compile once: what the original pads to is found from the masks."""
   chosen = [captions(split)[i] for i in index]
   x = inputs()
   image = np.array([c["img_id"] for c in chosen])
   count = x["n_regions"][image]
-  most, longest = count.max(), max(len(c["ids"]) for c in chosen)
+  most, longest = x["feats"].shape[1], max(len(c["ids"]) for c in captions(split))
   wh = x["image_wh"][image]
   boxes = x["boxes_px"][image][:, :most] / np.concatenate([wh, wh], 1)[:, None].astype(np.float32)
   mask = np.arange(most) < count[:, None]

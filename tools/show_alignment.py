@@ -67,7 +67,7 @@ class Model:
     self.config = config
     built = build.Built(config, jax.devices()[:1])
     name, system = config.model.system, built.system
-    if system.relate is system_lib.System.relate:
+    if type(system).relate is system_lib.System.relate:
       raise SystemExit(f"{name} does not relate tokens of a caption to places in a picture")
     self.inputs = inputs_lib.Inputs(config)
     if not hasattr(self.inputs.tokenizer, "pieces"):

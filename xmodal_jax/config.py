@@ -108,7 +108,7 @@ def base() -> ConfigDict:
   # (regex, duration): parameters that do not change before; their moments begin then, too.
   o.freeze = ()
   o.grad_clip = 0.0  # global norm; 0: none
-  # A warm-up may also be a share of all steps, "2.5 %". warmup_from: rate of step s, counted from 0:
+  # A warm-up may also be a share of all steps, "2.5 %". warmup_from: rate of step s, from 0 on:
   # "first", lr (s + 1) / warmup; "zero", lr s / warmup, so that the first step changes nothing;
   # "second", lr (s + 2) / warmup (TGDT).
   o.schedule, o.warmup, o.end, o.warmup_from = "cosine", "500 steps", 0.0, "first"
@@ -146,7 +146,7 @@ def base() -> ConfigDict:
   c.checkpoint = ConfigDict(dict(every="1000 steps", keep=2))
 
   # --mode linear_probe: a linear classifier of what the frozen image tower makes of labelled
-  # pictures, trained on data.train and tested on data.test. The values are ZeroVL's for ImageNet-1K.
+  # pictures, trained on data.train and tested on data.test. The values are ZeroVL's for ImageNet.
   p = c.probe = ConfigDict()
   p.optim = "lars"  # or "lbfgs": logistic regression on all features at once, until it converges
   # False: the tower sees every picture once, unchanged, and its features are kept in the workdir.
@@ -157,8 +157,8 @@ def base() -> ConfigDict:
   p.lr, p.warmup, p.warmup_from = 6.4, "11.11 %", "zero"  # lr goes with the batch: 0.1 per 256
   p.momentum, p.dampening, p.nesterov = 0.9, 0.0, False
   p.weight_decay, p.eta = 0.0, 0.001
-  # lbfgs: half of it times the squared weights is added to the summed loss, the inverse of what C is
-  # elsewhere. None: the best of 1e-6 to 1e6 on data.val, or, where that is what is tested, on a share
+  # lbfgs: half of it times the squared weights is added to the summed loss, the inverse of what C
+  # is elsewhere. None: the best of 1e-6 to 1e6 on data.val, or, where that is tested, on a share
   # `holdout` of the training pictures; the classifier is then trained on these pictures as well.
   p.l2 = config_dict.placeholder(float)
   p.holdout = 0.1

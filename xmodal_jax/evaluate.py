@@ -55,6 +55,7 @@ class Evaluator:
     }
     self.score = step_lib.make_score_step(graphdef, self.whole)
     self.streams = system.stream and self.second is None
+    self.narrow = _make_narrow(build_lib.compute_dtype(config.eval.token_dtype), self.whole)
     self.keep = step_lib.make_embed_step(graphdef, "image", self.whole, self.rows, None)
     self.reranker = rerank.Reranker(
       graphdef, self.rows, block=config.eval.block[1], shape=config.eval.rerank_block
@@ -137,7 +138,8 @@ class Evaluator:
   ) -> tuple[Any, np.ndarray]:
     """Features of all valid rows as host arrays [N, ...], and their image_id [N].
 
-    Those that only the second stage reads go into the bank.
+    Those that only the second stage reads go into the bank. Features of texts that pictures are
+    streamed past, which can be gigabytes, have config.eval.token_dtype.
     """
 
     def step(batch):
@@ -145,11 +147,11 @@ class Evaluator:
       features, kept = self.embed[side](state.params, state.stats, batch)
       if bank is not None:
         bank.add(kept, features["valid"])
-      return features
+      return self.narrow(features) if self.streams else features
 
     features, ids = collect(step, batches, self.stop)
     for path, leaf in jax.tree_util.tree_leaves_with_path(features):
-      if np.issubdtype(leaf.dtype, np.floating):
+      if jnp.issubdtype(leaf.dtype, jnp.floating):  # numpy's own does not know bfloat16
         metrics.check_finite(f"{side} features{jax.tree_util.keystr(path)}", leaf)
     return features, ids
 
@@ -175,10 +177,7 @@ class Evaluator:
 
     Batch by batch: the features of a picture, which can be megabytes, never leave the devices.
     """
-    dtype, block = build_lib.compute_dtype(self.config.eval.token_dtype), self.config.eval.block[1]
-    count = len(jax.tree.leaves(texts)[0])
-    narrow = lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x
-    texts = jax.tree.map(narrow, texts)
+    count, block = len(jax.tree.leaves(texts)[0]), self.config.eval.block[1]
 
     def step(batch):
       out, images = self.keep(state.params, state.stats, sharding.put_batch(batch, self.rows))
@@ -233,6 +232,12 @@ class Evaluator:
       raise Interrupted
 
 
+def _make_narrow(dtype: Any, out_sharding: Any) -> Callable[[Any], Any]:
+  """jitted tree -> the tree with its floating arrays in dtype."""
+  one = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  return jax.jit(functools.partial(jax.tree.map, one), out_shardings=out_sharding)
+
+
 def collect(
   step: Callable[[Mapping[str, np.ndarray]], dict[str, Any]],
   batches: Iterator[Mapping[str, np.ndarray]],
@@ -260,7 +265,12 @@ def collect(
       take(pending)
     pending = out
   take(pending)
-  return jax.tree.map(lambda *x: np.concatenate(x), *parts), np.concatenate(ids)
+  # Leaf by leaf, each given up once joined: never are all of them there twice.
+  tree = jax.tree.structure(parts[0])
+  leaves = [list(x) for x in zip(*map(jax.tree.leaves, parts), strict=True)]
+  parts.clear()
+  joined = [np.concatenate(leaves.pop(0)) for _ in range(len(leaves))]
+  return jax.tree.unflatten(tree, joined), np.concatenate(ids)
 
 
 def cache_file(

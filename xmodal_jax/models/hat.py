@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from xmodal_jax import models
-from xmodal_jax.convert import ConversionError, Entry, Ignore, Rule, linear
+from xmodal_jax.convert import ConversionError, Entry, Ignore, Rule
 from xmodal_jax.losses import attended, ranking
 from xmodal_jax.models import bert, layers, swin, system, torch_names, vit
 

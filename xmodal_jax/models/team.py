@@ -114,8 +114,8 @@ class TEAM(system.System):
     width = text["width"]
     if not project_text and width != dim:
       raise ValueError(
-        f"model.text.width is {width} and that of image tokens {dim}: set model.project_text, so that "
-        "the tokens of both have one width"
+        f"model.text.width is {width} and that of image tokens {dim}: set model.project_text, so "
+        "that the tokens of both have one width"
       )
     self.text_proj = layers.linear(width, embed, ("embed", None), use_bias=False, **kw)
     self.text_tokens = nnx.data(
