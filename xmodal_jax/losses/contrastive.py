@@ -1,8 +1,14 @@
-"""Contrastive losses over all pairs of a batch."""
+"""Contrastive losses over all pairs of a batch.
+
+Each holds the matrix of all pairs, or, given a Ring, tiles of it: the same numbers, see losses.ring.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from xmodal_jax.losses import ring as ring_lib
+from xmodal_jax.losses.ring import Ring
 
 Array = jax.Array
 
@@ -22,6 +28,7 @@ def infonce(
   scale: Array,
   image_id: Array | None = None,
   same_image: str = "keep",
+  ring: Ring | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """Symmetric InfoNCE (Radford et al., 2021, figure 3): mean of both cross entropies.
 
@@ -30,10 +37,12 @@ def infonce(
   every other; "exclude", nothing; "zero", TEAM's way, a negative of logit 0 (Xie et al., 2022).
   Returns (loss [], {loss_i2t, loss_t2i, accuracy_i2t, accuracy_t2i}).
   """
+  other = {"keep": None, "zero": 0.0, "exclude": -jnp.inf}[same_image]
+  if ring is not None:
+    return _infonce_in_ring(images, texts, scale, image_id, other, ring)
   # Full precision: at a scale of 100 a bfloat16 product is off by several tenths.
   logits = scale * jnp.dot(images, texts.T, precision="highest")  # [B, B]
-  if same_image != "keep":
-    other = {"zero": 0.0, "exclude": -jnp.inf}[same_image]
+  if other is not None:
     logits = jnp.where(off_diagonal_same(image_id), other, logits)
   positive = jnp.diagonal(logits)
   i2t = (jax.nn.logsumexp(logits, axis=1) - positive).mean()
@@ -46,6 +55,31 @@ def infonce(
     "accuracy_t2i": ((logits >= positive).sum(0) == 1).mean(),
   }
   return (i2t + t2i) / 2, metrics
+
+
+def _infonce_in_ring(images, texts, scale, image_id, other, ring):
+  """`infonce`; other: logit of a different row with the same image_id, None if it is its own."""
+
+  def score(scale, left, right, i, j):
+    logits = scale * jnp.dot(left["x"], right["x"].T, precision="highest")
+    if other is None:
+      return logits
+    same = (left["id"][:, None] == right["id"]) & (i[:, None] != j)
+    return jnp.where(same, other, logits)
+
+  of = {"log": ring_lib.LogSumExp(), "own": ring_lib.OWN, "rival": ring_lib.Rival()}
+  side = lambda x: {"x": x} if other is None else {"x": x, "id": image_id}
+  rows, columns = ring_lib.reduce(
+    score, side(images), side(texts), ring, of_left=of, of_right=of, shared=scale
+  )
+  loss = lambda of: (of["log"] - of["own"]).mean()
+  accuracy = lambda of: (of["own"] > of["rival"]).mean()
+  return (loss(rows) + loss(columns)) / 2, {
+    "loss_i2t": loss(rows),
+    "loss_t2i": loss(columns),
+    "accuracy_i2t": accuracy(rows),
+    "accuracy_t2i": accuracy(columns),
+  }
 
 
 def pair_logits(queries: Array, candidates: Array, temperature: Array, groups: int = 1) -> Array:
