@@ -1,5 +1,6 @@
 """Mesh, and the rules that turn logical axes of parameters into mesh axes."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from absl import logging
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -19,12 +22,16 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """axes: (("data", -1), ("fsdp", 1), ("model", 1)); one size may be -1, what is left.
 
-  devices: all of them by default.
+  "data" and "fsdp" share the rows of a batch, "fsdp" and "model" the parameters, as the rules say;
+  an axis may be left out. devices: all of them by default.
 
   Axis types are Auto: jax.make_mesh defaults to Explicit, where `z @ z.T` over a sharded batch is
-  an error. Raises ValueError if the sizes do not multiply to the number of devices.
+  an error. Raises ValueError for another name, or if the sizes do not multiply to the number of
+  devices.
   """
   names, sizes = zip(*axes, strict=True)
+  if len(set(names)) < len(names) or not set(names) <= set(AXES):
+    raise ValueError(f"config.mesh has the axes {names}; expected each of {AXES} at most once")
   count = len(devices or jax.devices())
   try:
     sizes = np.arange(count).reshape(sizes).shape
@@ -40,33 +47,79 @@ def spec(
   mesh: jax.sharding.Mesh,
   rules: Mapping[str, str],
   min_size: int,
+  units: Mapping[str, int] | None = None,
 ) -> P:
   """PartitionSpec of one array. `axes` name its last dimensions; leading ones are layers.
 
   A dimension that its mesh axis does not divide stays replicated, and so does an array of fewer
-  than `min_size` elements: gathering it costs more than keeping it.
+  than `min_size` elements: gathering it costs more than keeping it. units: of how many parts a
+  dimension consists that are not to be cut, where it is not its size: of attention heads.
   """
   if np.prod(shape, dtype=np.int64) < min_size:
     return P()
   out: list[str | None] = [None] * (len(shape) - len(axes))
-  for name, size in zip(axes, shape[len(out) :], strict=True):
+  for name, count in _counts(axes, shape, units):
     axis = rules.get(name)
-    fits = axis in mesh.shape and axis not in out and size % mesh.shape[axis] == 0
+    fits = axis in mesh.shape and axis not in out and count % mesh.shape[axis] == 0
     out.append(axis if fits else None)
   return P(*out)
+
+
+def misfits(
+  axes: Sequence[str | None],
+  shape: Sequence[int],
+  mesh: jax.sharding.Mesh,
+  rules: Mapping[str, str],
+  min_size: int,
+  units: Mapping[str, int] | None = None,
+) -> list[str]:
+  """The axes that `spec` leaves replicated because they do not divide: "heads=12 on model=8"."""
+  if np.prod(shape, dtype=np.int64) < min_size:
+    return []
+  return [
+    f"{name}={count} on {axis}={mesh.shape[axis]}"
+    for name, count in _counts(axes, shape, units)
+    if (axis := rules.get(name)) in mesh.shape and count % mesh.shape[axis]
+  ]
+
+
+def _counts(axes, shape, units) -> list[tuple[str | None, int]]:
+  """(name, what a mesh axis has to divide) of the dimensions that have an entry in `axes`."""
+  sizes = shape[len(shape) - len(axes) :]
+  return [(name, (units or {}).get(name, size)) for name, size in zip(axes, sizes, strict=True)]
 
 
 def param_shardings(
   abstract: nnx.State, mesh: jax.sharding.Mesh, rules: Mapping[str, str], min_size: int = 2**16
 ) -> dict[str, Any]:
-  """Nested dict of NamedSharding for an abstract state whose variables carry `axes` metadata."""
+  """Nested dict of NamedSharding for an abstract state whose variables carry `axes` metadata.
 
-  def one(v):
-    axes = v.get_metadata().get("axes", ())
-    return v.replace(NamedSharding(mesh, spec(axes, v.shape, mesh, rules, min_size)))
+  What stays replicated because it does not divide is logged, all of it at once. Raises ValueError
+  for a rule that names no axis of meshes, and for a variable whose dimensions have no names.
+  """
+  wrong = {k: v for k, v in rules.items() if v not in AXES}
+  if wrong:
+    raise ValueError(f"config.rules has {wrong}; a rule names one of {', '.join(AXES)}")
+  kept: dict[str, list[str]] = {}
+
+  def one(key_path, v):
+    path, metadata = "/".join(str(k.key) for k in key_path), v.get_metadata()
+    axes = metadata.get("axes")
+    if axes is None or len(axes) > len(v.shape):
+      raise ValueError(
+        f"parameter {path} of shape {v.shape} has the axes {axes}; name each of them"
+      )
+    units = {name: metadata[name] for name in axes if name in metadata}
+    for what in misfits(axes, v.shape, mesh, rules, min_size, units):
+      kept.setdefault(what, []).append(path)
+    return v.replace(NamedSharding(mesh, spec(axes, v.shape, mesh, rules, min_size, units)))
 
   is_variable = lambda v: isinstance(v, nnx.Variable)
-  return nnx.to_pure_dict(jax.tree.map(one, abstract, is_leaf=is_variable))
+  out = jax.tree_util.tree_map_with_path(one, abstract, is_leaf=is_variable)
+  if kept:
+    lines = "\n".join(f"  {what}: {', '.join(paths)}" for what, paths in kept.items())
+    logging.warning("replicated, because the mesh does not divide them:\n%s", lines)
+  return nnx.to_pure_dict(out)
 
 
 def opt_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh) -> Any:
@@ -91,5 +144,44 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """This process's rows [b, ...] -> global arrays [B, ...]; an explicit transfer."""
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+  """This process's rows [b, ...], see `local_rows`, -> global arrays [B, ...]; an explicit transfer."""
+  if sharding.is_fully_addressable:
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+  b = len(next(iter(batch.values())))
+  size = b * batch_shards(sharding.mesh) // len(_local_starts(sharding))
+  place = {int(row): i for i, row in enumerate(local_rows(sharding, size))}
+
+  def one(v):
+    def part(index):
+      start, stop, _ = index[0].indices(size)
+      return v[place[start] : place[start] + stop - start]
+
+    return jax.make_array_from_callback((size, *v.shape[1:]), sharding, part)
+
+  return {k: one(v) for k, v in batch.items()}
+
+
+def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
+  """int64 [b]: the rows of a batch of `size` that devices of this process hold, in order.
+
+  They follow from the mesh, not from the number of the process: on a slice, the chips of a host
+  are neighbours in two dimensions, and processes that only split the model hold the same rows.
+  Raises ValueError where the batch does not divide.
+  """
+  if size % (shards := batch_shards(sharding.mesh)):
+    raise ValueError(f"a batch of {size} rows does not divide into {shards} parts of a mesh")
+  share = size // shards
+  return np.concatenate([np.arange(i * share, (i + 1) * share) for i in _local_starts(sharding)])
+
+
+@functools.lru_cache(maxsize=8)
+def _local_starts(sharding: NamedSharding) -> tuple[int, ...]:
+  """Which of the parts of a batch devices of this process hold."""
+  shards = batch_shards(sharding.mesh)
+  index = sharding.addressable_devices_indices_map((shards,))
+  return tuple(sorted({s.indices(shards)[0] for (s,) in index.values()}))
+
+
+def place(x: np.ndarray, to: NamedSharding) -> jax.Array:
+  """A host array that every process has -> a global array; an explicit transfer."""
+  return jax.make_array_from_callback(np.shape(x), to, lambda index: x[index])

@@ -31,6 +31,7 @@ class Block(nnx.Module):
       layers.linear,
       kernel_init=layers.normal(0.02 * (768 / dim) ** 0.5),
       bias_init=layers.zeros,
+      heads=heads,
       dtype=dtype,
       rngs=rngs,
     )

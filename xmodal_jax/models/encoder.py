@@ -20,7 +20,7 @@ class Block(nnx.Module):
   def __init__(
     self, dim: int, heads: int, *, mlp_dim: int, dropout: float, dtype=jnp.float32, rngs: nnx.Rngs
   ):
-    dense = functools.partial(layers.linear, dtype=dtype, rngs=rngs)
+    dense = functools.partial(layers.linear, heads=heads, dtype=dtype, rngs=rngs)
     self.heads, self.dropout = heads, dropout
     xavier = layers.uniform((6 / (4 * dim)) ** 0.5)  # on the fused [3D, D] matrix
     self.q, self.k, self.v = (

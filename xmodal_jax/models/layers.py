@@ -1,7 +1,8 @@
 """Attention, dense layers and pre-norm Transformer blocks that the towers are made of.
 
 Every parameter carries its logical axes ("embed", "heads", "mlp", "vocab") as metadata `axes`; the
-sharding rules of a config turn them into mesh axes. Leading axes without a name are layers.
+sharding rules of a config turn them into mesh axes. Leading axes without a name are layers. Where
+an axis consists of parts that may not be cut, their number is metadata under the axis's name.
 """
 
 import functools
@@ -59,19 +60,24 @@ def linear(
   kernel_init: Init | None = None,
   bias_init: Init | None = None,
   use_bias: bool = True,
+  heads: int = 0,
   dtype=jnp.float32,
   rngs: nnx.Rngs,
 ) -> nnx.Linear:
-  """Dense layer with kernel [din, dout] in float32; torch's default initialisation."""
+  """Dense layer with kernel [din, dout] in float32; torch's default initialisation.
+
+  heads: how many the axis "heads" is of, where there is one.
+  """
   default = uniform(din**-0.5)
+  metadata = lambda axes: {"axes": axes} | ({"heads": heads} if "heads" in axes else {})
   return nnx.Linear(
     din,
     dout,
     use_bias=use_bias,
     kernel_init=kernel_init or default,
     bias_init=bias_init or default,
-    kernel_metadata={"axes": axes},
-    bias_metadata={"axes": axes[-1:]},
+    kernel_metadata=metadata(axes),
+    bias_metadata=metadata(axes[-1:]),
     dtype=dtype,
     rngs=rngs,
   )
@@ -150,7 +156,7 @@ class Block(nnx.Module):
     rngs: nnx.Rngs,
   ):
     attn, proj, mlp = map(normal, std) if std else (uniform((6 / (4 * dim)) ** 0.5), None, None)
-    dense = functools.partial(linear, dtype=dtype, rngs=rngs)
+    dense = functools.partial(linear, heads=heads, dtype=dtype, rngs=rngs)
     self.heads, self.act, self.causal = heads, act, causal
     self.ln_1 = layer_norm(dim, eps=eps, dtype=dtype, rngs=rngs)
     # q, k, v apart: a fused kernel sharded on its output must be reshuffled to be split.
@@ -178,7 +184,7 @@ class Attention(nnx.Module):
   """
 
   def __init__(self, dim: int, heads: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-    dense = functools.partial(linear, dtype=dtype, rngs=rngs)
+    dense = functools.partial(linear, heads=heads, dtype=dtype, rngs=rngs)
     self.heads = heads
     xavier = uniform((6 / (4 * dim)) ** 0.5)
     self.q, self.k, self.v = (

@@ -37,7 +37,21 @@ class BatchNorm(nnx.Module):
     return y.astype(x.dtype)
 
 
-def conv(din: int, dout: int, size: int, *, stride: int = 1, dtype, rngs: nnx.Rngs) -> nnx.Conv:
+def conv(
+  din: int,
+  dout: int,
+  size: int,
+  axes: tuple[str | None, str | None],
+  *,
+  stride: int = 1,
+  dtype,
+  rngs: nnx.Rngs,
+) -> nnx.Conv:
+  """Convolution without bias; axes: of the channels that come in and go out.
+
+  As in a Transformer's MLP, one with channels ("embed", "mlp") and one with ("mlp", "embed") follow
+  each other, so that what lies between them is never gathered.
+  """
   pad = size // 2
   return nnx.Conv(
     din,
@@ -47,7 +61,7 @@ def conv(din: int, dout: int, size: int, *, stride: int = 1, dtype, rngs: nnx.Rn
     padding=((pad, pad), (pad, pad)),
     use_bias=False,
     kernel_init=layers.uniform((size * size * din) ** -0.5),
-    kernel_metadata={"axes": (None, None, "embed", "mlp")},
+    kernel_metadata={"axes": (None, None, *axes)},
     dtype=dtype,
     rngs=rngs,
   )
@@ -64,11 +78,12 @@ class Bottleneck(nnx.Module):
   def __init__(self, din: int, planes: int, stride: int, *, dtype, rngs: nnx.Rngs):
     make = functools.partial(conv, dtype=dtype, rngs=rngs)
     self.stride = stride
-    self.conv1, self.bn1 = make(din, planes, 1), BatchNorm(planes)
-    self.conv2, self.bn2 = make(planes, planes, 3), BatchNorm(planes)
-    self.conv3, self.bn3 = make(planes, 4 * planes, 1), BatchNorm(4 * planes, gamma=0.0)
+    into, out, plain = ("embed", "mlp"), ("mlp", "embed"), ("embed", None)
+    self.conv1, self.bn1 = make(din, planes, 1, plain), BatchNorm(planes)
+    self.conv2, self.bn2 = make(planes, planes, 3, into), BatchNorm(planes)
+    self.conv3, self.bn3 = make(planes, 4 * planes, 1, out), BatchNorm(4 * planes, gamma=0.0)
     shortcut = stride > 1 or din != 4 * planes
-    self.down_conv = nnx.data(make(din, 4 * planes, 1) if shortcut else None)
+    self.down_conv = nnx.data(make(din, 4 * planes, 1, plain) if shortcut else None)
     self.down_bn = nnx.data(BatchNorm(4 * planes) if shortcut else None)
 
   def __call__(self, x: Array, train: bool) -> Array:
@@ -114,9 +129,9 @@ class Stem(nnx.Module):
   def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
     half = width // 2
     make = functools.partial(conv, dtype=dtype, rngs=rngs)
-    self.conv1, self.bn1 = make(3, half, 3, stride=2), BatchNorm(half)
-    self.conv2, self.bn2 = make(half, half, 3), BatchNorm(half)
-    self.conv3, self.bn3 = make(half, width, 3), BatchNorm(width)
+    self.conv1, self.bn1 = make(3, half, 3, (None, "embed"), stride=2), BatchNorm(half)
+    self.conv2, self.bn2 = make(half, half, 3, ("embed", "mlp")), BatchNorm(half)
+    self.conv3, self.bn3 = make(half, width, 3, ("mlp", "embed")), BatchNorm(width)
 
   def __call__(self, x: Array, train: bool) -> Array:
     for f, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
@@ -131,7 +146,7 @@ class AttentionPool(nnx.Module):
     self.heads, self.dtype = heads, dtype
     init = layers.normal(dim**-0.5)
     self.pos = nnx.Param(init(rngs.params(), (grid**2 + 1, dim), jnp.float32), axes=(None, "embed"))
-    dense = functools.partial(layers.linear, kernel_init=init, dtype=dtype, rngs=rngs)
+    dense = functools.partial(layers.linear, kernel_init=init, heads=heads, dtype=dtype, rngs=rngs)
     self.q, self.k, self.v = (dense(dim, dim, ("embed", "heads")) for _ in range(3))
     self.c = dense(dim, embed, ("heads", None))
 

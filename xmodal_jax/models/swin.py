@@ -81,7 +81,12 @@ class Block(nnx.Module):
   ):
     normal = layers.normal(0.02)
     dense = functools.partial(
-      layers.linear, kernel_init=normal, bias_init=layers.zeros, dtype=dtype, rngs=rngs
+      layers.linear,
+      kernel_init=normal,
+      bias_init=layers.zeros,
+      heads=heads,
+      dtype=dtype,
+      rngs=rngs,
     )
     self.heads, self.window = heads, window
     self.ln_1 = layers.layer_norm(dim, eps=eps, dtype=dtype, rngs=rngs)
