@@ -15,22 +15,26 @@ from xmodal_jax import models, optim, sharding
 from xmodal_jax import step as step_lib
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-  """ "auto" is bfloat16 on accelerators and float32 on CPU, where bfloat16 is emulated."""
+def compute_dtype(name: str, platform: str) -> jnp.dtype:
+  """ "auto" is bfloat16 on accelerators and float32 on CPU, where bfloat16 is emulated.
+
+  platform: of the devices that the program is for, which need not be those of this process.
+  """
   if name == "auto":
-    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    name = "float32" if platform == "cpu" else "bfloat16"
   return jnp.dtype(name)
 
 
 class Built:
-  """mesh; system: the model without values; graphdef; params, stats: abstract nnx.States;
-  *_shardings: nested dicts like them."""
+  """mesh; platform: of its devices; system: the model without values; graphdef; params, stats:
+  abstract nnx.States; *_shardings: nested dicts like them."""
 
   def __init__(self, config: Any, devices: Sequence[jax.Device] | None = None):
     if config.precision != "default":
       jax.config.update("jax_default_matmul_precision", config.precision)
     self.config = config
     self.mesh = sharding.make_mesh(config.mesh, devices)
+    self.platform = self.mesh.devices.flat[0].platform
     self.module = models.system_module(config.model.system)
     model = nnx.eval_shape(self.model)
     self.system = model
@@ -48,7 +52,7 @@ class Built:
   def model(self) -> nnx.Module:
     """The model with fresh parameters, drawn from config.seed."""
     config = self.config.model.to_dict()
-    dtype = compute_dtype(self.config.dtype)
+    dtype = compute_dtype(self.config.dtype, self.platform)
     model = self.module.build(config, dtype=dtype, rngs=nnx.Rngs(self.config.seed))
     model.rows = sharding.batch_sharding(self.mesh)
     model.accumulate = self.config.accumulate

@@ -55,7 +55,8 @@ class Evaluator:
     }
     self.score = step_lib.make_score_step(graphdef, self.whole)
     self.streams = system.stream and self.second is None
-    self.narrow = _make_narrow(build_lib.compute_dtype(config.eval.token_dtype), self.whole)
+    self.token_dtype = build_lib.compute_dtype(config.eval.token_dtype, built.platform)
+    self.narrow = _make_narrow(self.token_dtype, self.whole)
     self.keep = step_lib.make_embed_step(graphdef, "image", self.whole, self.rows, None)
     self.reranker = rerank.Reranker(
       graphdef, self.rows, block=config.eval.block[1], shape=config.eval.rerank_block
@@ -127,7 +128,7 @@ class Evaluator:
     """Where features of the second stage are kept; None without one."""
     if self.second is None:
       return None
-    return rerank.Bank(steps, self.rows, build_lib.compute_dtype(self.config.eval.token_dtype))
+    return rerank.Bank(steps, self.rows, self.token_dtype)
 
   def encode(
     self,

@@ -32,19 +32,21 @@ def attended_scores(
   sharpness: float = 9.0,
   direction: str = "i2t",
   chunk: int = 0,
+  platform: str = "",
 ) -> Array:
   """Scores of all pairs: images [I, R, D], texts [T, W, D], text_mask bool [T, W] -> [I, T].
 
   direction: "i2t", image tokens ask; "t2i", words ask; "both", the sum of the two. sharpness: the
   inverse temperature of the softmax. chunk: so many texts at a time; 0: as CHUNK_BYTES allows,
-  but LEAST sets of weights or more. The gradient is exact, with every chunk computed again for it.
+  but LEAST sets of weights or more, for `platform`, or "" for that of this process's devices. The
+  gradient is exact, with every chunk computed again for it.
   """
   if direction not in DIRECTIONS:
     raise ValueError(f"direction {direction!r}; there are {', '.join(DIRECTIONS)}")
   count = len(texts)
   sets = 2 if direction == "both" else 1  # of weights that a text has
   held = sets * 4 * len(images) * images.shape[1] * texts.shape[1]  # bytes of them
-  limit = CHUNK_BYTES.get(jax.default_backend(), ACCELERATOR_CHUNK_BYTES)
+  limit = CHUNK_BYTES.get(platform or jax.default_backend(), ACCELERATOR_CHUNK_BYTES)
   size = min(chunk or max(limit // max(held, 1), LEAST // sets), count)
   regions = _Side(images[:, None], answers=direction != "i2t")
   score = functools.partial(_all_pairs, images, regions, sharpness=sharpness, direction=direction)

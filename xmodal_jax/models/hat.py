@@ -141,6 +141,7 @@ class HAT(system.System):
         whole(mask),
         self.sharpness,
         direction or self.direction,
+        platform=self.platform,
       )
       for n in levels
     ]

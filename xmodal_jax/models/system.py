@@ -37,6 +37,11 @@ class System(nnx.Module):
   rows: NamedSharding | None = None
   accumulate: int = 1
 
+  @property
+  def platform(self) -> str:
+    """Of the devices that the model is built for, "" for those of this process."""
+    return "" if self.rows is None else self.rows.mesh.devices.flat[0].platform
+
   def pixels(self, image: Array) -> Array:
     """uint8 [B, H, W, 3] -> normalised float32; floats are taken as already normalised."""
     if jnp.issubdtype(image.dtype, jnp.floating):
