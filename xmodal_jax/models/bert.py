@@ -68,6 +68,8 @@ class Bert(nnx.Module):
   pooler: BERT's own tanh head on the first token, for systems that use it.
   """
 
+  rows: layers.NamedSharding | None = None
+
   def __init__(
     self,
     *,
@@ -122,19 +124,21 @@ class Bert(nnx.Module):
     if length > context:
       raise ValueError(f"text of length {length}, but the position table has {context} rows")
     table = self.pos[:length] + self.type[0]
-    x = self.ln(self.word(ids) + table.astype(self.dtype))
+    x = layers.lookup(self.word.embedding[...], ids, self.dtype, self.rows)
+    x = self.ln(x + table.astype(self.dtype))
     return layers.dropout(x, self.dropout, key)
 
   def __call__(self, ids: Array, mask: Array, key: Array | None = None) -> Array:
     k_embed, k_blocks = (None, None) if key is None else jax.random.split(key)
     x = self.embed(ids, k_embed)
-    return layers.scan(self.blocks, x, mask, key=k_blocks, **self.loop)
+    return layers.scan(self.blocks, x, mask, key=k_blocks, rows=self.rows, **self.loop)
 
   def states(self, ids: Array, mask: Array, key: Array | None = None) -> Array:
     """Every hidden state [N + 1, B, L, D]: the embeddings, then the output of each block."""
     k_embed, k_blocks = (None, None) if key is None else jax.random.split(key)
     x = self.embed(ids, k_embed)
-    each = layers.scan(self.blocks, x, mask, key=k_blocks, collect=True, **self.loop)
+    kw = dict(key=k_blocks, rows=self.rows, **self.loop)
+    each = layers.scan(self.blocks, x, mask, collect=True, **kw)
     return jnp.concatenate([x[None], each])
 
   def pool(self, states: Array) -> Array:

@@ -49,6 +49,8 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
   """`depth` blocks, without a norm behind them."""
 
+  rows: layers.NamedSharding | None = None
+
   def __init__(
     self,
     dim: int,
@@ -67,7 +69,7 @@ class Encoder(nnx.Module):
     self.blocks = layers.stack(depth, dim, heads, block=Block, **kw)
 
   def __call__(self, x: Array, mask: Array | None = None, key: Array | None = None) -> Array:
-    return layers.scan(self.blocks, x, mask, key=key, **self.loop)
+    return layers.scan(self.blocks, x, mask, key=key, rows=self.rows, **self.loop)
 
 
 class RegionTower(nnx.Module):

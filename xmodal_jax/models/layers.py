@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 Array = jax.Array
 Init = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
@@ -215,6 +216,32 @@ def rows(x: Array) -> Array:
   return x.reshape(-1, x.shape[-1])
 
 
+def spread(x: Array, sharding: NamedSharding | None) -> Array:
+  """[B, ...] with its rows over the devices as the sharding says, all else whole on each of them.
+
+  Where parameters are sharded, compilers otherwise follow these: activations were cut along their
+  width and added up over the devices behind every matmul, which moves more than the parameters do
+  (ZeRO; Rajbhandari et al., 2020). The identity without a sharding, on one device, and in what
+  each device does for itself.
+  """
+  if sharding is None or sharding.mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+    return x
+  return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def lookup(table: Array, ids: Array, dtype, rows: NamedSharding | None = None) -> Array:
+  """Rows of a table: [V, D], int [B, L] -> [B, L, D] in dtype. rows: see `spread`.
+
+  Cast after it is looked up, so that the gradients of a word add up in float32. Where the table's
+  width is sharded it is gathered first: for one that is not, compilers can leave every device its
+  own rows of the batch, and sum over the devices that share the vocabulary.
+  """
+  if rows is not None and rows.mesh.size > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+    whole = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+    table = jax.lax.with_sharding_constraint(table, NamedSharding(rows.mesh, whole))
+  return spread(jnp.take(table, ids, axis=0), rows).astype(dtype)
+
+
 def stack(depth: int, *args, rngs: nnx.Rngs, block: type = Block, **kwargs) -> nnx.Module:
   """`depth` blocks held as one whose arrays lead with a layer axis."""
   make = lambda key: block(*args, rngs=nnx.Rngs(key), **kwargs)
@@ -234,21 +261,24 @@ def scan(
   remat: str = "",
   unroll: int = 1,
   collect: bool = False,
+  rows: NamedSharding | None = None,
 ) -> Array:
   """Applies stacked blocks in turn, x = block(x, *args). x [B, L, D] -> [B, L, D].
 
   key: split over the blocks, which then get theirs as `key`. remat: name of a
   `jax.checkpoint_policies` entry, "" for none. unroll: layers per scan iteration; the parameters
   are the same however the loop is compiled. collect: every block's output instead, [N, B, L, D].
+  rows: see `spread`.
   """
 
   def step(x, layer):
     block, k = layer
-    x = block(x, *args) if k is None else block(x, *args, key=k)
+    x = spread(block(x, *args) if k is None else block(x, *args, key=k), rows)
     return x, x if collect else None
 
   keys = None if key is None else jax.random.split(key, depth_of(blocks))
-  last, each = jax.lax.scan(recompute(step, remat), x, (blocks, keys), unroll=unroll)
+  body, start = recompute(step, remat), spread(x, rows)
+  last, each = jax.lax.scan(body, start, (blocks, keys), unroll=unroll)
   return each if collect else last
 
 

@@ -97,6 +97,8 @@ class TokenMatching(nnx.Module):
   are compared.
   """
 
+  rows: layers.NamedSharding | None = None
+
   def __init__(
     self,
     *,
@@ -136,7 +138,7 @@ class TokenMatching(nnx.Module):
 
     def step(r, layer):
       block, k = layer
-      r = block(r, texts, mask, images, k)
+      r = layers.spread(block(r, texts, mask, images, k), self.rows)
       return r, self._score(self._agreement(r, target), mask)
 
     depth = layers.depth_of(self.blocks)

@@ -98,6 +98,8 @@ class Bottleneck(nnx.Module):
 class Stage(nnx.Module):
   """A first block that changes the shape, and the rest stacked and scanned."""
 
+  rows: layers.NamedSharding | None = None
+
   def __init__(
     self, depth: int, din: int, planes: int, stride: int, *, remat: str, dtype, rngs: nnx.Rngs
   ):
@@ -109,12 +111,12 @@ class Stage(nnx.Module):
     )
 
   def __call__(self, x: Array, train: bool) -> Array:
-    x = self.first(x, train)
+    x = layers.spread(self.first(layers.spread(x, self.rows), train), self.rows)
     if self.rest is None:
       return x
 
     def body(x, block):
-      y = block(x, train)
+      y = layers.spread(block(x, train), self.rows)
       return y, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat))
 
     x, stats = jax.lax.scan(layers.recompute(body, self.remat), x, self.rest)

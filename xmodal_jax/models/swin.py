@@ -160,6 +160,8 @@ class Stage(nnx.Module):
   x [B, g, g, D] -> [B, g, g, D]; `merge`, None for the last stage, is for the caller to apply.
   """
 
+  rows: layers.NamedSharding | None = None
+
   def __init__(
     self,
     dim: int,
@@ -201,7 +203,7 @@ class Stage(nnx.Module):
     def apply(mask, x, layer):
       block, bias, drop = layer
       rate, key = drop or (0.0, None)
-      return block(x, bias, mask, rate=rate, key=key)
+      return layers.spread(block(x, bias, mask, rate=rate, key=key), self.rows)
 
     # Recomputed one by one: the backward pass of a pair then holds one block's activations.
     pairs = depth // 2
@@ -212,7 +214,7 @@ class Stage(nnx.Module):
       first, second = (jax.tree.map(lambda a, i=i: a[i], two) for i in range(2))
       return shifted(plain(x, first), second), None
 
-    each = (self.blocks, self.biases(), drop)
+    each, x = (self.blocks, self.biases(), drop), layers.spread(x, self.rows)
     if pairs:
       halves = jax.tree.map(lambda a: a[: 2 * pairs].reshape(pairs, 2, *a.shape[1:]), each)
       x, _ = jax.lax.scan(pair, x, halves, unroll=min(unroll, pairs))

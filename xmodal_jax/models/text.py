@@ -12,6 +12,8 @@ Array = jax.Array
 class TextTransformer(nnx.Module):
   """ids int [B, L] -> the residual stream after the last block [B, L, W]; L up to `context`."""
 
+  rows: layers.NamedSharding | None = None
+
   def __init__(
     self,
     *,
@@ -26,7 +28,7 @@ class TextTransformer(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.dtype, self.loop = dtype, (remat, unroll)
+    self.dtype, self.loop = dtype, dict(remat=remat, unroll=unroll)
     self.token = nnx.Embed(
       vocab,
       width,
@@ -63,9 +65,9 @@ class TextTransformer(nnx.Module):
     context = self.pos.shape[0]
     if ids.shape[1] > context:
       raise ValueError(f"text of length {ids.shape[1]}, but the position table has {context} rows")
-    x = self.token(ids) + self.pos[: ids.shape[1]].astype(self.dtype)
-    remat, unroll = self.loop
-    return layers.scan(self.blocks, x, remat=remat, unroll=unroll)
+    x = layers.lookup(self.token.embedding[...], ids, self.dtype, self.rows)
+    x = x + self.pos[: ids.shape[1]].astype(self.dtype)
+    return layers.scan(self.blocks, x, rows=self.rows, **self.loop)
 
   def pool(self, x: Array, ids: Array) -> Array:
     """x [B, L, W], ids [B, L] -> [B, embed]: the position of the largest id, the end of text.

@@ -17,6 +17,8 @@ class ViT(nnx.Module):
   CLIP's way, and exists where `embed` is given.
   """
 
+  rows: layers.NamedSharding | None = None
+
   def __init__(
     self,
     *,
@@ -38,7 +40,7 @@ class ViT(nnx.Module):
   ):
     if size % patch:
       raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
-    self.dtype, self.loop = dtype, (remat, unroll)
+    self.dtype, self.loop = dtype, dict(remat=remat, unroll=unroll)
     normal, fan_in = layers.normal(width**-0.5), layers.uniform((3 * patch**2) ** -0.5)
     param = lambda *shape: normal(rngs.params(), shape, jnp.float32)
     norm = lambda: layers.layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
@@ -96,14 +98,14 @@ class ViT(nnx.Module):
     return x if self.ln_pre is None else self.ln_pre(x)
 
   def __call__(self, images: Array) -> Array:
-    remat, unroll = self.loop
-    return layers.scan(self.blocks, self.embed(images), remat=remat, unroll=unroll)
+    return self._blocks(images)
 
   def states(self, images: Array) -> Array:
     """Every block's output [N, B, P, D]."""
-    remat, unroll = self.loop
-    x = self.embed(images)
-    return layers.scan(self.blocks, x, remat=remat, unroll=unroll, collect=True)
+    return self._blocks(images, collect=True)
+
+  def _blocks(self, images: Array, **kw) -> Array:
+    return layers.scan(self.blocks, self.embed(images), rows=self.rows, **self.loop, **kw)
 
   def pool(self, tokens: Array) -> Array:
     """tokens [B, P, D] -> [B, embed]: the class token, normalised and projected."""
