@@ -121,14 +121,15 @@ def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
   return [t.replace("{}", name) for name in names for t in templates]
 
 
-def text_batches(config: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[dict]:
+def text_batches(config: Any, inputs: Any, texts: Sequence[str]) -> Iterator[dict]:
   """This process's rows of batches of texts, with the fields of `pipeline.eval_texts`.
 
   image_id is the position of the text, -1 in rows that fill up the last batch.
   """
-  size, count = config.eval.batch_size, jax.process_count()
+  size, tokenizer = config.eval.batch_size, inputs.tokenizer
+  own = inputs.rows(size)
   for start in range(0, len(texts), size):
-    rows = start + jax.process_index() * (size // count) + np.arange(size // count)
+    rows = start + (np.arange(size) if own is None else own)
     valid = rows < len(texts)
     mine = [texts[i] if i < len(texts) else "" for i in rows]
     ids, mask = tokenizer(mine, config.text.length, config.text.truncate)
@@ -190,19 +191,21 @@ def classify(config: Any, workdir: str) -> dict[str, Any]:
       "config.init is empty: name the model that classifies, a file, a converted directory or a "
       "training workdir"
     )
-  inputs = inputs_lib.Inputs(config)
+  built = build_lib.Built(config)
+  inputs = inputs_lib.Inputs(config, built.rows)
   if inputs.tokenizer is None:
     raise ValueError("config.model has no text tower: zero-shot classification needs one")
   split = labelled(inputs, "test")
+  inputs.check_processes("test")
   names, forms = class_names(config, split), templates(config)
-  built = build_lib.Built(config)
   state, info = evaluate_lib.load_state(config, built, config.init)
   evaluator = evaluate_lib.Evaluator(config, inputs, built)
   rows, whole = evaluator.rows, evaluator.whole
-  batches = text_batches(config, inputs.tokenizer, prompts(names, forms))
+  batches = text_batches(config, inputs, prompts(names, forms))
   texts, _ = evaluator.encode(state, "text", batches)
   texts, count = class_features(texts, len(forms))
-  texts = jax.device_put(blocks(texts, min(config.classify.block, count * len(names))), whole)
+  texts = blocks(texts, min(config.classify.block, count * len(names)))
+  texts = jax.tree.map(lambda x: sharding.place(x, whole), texts)
   step = make_step(built.graphdef, built.system.second_stage, len(names), count, whole)
   run = lambda b: step(state.params, state.stats, sharding.put_batch(b, rows), texts)
   found, image_id = evaluate_lib.collect(run, inputs.images(split))

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from xmodal_jax import build as build_lib
 from xmodal_jax import config as config_lib
-from xmodal_jax import init, metrics, rerank, sharding
+from xmodal_jax import hosts, init, metrics, rerank, sharding
 from xmodal_jax import inputs as inputs_lib
 from xmodal_jax import report as report_lib
 from xmodal_jax import step as step_lib
@@ -75,7 +75,7 @@ class Evaluator:
     batches = lambda n: -(-n // self.config.eval.batch_size)
     image_bank = self.bank(batches(len(split)))
     text_bank = self.bank(batches(int(split.captions_per_record.sum())))
-    if cache and cache.exists():
+    if cache and hosts.all_see(cache):
       (images, image_id), (texts, caption_image) = _load_features(cache)
     elif self.streams:
       texts, caption_image = self.encode(state, "text", self.inputs.texts(split))
@@ -162,10 +162,10 @@ class Evaluator:
     length = lambda tree: len(jax.tree.leaves(tree)[0])
     out = np.empty((length(images), length(texts)), np.float32)
     for t in range(0, out.shape[1], block_t):
-      texts_block = jax.device_put(_block(texts, t, block_t), self.whole)
+      texts_block = _block(texts, t, block_t, self.whole)
       for i in range(0, out.shape[0], block_i):
         self._check_stop()
-        images_block = jax.device_put(_block(images, i, block_i), self.rows)
+        images_block = _block(images, i, block_i, self.rows)
         block = self.score(state.params, state.stats, images_block, texts_block)
         rows, columns = min(block_i, len(out) - i), min(block_t, out.shape[1] - t)
         out[i : i + rows, t : t + columns] = jax.device_get(block)[:rows, :columns]
@@ -185,7 +185,7 @@ class Evaluator:
       parts = []
       for t in range(0, count, block):
         self._check_stop()
-        part = jax.device_put(_block(texts, t, block), self.whole)
+        part = _block(texts, t, block, self.whole)
         parts.append(self.score(state.params, state.stats, images, part))
       return out | {"scores": jnp.concatenate(parts, axis=1)}
 
@@ -327,10 +327,15 @@ def second_stage(config: Any, system: System) -> tuple[int, int, float] | None:
   return *top, pick(e.stage_mix, system.stage_mix)
 
 
+def splits(config: Any) -> list[str]:
+  """Which splits a training run evaluates."""
+  return sorted({config.eval.select} | ({"test"} if config.eval.test else set()))
+
+
 def check_splits(config: Any, inputs: inputs_lib.Inputs) -> None:
   """Opens what will be evaluated: what is missing or does not fit shows at once."""
   e = config.eval
-  for key in {e.select} | ({"test"} if e.test else set()):
+  for key in splits(config):
     images = len(inputs.split(key))
     if key == "test" and e.folds and images % e.folds:
       raise ValueError(
@@ -382,12 +387,13 @@ def _load_features(path: epath.Path) -> list[tuple[Any, np.ndarray]]:
   return [(arrays[side]["features"], arrays[side]["ids"]) for side in ("image", "text")]
 
 
-def _block(tree: Any, start: int, size: int) -> Any:
-  """Rows start .. start + size of every leaf, zero-padded to the static shape."""
+def _block(tree: Any, start: int, size: int, to: NamedSharding) -> Any:
+  """Rows start .. start + size of every leaf, zero-padded to the static shape, on the devices."""
 
   def one(x):
     part = x[start : start + size]
-    return np.pad(part, [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1))
+    part = np.pad(part, [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1))
+    return sharding.place(part, to)
 
   return jax.tree.map(one, tree)
 
@@ -422,7 +428,8 @@ def _table(name: str, report: Mapping[str, float], prefix: str = "") -> list[str
 def evaluate(config: Any, workdir: str) -> dict[str, Any]:
   """`--mode eval`: the test split with config.init, or with the workdir's own best checkpoint."""
   built = build_lib.Built(config)
-  inputs = inputs_lib.Inputs(config)
+  inputs = inputs_lib.Inputs(config, built.rows)
+  inputs.check_processes("test")
   source = config.init or workdir
   state, info = load_state(config, built, source)
   evaluator = Evaluator(config, inputs, built)

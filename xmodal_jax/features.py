@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax import build as build_lib
-from xmodal_jax import classify, init, logistic, metrics, sharding, torch_files
+from xmodal_jax import classify, hosts, init, logistic, metrics, sharding, torch_files
 from xmodal_jax import evaluate as evaluate_lib
 from xmodal_jax import inputs as inputs_lib
 from xmodal_jax import step as step_lib
@@ -64,7 +64,7 @@ class Tower:
     split = classify.labelled(inputs, key)
     sections = ("model", "dtype", "precision", "data.image")
     file = evaluate_lib.cache_file(folder, "features", self.config, sections, split, self.source)
-    if file.exists():
+    if hosts.all_see(file):
       found = evaluate_lib.load_arrays(file)
     else:
       logging.info("features of %d pictures of split %r", len(split), split.name)
@@ -97,11 +97,6 @@ def _load(config: Any, built: build_lib.Built) -> tuple[Any, dict[str, Any]]:
   return state, dict(kind="random weights", seed=config.seed)
 
 
-def place(x: np.ndarray, to: NamedSharding) -> Array:
-  """A host array that every process has -> a global array; an explicit transfer."""
-  return jax.make_array_from_callback(x.shape, to, lambda index: x[index])
-
-
 class Scorer:
   """Accuracy of classifiers on features that are put on the devices once."""
 
@@ -109,7 +104,7 @@ class Scorer:
     self.label, self.count = found.label, len(found)
     to = NamedSharding(mesh, P(None, *sharding.batch_sharding(mesh).spec))
     blocks = classify.blocks(dict(features=found.features, label=found.label), block)
-    self.blocks = {k: place(v, to) for k, v in blocks.items()}  # [S, block, ...]
+    self.blocks = {k: sharding.place(v, to) for k, v in blocks.items()}  # [S, block, ...]
 
     def ranks(params, blocks):
       one = lambda b: classify.class_ranks(logistic.logits(params, b["features"]), b["label"])

@@ -65,9 +65,9 @@ def initialize(
   given = bool(coordinator), count is not None, index is not None
   if any(given) and not all(given):
     raise ValueError(
-      f"--coordinator={coordinator or None} --process_count={count} --process_id={index}: processes "
-      "that are started by hand need all three (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-      "JAX_PROCESS_ID)"
+      f"--coordinator={coordinator or None} --process_count={count} --process_id={index}: "
+      "processes that are started by hand need all three (or JAX_COORDINATOR_ADDRESS, "
+      "JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
     )
   if not any(given) and not cluster:
     return
@@ -186,6 +186,11 @@ def agree(name: str, value: Any, timeout: float = TIMEOUT) -> None:
   differ = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
   lines = [f"\n  {k}: {a.get(k)!r} in process 0, {b.get(k)!r} in process {other}" for k in differ]
   raise HostsError(f"the processes differ in {name}:" + "".join(lines))
+
+
+def all_see(path: Any) -> bool:
+  """Whether a file is there in every process, in each of them the same answer."""
+  return all(gather("file", path.exists()))
 
 
 class Vote:

@@ -5,12 +5,12 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from xmodal_jax import models
+from xmodal_jax import hosts, models, sharding
 from xmodal_jax.data import augment, image, mix, pipeline, records, shapes, text
 from xmodal_jax.data.tfrecord import DatasetError
 
@@ -32,8 +32,9 @@ class Inputs:
   Raises DatasetError for a data set or split that is not there, ValueError for a bad config.
   """
 
-  def __init__(self, config: Any):
-    self.config, self._splits = config, {}
+  def __init__(self, config: Any, rows: NamedSharding | None = None):
+    """rows: of a batch over the devices. This process reads what its own hold; None: all of it."""
+    self.config, self._splits, self._rows = config, {}, rows
     # None for a model of pictures alone.
     self.tokenizer = text.tokenizer_from(config.text) if config.model.get("text") else None
     if self.tokenizer and self.tokenizer.vocab_size > (vocab := config.model.text.vocab):
@@ -110,6 +111,11 @@ class Inputs:
       return split.fingerprint
     return hashlib.sha256(f"{self.config.data.mix}\n{split.fingerprint}".encode()).hexdigest()
 
+  def check_processes(self, *keys: str) -> None:
+    """Raises HostsError where processes of a run see different data in these splits."""
+    found = {f"split {self.config.data[key]!r}": self.split(key).fingerprint for key in keys}
+    hosts.agree("data", found)
+
   def _augment(self) -> image.Augment | None:
     if self.regions:
       return None
@@ -146,7 +152,7 @@ class Inputs:
       step=step,
       max_bad_fraction=c.data.max_bad_fraction,
       threads=c.data.threads or None,
-      **_process(),
+      rows=self.rows(c.batch_size),
     )
 
   def labelled(self, batch_size: int, step: int) -> Iterator[Mapping[str, np.ndarray]]:
@@ -165,8 +171,12 @@ class Inputs:
       step=step,
       max_bad_fraction=c.data.max_bad_fraction,
       threads=c.data.threads or None,
-      **_process(),
+      rows=self.rows(batch_size),
     )
+
+  def rows(self, batch_size: int) -> np.ndarray | None:
+    """int [b]: places in a global batch that this process reads; None: all."""
+    return None if self._rows is None else sharding.local_rows(self._rows, batch_size)
 
   def images(
     self, split: records.Split, training: bool = False
@@ -180,7 +190,7 @@ class Inputs:
       regions=self.regions,
       max_bad_fraction=data.max_bad_fraction if training else data.eval_max_bad_fraction,
       threads=self.config.data.threads or None,
-      **_process(),
+      rows=self.rows(self.config.eval.batch_size),
     )
 
   def texts(self, split: records.Split) -> Iterator[Mapping[str, np.ndarray]]:
@@ -191,7 +201,7 @@ class Inputs:
       text_length=self.config.text.length,
       truncate=self.config.text.truncate,
       max_bad_fraction=self.config.data.eval_max_bad_fraction,
-      **_process(),
+      rows=self.rows(self.config.eval.batch_size),
     )
 
 
@@ -237,7 +247,3 @@ def _folders(where: str) -> list[str]:
       "comma between them"
     )
   return names
-
-
-def _process() -> dict[str, int]:
-  return dict(process_index=jax.process_index(), process_count=jax.process_count())

@@ -25,7 +25,7 @@ class JsonlWriter:
 
   def resume(self, step: int, *, drop: str | None = None) -> None:
     """Keeps lines up to and with `step`; of the step itself not the test, nor those of `drop`."""
-    if not self.path.exists():
+    if jax.process_index() != 0 or not self.path.exists():
       return
     lines = [line for line in self.path.read_text().splitlines() if _complete(line)]
     keep = []

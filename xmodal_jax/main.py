@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import logs
+from xmodal_jax import hosts, logs
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and results; local or gs://.")
@@ -21,7 +21,15 @@ _MODE = flags.DEFINE_enum(
   "the workdir's best checkpoint. linear_probe: train and test a linear classifier on the image "
   "tower of config.init. zeroshot_classify: classify pictures by texts that name their classes.",
 )
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize() first.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  None,
+  "This is one of several processes, which the TPU slice, SLURM or Open MPI knows. Found out in a "
+  "SLURM step; processes started by hand have the next three in its place.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
+_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.", lower_bound=1)
+_INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -33,13 +41,20 @@ def main(argv: list[str]) -> None:
   # TensorFlow only reads data; it must not take the accelerator's memory.
   tf.config.set_visible_devices([], "GPU")
   tf.config.set_visible_devices([], "TPU")
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
+  hosts.initialize(_COORDINATOR.value, _COUNT.value, _INDEX.value, cluster=_DISTRIBUTED.value)
+  with hosts.together():
+    run()
+
+
+def run() -> None:
+  """Everything after the processes found each other."""
   logs.setup()
-  from xmodal_jax import classify, evaluate, probe, train
+  hosts.check_joined()
+  from xmodal_jax import classify, evaluate, probe, train, workdir
 
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
   config = config_lib.resolve(_CONFIG.value, overrides)
+  workdir.check_processes(config, _WORKDIR.value, _MODE.value)
   logging.info("devices: %s", jax.devices())
   modes = {
     "train": train.train,

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import metrics
+from xmodal_jax import metrics, sharding
 
 _TOKENS = 8  # lengths of captions are rounded up to multiples, so that few programs are compiled
 
@@ -38,7 +38,7 @@ class Bank:
       kind = lambda t: self.dtype if jnp.issubdtype(t, jnp.floating) else t
       types = tuple((k, (self.steps, *v.shape), kind(v.dtype)) for k, v in features.items())
       self.leaves = _zeros(types, self.sharding)
-    at = jax.device_put(np.int32(step), NamedSharding(self.sharding.mesh, P()))
+    at = sharding.place(np.int32(step), NamedSharding(self.sharding.mesh, P()))
     self.leaves = _store(self.leaves, features, at)
     self.valid.append(valid)
 
@@ -60,7 +60,7 @@ class Bank:
     length: of the token axis, where there is a mask; what is cut off must be padding. None: all.
     """
     whole = NamedSharding(self.sharding.mesh, P())
-    step, row = (jax.device_put(x, whole) for x in np.divmod(places, len(self.valid[0])))
+    step, row = (sharding.place(x, whole) for x in np.divmod(places, len(self.valid[0])))
     return _block(self.leaves, step, row, length, whole)
 
 
@@ -206,7 +206,7 @@ class Reranker:
       shape=self.shape,
     )
     out = np.full(len(picture), np.nan, np.float32)
-    put = lambda x: jax.device_put(x, self.rows)
+    put = lambda x: sharding.place(x, self.rows)
     pending = None
     for n, calls in planned.items():
       places = np.resize(order[n * size : (n + 1) * size], size)

@@ -144,17 +144,17 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """This process's rows [b, ...], see `local_rows`, -> global arrays [B, ...]; an explicit transfer."""
+  """The process's `local_rows` [b, ...] -> global arrays [B, ...]; an explicit transfer."""
   if sharding.is_fully_addressable:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
   b = len(next(iter(batch.values())))
   size = b * batch_shards(sharding.mesh) // len(_local_starts(sharding))
-  place = {int(row): i for i, row in enumerate(local_rows(sharding, size))}
+  at = {int(row): i for i, row in enumerate(local_rows(sharding, size))}
 
   def one(v):
     def part(index):
       start, stop, _ = index[0].indices(size)
-      return v[place[start] : place[start] + stop - start]
+      return v[at[start] : at[start] + stop - start]
 
     return jax.make_array_from_callback((size, *v.shape[1:]), sharding, part)
 

@@ -1,17 +1,22 @@
 """What a workdir says about itself: config.json when it starts, results.json when it is done."""
 
+import hashlib
 import importlib.metadata
 import json
+import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from xmodal_jax import __version__, logs
+from xmodal_jax import __version__, hosts, logs
 from xmodal_jax import config as config_lib
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
+
+_VISIBLE = 30.0  # seconds until a file must be seen by all processes
 
 
 class WorkdirError(ValueError):
@@ -31,26 +36,58 @@ def _versions() -> dict[str, str]:
 def claim(workdir: epath.PathLike, config: Any) -> epath.Path:
   """Makes the folder and writes config.json, or checks that it is of the same config.
 
-  Raises WorkdirError listing the keys that differ; those in config.FREE may.
+  Raises WorkdirError listing the keys that differ, of which those in config.FREE may, and where a
+  process does not see what another one wrote.
   """
   workdir = epath.Path(workdir).expanduser()
   # Orbax and TensorBoard take absolute paths only.
   workdir = workdir if "://" in str(workdir) else workdir.resolve()
-  workdir.mkdir(parents=True, exist_ok=True)
   flat = config_lib.flatten(config)
   path = workdir / "config.json"
-  if path.exists():
-    changed = config_lib.difference(json.loads(path.read_text())["config"], json_like(flat))
-    if changed:
-      listing = "\n  ".join(changed)
-      raise WorkdirError(
-        f"{workdir} was made by another config; it differs in\n  {listing}\n"
-        "Use the config it was made with, or a new --workdir"
-      )
-  else:
+  if jax.process_index() == 0 and not path.exists():
+    workdir.mkdir(parents=True, exist_ok=True)
     devices = dict(kind=jax.devices()[0].device_kind, count=jax.device_count())
     logs.write_json(path, dict(config=flat, versions=_versions(), devices=devices))
+  hosts.barrier("claim of the workdir")
+  changed = config_lib.difference(json.loads(_seen(path))["config"], json_like(flat))
+  if changed:
+    listing = "\n  ".join(changed)
+    raise WorkdirError(
+      f"{workdir} was made by another config; it differs in\n  {listing}\n"
+      "Use the config it was made with, or a new --workdir"
+    )
   return workdir
+
+
+def _seen(path: epath.Path) -> str:
+  """What process 0 wrote; network file systems may show it to others some seconds later."""
+  end = time.monotonic() + _VISIBLE
+  while True:
+    try:
+      return path.read_text()
+    except FileNotFoundError:
+      if time.monotonic() > end:
+        raise WorkdirError(
+          f"process {jax.process_index()} does not see {path}, which process 0 wrote: --workdir "
+          "must be on a file system that all machines share, or gs://"
+        ) from None
+      time.sleep(0.5)
+
+
+def check_processes(config: Any, workdir: str, mode: str) -> None:
+  """Raises HostsError where processes of a run differ in their command, code or packages."""
+  facts = {f"config.{k}": v for k, v in json_like(config_lib.flatten(config)).items()}
+  facts |= {"--workdir": str(workdir), "--mode": mode, "xmodal_jax sources": _sources()}
+  facts |= {f"{k} version": v for k, v in _versions().items()}
+  hosts.agree("command, code and packages", facts)
+
+
+def _sources() -> str:
+  """sha256, abbreviated, of the package's source files."""
+  digest, root = hashlib.sha256(), pathlib.Path(__file__).parent
+  for path in sorted(root.rglob("*.py")):
+    digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def json_like(value: Any) -> Any:

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -153,12 +153,12 @@ def _close_all() -> None:
     stream.close()
 
 
-def _local_batch(batch_size: int, process_index: int, process_count: int) -> int:
-  if batch_size % process_count or not 0 <= process_index < process_count:
-    raise ValueError(
-      f"batch size {batch_size} over {process_count} processes, of which this is {process_index}"
-    )
-  return batch_size // process_count
+def _own_rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
+  """int64 [b]: places in a global batch. Raises ValueError for places that it does not have."""
+  own = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+  if not len(own) or own.min() < 0 or own.max() >= batch_size:
+    raise ValueError(f"rows {own.tolist()} of a batch of {batch_size}")
+  return own
 
 
 def _offsets(split: Split | mix_lib.Joined) -> np.ndarray:
@@ -262,7 +262,7 @@ class _Rows(NamedTuple):
 
   seed: int  # of what the batch is shuffled with
   epoch: int  # of the same
-  first: int  # position in that epoch of the first row; the others follow
+  positions: np.ndarray  # [b] in that epoch
   sources: np.ndarray  # [b] data sets
   records: np.ndarray  # [b]
   texts: np.ndarray  # [b] captions within the records
@@ -280,8 +280,7 @@ def train_batches(
   mix: order_lib.Mix = "shuffle",
   seed: int,
   step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   max_bad_fraction: float = 1e-4,
   order: Callable[[int], np.ndarray] | None = None,
   augment: image_lib.Augment | None = None,
@@ -290,26 +289,27 @@ def train_batches(
   threads: int | None = None,
   truncate: bool = True,
 ) -> Stream:
-  """This process's rows of global batches step, step + 1, ... without end.
+  """These rows of global batches step, step + 1, ... without end.
 
-  Fields, with b = batch_size / process_count: image uint8 [b, H, W, 3], text_ids int32 [b, L],
+  Fields, with b the number of rows: image uint8 [b, H, W, 3], text_ids int32 [b, L],
   text_mask bool [b, L], image_id int32 [b], caption_id int32 [b]; of a joined split also dataset
   int32 [b], the number of each row's data set. With captions "none", which needs no tokenizer,
   there are neither texts nor caption_id, but label int32 [b], see `records.Record`. With `regions`
   there are regions float32 [b, R, F], boxes float32 [b, R, 4] and region_mask bool [b, R] in place
   of image, and a record that they do not fit is a DataError.
 
-  batch_size: global; process p has rows p b to (p + 1) b. captions: see `order.samples_per_epoch`.
-  mix: see `order.Mixture`. augment: (picture, generator) -> uint8 [H, W, 3], in place of
-  image_transform. order: epoch -> sample indices, in place of the shuffle; the same number in every
-  epoch. A bad record is replaced by another sample of its data set that its place in the epoch
-  determines; DataError if more than max_bad_fraction of all records of the split were found bad by
-  this process. on_bad: called with (record, reason) for each. threads: of reading and decoding;
+  batch_size: global; rows: places in it that this process reads, None: all. captions: see
+  `order.samples_per_epoch`. mix: see `order.Mixture`. augment: (picture, generator) -> uint8
+  [H, W, 3], in place of image_transform. order: epoch -> sample indices, in place of the shuffle;
+  the same number in every epoch. A bad record is replaced by another sample of its data set that
+  its place in the epoch determines; DataError if more than max_bad_fraction of all records of the
+  split were found bad by this process. on_bad: called with (record, reason) for each. threads: of reading and decoding;
   None: tf.data decides. truncate: False makes a caption that is too long a ValueError. A tokenizer
   with `graph` (see wordpiece) runs inside tf.data, and with `corrupt` above 0 corrupts the captions
   first, which is drawn per position as the augmentation is.
   """
-  local = _local_batch(batch_size, process_index, process_count)
+  own = _own_rows(rows, batch_size)
+  local = len(own)
   offsets, ledger = _offsets(split), Ledger(split, max_bad_fraction, on_bad)
   counts = mix_lib.sample_counts(split, captions)
   firsts = np.cumsum([0, *counts])  # sample that each data set begins with
@@ -326,24 +326,24 @@ def train_batches(
   def plan(step: int) -> _Rows:
     pool, epoch, done = mixture(step)
     pool_seed = order_lib.source_seed(seed, pool)
-    first = done * batch_size + process_index * local
+    positions = done * batch_size + own
     if order is None:
-      positions = np.arange(first, first + local)
       chosen = order_lib.permute(positions, mixture.sizes[pool], pool_seed, epoch) + firsts[pool]
     else:
-      chosen = np.asarray(order(epoch))[first : first + local]
+      chosen = np.asarray(order(epoch))[positions]
     sources = np.searchsorted(firsts, chosen, side="right") - 1
     found = order_lib.locate(chosen, offsets, captions, pool_seed, epoch)
-    keys = order_lib.caption_keys(first + np.arange(local), pool_seed, epoch)
-    return _Rows(pool_seed, epoch, first, sources, *found, keys)
+    keys = order_lib.caption_keys(positions, pool_seed, epoch)
+    return _Rows(pool_seed, epoch, positions, sources, *found, keys)
 
   def example(i: np.ndarray):
     """Row i of ours, over all steps -> fields of the picture, caption, record, caption id or label,
     key."""
     this_step, row = divmod(int(i), local)
-    rows = plan(this_step)
-    seed, epoch, position, source = rows.seed, rows.epoch, rows.first + row, rows.sources[row]
-    record, text = int(rows.records[row]), int(rows.texts[row])
+    planned = plan(this_step)
+    seed, epoch, source = planned.seed, planned.epoch, planned.sources[row]
+    position, key = int(planned.positions[row]), planned.keys[row]
+    record, text = int(planned.records[row]), int(planned.texts[row])
     for attempt in range(_ATTEMPTS):
       content = _read(split, ledger, record)
       if content is not None:
@@ -351,8 +351,8 @@ def train_batches(
         arrays = visual.read(content, record, rng)
         if arrays is not None:
           caption = b"" if labelled else content.captions[text].encode()
-          own = content.label if labelled else offsets[record] + text
-          return *arrays, caption, record, own, rows.keys[row]
+          mark = content.label if labelled else offsets[record] + text
+          return *arrays, caption, record, mark, key
       stand_in = order_lib.replacement(position, attempt, counts[source], seed, epoch)
       stand_in += firsts[source]
       found = order_lib.locate(np.array([stand_in]), offsets, captions, seed, epoch)
@@ -446,13 +446,12 @@ def eval_images(
   batch_size: int,
   image_transform: Transform | None,
   regions: Regions | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   max_bad_fraction: float = 0.0,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
 ) -> Stream:
-  """Every picture once, in order: this process's rows of each global batch.
+  """Every picture once, in order: these rows of each global batch.
 
   Fields: image uint8 [b, H, W, 3], image_id int32 [b], valid bool [b]; label int32 [b] of a split
   with class names. The last batch is filled up with rows that are not valid, of image_id and label
@@ -460,13 +459,14 @@ def eval_images(
   DataError if more than max_bad_fraction of the split are bad. regions: in place of image, as in
   `train_batches`.
   """
-  local = _local_batch(batch_size, process_index, process_count)
+  own = _own_rows(rows, batch_size)
+  local = len(own)
   ledger = Ledger(split, max_bad_fraction, on_bad)
   visual = _visual(regions, lambda image, rng: image_transform(image), ledger)
 
   def example(i: np.ndarray):
     this_step, row = divmod(int(i), local)
-    record = this_step * batch_size + process_index * local + row
+    record = this_step * batch_size + int(own[row])
     if record >= len(split):
       return *visual.blanks, np.int32(-1), np.int32(-1), False
     content = _read(split, ledger, record)
@@ -497,25 +497,25 @@ def eval_texts(
   batch_size: int,
   tokenizer: Tokenizer,
   text_length: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   max_bad_fraction: float = 0.0,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
   truncate: bool = True,
 ) -> Stream:
-  """Every caption once, in order: this process's rows of each global batch.
+  """Every caption once, in order: these rows of each global batch.
 
   Fields: text_ids int32 [b, L], text_mask bool [b, L], caption_id int32 [b], image_id int32 [b] of
   the caption's picture, valid bool [b]. Rows that are not valid hold the empty caption, so that no
   mask is empty; those that fill up the last batch have ids -1, those of a bad record keep theirs.
   truncate: see `train_batches`.
   """
-  local = _local_batch(batch_size, process_index, process_count)
+  own = _own_rows(rows, batch_size)
+  local = len(own)
   ledger, offsets = Ledger(split, max_bad_fraction, on_bad), _offsets(split)
 
-  def rows(step: np.ndarray):
-    caption = int(step) * batch_size + process_index * local + np.arange(local)  # [b]
+  def read(step: np.ndarray):
+    caption = int(step) * batch_size + own  # [b]
     valid = caption < offsets[-1]
     caption = np.where(valid, caption, -1)
     record = np.full(local, -1)
@@ -535,7 +535,7 @@ def eval_texts(
   blanks = [np.full(local, b"", object), *(np.zeros(local, t) for t in (np.int32, np.int32, bool))]
 
   def batch(step: tf.Tensor):
-    texts, caption, record, valid, ok = ledger.call(rows, [step], blanks)
+    texts, caption, record, valid, ok = ledger.call(read, [step], blanks)
     ids, mask, tokens_ok = _tokens(texts, tokenizer, text_length, truncate, ledger)
     return {
       "text_ids": ids,
