@@ -257,7 +257,8 @@ class _Watch(threading.Thread):
     self.index, self.count = state.process_id, state.num_processes
     self.period = max(_PERIOD, self.count / 256)  # some hundred messages a second, however many
     self.beats, self.seen = 0, {}  # of the others, at process 0: index -> (beat, when it changed)
-    self.failed: dict[int, str] = {}
+    self.failed: dict[int, str] = {}  # what they said themselves
+    self.dead: dict[int, str] = {}  # what process 0 says of them
     self.deadline: float | None = None
 
   def add(self, vote: Vote) -> None:
@@ -271,8 +272,13 @@ class _Watch(threading.Thread):
       except jax.errors.JaxRuntimeError as e:
         if not self.over.is_set():
           self._leave(f"process 0, the coordinator, does not answer: it died or ended ({e})")
-      if self.deadline and time.monotonic() > self.deadline:
-        self._leave("this process could not end by itself: its main thread waits for the others")
+      except Exception:
+        logging.exception("the watch of process %d failed", self.index)
+        self._leave("nobody watches this one any more")
+      # Where all of them fail alike, each has what it takes to finish its checkpoint and end.
+      late = self.deadline is not None and time.monotonic() > self.deadline
+      if late and len(self.failed) < self.count:
+        self._leave("its main thread waits for the others")
 
   def _look(self) -> None:
     self.beats += 1
@@ -292,17 +298,17 @@ class _Watch(threading.Thread):
       beat = beats.get(str(p), "")
       if p not in self.seen or self.seen[p][0] != beat:
         self.seen[p] = beat, now
-      elif now - self.seen[p][1] > self.silence and p not in self.failed:
+      elif now - self.seen[p][1] > self.silence and p not in self.failed | self.dead:
         text = f"no sign of life for {self.silence:g} s: it was killed, or its machine is gone"
-        _client().key_value_set(f"{_ROOT}/failed/{p}", text, True)
+        _client().key_value_set(f"{_ROOT}/dead/{p}", text, True)
 
   def _hear_failures(self) -> None:
-    for p, text in _folder(f"{_ROOT}/failed").items():
-      if int(p) not in self.failed:
-        self.failed[int(p)] = text
-        if int(p) != self.index:
+    for folder, heard in (("failed", self.failed), ("dead", self.dead)):
+      for p, text in _folder(f"{_ROOT}/{folder}").items():
+        if int(p) not in heard and int(p) != self.index:
           logging.error("process %s of %d failed: %s", p, self.count, text)
-    if self.failed and self.deadline is None:
+        heard[int(p)] = text
+    if (self.failed or self.dead) and self.deadline is None:
       _client().key_value_set(f"{_ROOT}/heard/{self.index}", "", True)
       # Process 0 holds the store: it goes last.
       self.deadline = time.monotonic() + _GRACE + 3 * (self.index == 0)
@@ -316,7 +322,7 @@ class _Watch(threading.Thread):
   def _leave(self, why: str) -> None:
     """Ends the process without a word to JAX, whose own end would wait for all."""
     logging.error(
-      "process %d of %d stops, because another one failed: %s. The same command, on all of them, "
+      "process %d of %d stops, because another one failed; %s. The same command, on all of them, "
       "goes on from the last checkpoint", self.index, self.count, why
     )  # fmt: skip
     self.end(1)

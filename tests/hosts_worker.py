@@ -1,0 +1,150 @@
+"""One process of several, which the tests of many processes start: see test_hosts.py.
+
+python hosts_worker.py JOB.json INDEX. The job: address, count, devices of each process, silence,
+and runs, one after another in one process, because starting costs more than a toy run. A run has a
+name, a system of tiny.py, changes of its config, and what happens to it, in `hit`:
+[process, moment, what], e.g. [1, "train", "SIGTERM"]. Moments are places in the program, no times.
+Each process writes what came of a run to NAME.INDEX.json; a HostsError ends the run, not the group.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ["JAX_PLATFORMS"] = "cpu"
+JOB, INDEX = json.loads(pathlib.Path(sys.argv[1]).read_text()), int(sys.argv[2])
+FOLDER = pathlib.Path(sys.argv[1]).parent
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", JOB["devices"])
+
+import tiny  # noqa: E402
+
+from xmodal_jax import build, checkpoint, evaluate, hosts, logs, train, workdir  # noqa: E402
+
+STEP = 7  # of a process, in which something happens in training
+UNDO = []
+
+
+def happen(what: str) -> None:
+  if what == "raise":
+    raise OSError("the disk of this machine is gone")
+  os.kill(os.getpid(), getattr(signal, what))
+
+
+def patch(owner, name: str, make) -> None:
+  """Puts make(original) in its place until the end of the run."""
+  original = getattr(owner, name)
+  UNDO.append(lambda: setattr(owner, name, original))
+  setattr(owner, name, make(original))
+
+
+def before(what: str, call: int = 1):
+  """-> make: something happens before the call of this number."""
+
+  def make(original):
+    calls = []
+
+    def hit(*args, **kw):
+      calls.append(1)
+      if len(calls) == call:
+        happen(what)
+      return original(*args, **kw)
+
+    return hit
+
+  return make
+
+
+def arm(moment: str, what: str, step: int = STEP) -> None:
+  """Makes `what` happen in this process at a place in the program."""
+  if moment == "barrier":  # where the others wait for this process
+    happen(what)
+  elif moment == "compile":  # between the tracing of the first step and its compilation
+
+    def make(original):
+      def train_step(*args):
+        step = original(*args)
+
+        def hit(state, batch):
+          lowered = step.lower(state, batch)
+          if UNDO:
+            happen(what)
+            UNDO.pop()()
+          del lowered
+          return step(state, batch)
+
+        return hit
+
+      return train_step
+
+    patch(build.Built, "train_step", make)
+  elif moment == "train":  # while steps are under way
+    patch(logs.Clock, "tick", before(what, step))
+  elif moment == "eval":  # after pictures and texts were encoded
+    patch(evaluate.Evaluator, "scores", before(what))
+  elif moment == "save":  # while files are written
+
+    def make(original):
+      def save(*args, **kw):
+        out = original(*args, **kw)
+        if len(UNDO) == 1:
+          UNDO.pop()()
+          happen(what)
+        return out
+
+      return save
+
+    patch(checkpoint.Checkpoints, "save", make)
+  else:
+    raise ValueError(moment)
+
+
+def one(run: dict) -> dict:
+  differ = run.get("differ", {}).get(str(INDEX), {})
+  config = getattr(tiny, run["system"])(run["data"], **run.get("changes", {}) | differ)
+  folder = FOLDER / run["name"]
+  for process, *rest in run.get("hit", []):
+    if process == INDEX:
+      arm(*rest)
+  if run.get("check"):
+    workdir.check_processes(config, str(folder), "train")
+  if barrier := run.get("barrier"):
+    if barrier["missing"] != INDEX:
+      hosts.barrier("lunch", barrier["seconds"])
+    return {}
+  mode = dict(train=train.train, eval=evaluate.evaluate)
+  results = mode[run.get("mode", "train")](config, str(folder))
+  while UNDO:
+    UNDO.pop()()
+  return dict(results=results and results["test"], steps=sorted(checkpoints_of(folder)))
+
+
+def checkpoints_of(folder: pathlib.Path) -> list[int]:
+  where = folder / "checkpoints"
+  return [int(p.name) for p in where.iterdir() if p.name.isdigit()] if where.exists() else []
+
+
+def main() -> None:
+  hosts.initialize(
+    JOB["address"],
+    JOB["count"],
+    INDEX,
+    timeout=JOB.get("timeout", 120),
+    silence=JOB.get("silence", hosts.SILENCE),
+  )
+  with hosts.together():
+    logs.setup()
+    for run in JOB["runs"]:
+      try:
+        found = one(run)
+      except hosts.HostsError as e:
+        found = dict(error=f"HostsError: {e}")
+      (FOLDER / f"{run['name']}.{INDEX}.json").write_text(json.dumps(found))
+
+
+main()

@@ -1,0 +1,251 @@
+"""Runs of several processes, for real: started on loopback, with gloo collectives, at toy size.
+
+Starting a process costs more than a toy run, so that a group of them does many runs one after
+another, and tests look at what came of them.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_train import lines
+
+from xmodal_jax import build, checkpoint, hosts, init, sharding, train
+from xmodal_jax.data import shapes
+
+WORKER = pathlib.Path(__file__).parent / "hosts_worker.py"
+SYSTEMS = ("config", "team", "zerovl", "tgdt", "hat")  # as tiny.py calls them
+CHANGES = dict(
+  optim__lr=1e-3, total="20 steps", eval__every="10 steps", checkpoint__every="8 steps"
+)
+SHORT = dict(optim__lr=1e-3, total="12 steps", eval__every="6 steps", checkpoint__every="4 steps")
+# A run on the same devices, held by several processes, sums in another order only between them.
+ATOL = 1e-5
+
+
+# Process 1 of 2 is asked to stop, at each of these places.
+MOMENTS = ("compile", "train", "eval", "save")
+
+
+class End(NamedTuple):
+  code: int
+  log: str
+  seconds: float  # after the start of the group
+
+
+def start(folder: pathlib.Path, runs: list[dict], count: int, devices: int, **job) -> list[End]:
+  """Starts a group of processes and waits for all of them; none outlives this call."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  folder.mkdir(exist_ok=True)
+  file = folder / f"job.{count}.json"
+  file.write_text(json.dumps(dict(address=address, count=count, devices=devices, runs=runs) | job))
+  # Programs of one run serve the next ones, and a group that resumes.
+  env = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    "PYTHONPATH": str(WORKER.parents[1]),
+  }
+  logs = [folder / f"log.{count}.{i}" for i in range(count)]
+  processes, begin = [], time.monotonic()
+  try:
+    for i, path in enumerate(logs):
+      with path.open("w") as log:
+        command = [sys.executable, WORKER, file, str(i)]
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+    ends: list[float | None] = [None] * count
+    while None in ends and time.monotonic() - begin < 600:
+      time.sleep(0.05)
+      for i, process in enumerate(processes):
+        if ends[i] is None and process.poll() is not None:
+          ends[i] = time.monotonic() - begin
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+  texts = [path.read_text() for path in logs]
+  assert None not in ends, f"a process hangs:\n{texts[ends.index(None)][-3000:]}"
+  codes = [p.returncode for p in processes]
+  return [End(*e) for e in zip(codes, texts, ends, strict=True)]
+
+
+def found(folder: pathlib.Path, name: str, count: int = 2) -> list[dict]:
+  """What each process had to say at the end of a run."""
+  return [json.loads((folder / f"{name}.{i}.json").read_text()) for i in range(count)]
+
+
+def params(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+  saved = checkpoint.Checkpoints(folder, keep=2, metric="rsum", read_only=True)
+  return init.flat(saved.restore_model(step)["params"])
+
+
+def assert_same_run(folder: pathlib.Path, straight: pathlib.Path, step: int) -> None:
+  """Losses, metrics and parameters of two runs."""
+  ours, theirs = lines(folder), lines(straight)
+  assert [(r["step"], r["kind"]) for r in ours] == [(r["step"], r["kind"]) for r in theirs]
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.keys() == b.keys()
+    for key in a.keys() - {"kind"}:
+      np.testing.assert_allclose(a[key], b[key], rtol=ATOL, atol=ATOL, err_msg=f"{key} of {a}")
+  want = params(straight, step)
+  for key, value in params(folder, step).items():
+    np.testing.assert_allclose(value, want[key], rtol=0, atol=ATOL, err_msg=key)
+
+
+def straight(config, folder: pathlib.Path, devices: int) -> dict:
+  """The same run in this process alone."""
+  with pytest.MonkeyPatch.context() as patch:
+    built = functools.partial(build.Built, devices=jax.devices()[:devices])
+    patch.setattr(train.build_lib, "Built", built)
+    return train.train(config, folder)
+
+
+@pytest.fixture(scope="module")
+def runs_of_two(tiny_data, tmp_path_factory):
+  """(folder, ends): everything that two processes of two devices do in one go."""
+  folder = tmp_path_factory.mktemp("two")
+  base = dict(system="config", data=tiny_data)
+  other_data = shapes.write(tmp_path_factory.mktemp("other"), sizes=tiny.SIZES, seed=1)
+  runs = [
+    dict(base, name="straight", changes=CHANGES, check=True),
+    dict(base, name="straight", changes=CHANGES, mode="eval"),
+    *(dict(base, name=m, changes=SHORT, hit=[[1, m, "SIGTERM"]]) for m in MOMENTS),
+    dict(base, name="config", changes=SHORT, differ={"1": {"optim__lr": 0.5}}, check=True),
+    dict(base, name="data", changes=SHORT, differ={"1": {"data__dir": str(other_data)}}),
+    dict(base, name="barrier", barrier={"seconds": 1, "missing": 1}),
+  ]
+  return folder, start(folder, runs, count=2, devices=2)
+
+
+def test_two_processes_are_one(runs_of_two, tiny_data, tmp_path):
+  folder, ends = runs_of_two
+  assert [e.code for e in ends] == [0, 0], ends[0].log[-3000:] + ends[1].log[-3000:]
+  results = straight(tiny.config(tiny_data, **CHANGES), tmp_path, 4)
+  assert_same_run(folder / "straight", tmp_path, 20)
+  for one in found(folder, "straight"):  # of --mode eval, of the best checkpoint
+    assert one["results"] == pytest.approx(results["test"], abs=ATOL)
+  assert not list(folder.glob("straight/*.tmp"))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_one_is_asked_to_stop_and_all_do(runs_of_two, moment):
+  folder, _ = runs_of_two
+  ours, others = found(folder, moment)
+  assert ours == others and ours["results"] is None
+  stopped = max(ours["steps"])
+  at = dict(compile=0, train=7, eval=6, save=4)[moment]
+  assert at <= stopped <= at + 2
+  rows = lines(folder / moment)
+  assert rows[-1]["step"] == stopped
+  # The evaluation of step 6 was not finished, and will be made up for.
+  pending = checkpoint.Checkpoints(folder / moment, keep=2, metric="rsum", read_only=True)
+  assert pending.meta(stopped)["pending"] == (moment == "eval")
+
+
+def test_what_differs_is_named_in_every_process(runs_of_two):
+  folder, _ = runs_of_two
+  for one in found(folder, "config"):
+    assert one["error"] == (
+      "HostsError: the processes differ in command, code and packages:\n"
+      "  config.optim.lr: 0.001 in process 0, 0.5 in process 1"
+    )
+  for one in found(folder, "data"):
+    assert "differ in data:\n  split 'test': " in one["error"] and " in process 1" in one["error"]
+
+
+def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
+  folder, _ = runs_of_two
+  here, _ = found(folder, "barrier")
+  assert here["error"] == "HostsError: barrier 'lunch': process 1 of 2 did not come within 1 s"
+
+
+def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, tmp_path):
+  run = dict(system="config", data=tiny_data, name="run", changes=SHORT)
+  ends = start(tmp_path, [dict(run, hit=[[3, "train", "SIGKILL"]])], 4, 1, silence=15)
+  assert ends[3].code == -signal.SIGKILL
+  for end in ends[:3]:
+    assert end.code not in (0, None) and end.seconds - ends[3].seconds < 60
+    assert "process 3" in end.log, end.log[-3000:]
+  ends = start(tmp_path, [dict(run, hit=[[0, "train", "SIGTERM", 2]])], 2, 2)
+  assert [e.code for e in ends] == [0, 0], ends[0].log[-3000:]
+  # Of step 6 the save was under way when the process died; that of step 4 was whole.
+  assert re.search("going on from step [46]", ends[0].log)
+  assert found(tmp_path, "run")[0]["results"] is None
+  straight(tiny.config(tiny_data, **SHORT), tmp_path / "run", 4)
+  straight(tiny.config(tiny_data, **SHORT), tmp_path / "straight", 4)
+  assert_same_run(tmp_path / "run", tmp_path / "straight", 12)
+
+
+@pytest.mark.parametrize("what", ["SIGKILL", "raise"])
+def test_the_first_dies(tiny_data, tmp_path, what):
+  """Process 0, which the others hear everything from, while they wait for it at a barrier."""
+  run = dict(system="config", data=tiny_data, name="run", hit=[[0, "barrier", what]])
+  ends = start(tmp_path, [run], 2, 1, silence=15)
+  assert all(e.code not in (0, None) for e in ends)
+  assert ends[1].seconds - ends[0].seconds < 60
+  if what == "raise":
+    assert "OSError: the disk of this machine is gone" in ends[1].log
+  else:
+    assert "coordinat" in ends[1].log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
+def test_every_system_by_several_processes(tiny_data, tmp_path, count, devices):
+  runs = [dict(system=s, data=tiny_data, name=s, changes=CHANGES) for s in SYSTEMS]
+  mesh = (("data", 2), ("fsdp", 2), ("model", 2))
+  runs.append(dict(runs[0], name="meshed", changes=CHANGES | dict(mesh=mesh)))
+  ends = start(tmp_path, runs, count, devices)
+  assert [e.code for e in ends] == [0] * count, ends[0].log[-3000:]
+  for run in runs:
+    config = getattr(tiny, run["system"])(tiny_data, **run["changes"])
+    results = straight(config, tmp_path / f"{run['name']}.straight", 8)
+    assert_same_run(tmp_path / run["name"], tmp_path / f"{run['name']}.straight", 20)
+    for one in found(tmp_path, run["name"], count):
+      assert one["results"] == pytest.approx(results["test"], abs=ATOL)
+
+
+def test_rows_follow_the_mesh():
+  """Of every process, whose devices are those that its number divides."""
+  devices = np.array(jax.devices())
+  for order, own in (([0, 1, 4, 5, 2, 3, 6, 7], [0, 1, 2, 3]), (range(8), range(8))):
+    mesh = jax.sharding.Mesh(devices[list(order)].reshape(4, 1, 2), sharding.AXES)
+    rows = sharding.local_rows(sharding.batch_sharding(mesh), 8)
+    assert rows.tolist() == list(range(8)), own
+  with pytest.raises(ValueError, match="9 rows does not divide into 4"):
+    sharding.local_rows(sharding.batch_sharding(mesh), 9)
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (dict(coordinator="localhost:1"), "all three"),
+    (dict(count=2), "--process_count=2"),
+  ],
+)
+def test_half_an_address(given, message):
+  with pytest.raises(ValueError, match=message):
+    hosts.initialize(**given)
+
+
+def test_one_process_needs_nobody():
+  hosts.initialize()
+  hosts.barrier("alone")
+  hosts.agree("alone", 1)
+  assert hosts.gather("alone", (1, "a")) == [[1, "a"]] and hosts.first("alone", 2) == 2
+  answers = iter([False, True, False])
+  vote = hosts.Vote(lambda: next(answers))
+  assert [vote() for _ in range(4)] == [False, True, True, True]
