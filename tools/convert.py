@@ -94,8 +94,9 @@ def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
   meta = dict(system=system, ignored={}, beside=[], keys=[], wrapper=[])
   if (source / "checkpoints").is_dir():
     checkpoints = checkpoint.Checkpoints(source, keep=1, metric="", read_only=True)
-    step = checkpoints.best()
-    meta["system"], tree = checkpoints.meta(step)["system"], checkpoints.restore_model(step)
+    if (found := checkpoints.restore_best()) is None:
+      raise SystemExit(f"{source}/checkpoints is empty")
+    meta["system"], tree = found[1]["system"], found[2]
   else:
     meta, tree = convert.read_meta(source), checkpoint.load_model(source)
   if meta["system"] != system:

@@ -1,0 +1,332 @@
+"""Checkpoints that are damaged, unfinished or old: nothing of them is ever restored silently."""
+
+import contextlib
+import logging
+import pathlib
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from etils import epath
+from test_train import lines
+
+from xmodal_jax import checkpoint, integrity, train
+from xmodal_jax import step as step_lib
+
+# Orbax leaves tasks behind when what it reads is damaged.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+META = dict(system="clip", metric="rsum", fingerprint="f", pending=False)
+RSUM = {3: 1.0, 6: 3.0, 9: 2.0}
+
+
+def state_of(step: int) -> step_lib.TrainState:
+  w = jax.random.normal(jax.random.key(step), (40, 50))
+  return step_lib.TrainState(jnp.int32(step), {"w": w}, {}, (jnp.full(3, step), {"mu": w + 1}))
+
+
+def want() -> step_lib.TrainState:
+  state = state_of(0)
+  return checkpoint.abstract_state(state, jax.tree.map(lambda x: x.sharding, state))
+
+
+def opened(workdir, **kw) -> checkpoint.Checkpoints:
+  return checkpoint.Checkpoints(workdir, **dict(keep=3, metric="rsum") | kw)
+
+
+def same(state: step_lib.TrainState, step: int) -> bool:
+  return jax.tree.all(jax.tree.map(np.array_equal, state, state_of(step)))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> pathlib.Path:
+  """A workdir with steps 3, 6 (the best) and 9."""
+  workdir = tmp_path_factory.mktemp("written")
+  with contextlib.closing(opened(workdir)) as checkpoints:
+    for step, rsum in RSUM.items():
+      checkpoints.save(step, state_of(step), META, {"rsum": rsum})
+  return workdir
+
+
+@pytest.fixture
+def copied(written, tmp_path) -> pathlib.Path:
+  return pathlib.Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def files_of(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:
+  folder = workdir / "checkpoints" / str(step)
+  return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def flip(path: pathlib.Path, bit: int) -> None:
+  data = bytearray(path.read_bytes())
+  data[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def changed(path: pathlib.Path, change):
+  """The file changed by change(path), and afterwards as it was, in a folder of its old name."""
+  data = path.read_bytes() if path.exists() else None
+  change(path)
+  try:
+    yield
+  finally:
+    step = next(p for p in path.parents if p.parent.name == "checkpoints")
+    if (aside := step.parent / f"{step.name}.damaged").exists():
+      aside.replace(step)
+    path.unlink(missing_ok=True)
+    if data is not None:
+      path.write_bytes(data)
+
+
+def falls_back(workdir: pathlib.Path, path: pathlib.Path, caplog, read_only: bool = False) -> bool:
+  """Whether step 6 is restored in the place of 9, and a warning names what is wrong with 9."""
+  caplog.clear()
+  with contextlib.closing(opened(workdir, read_only=read_only)) as checkpoints:
+    step, meta, state = checkpoints.restore_latest(want())
+  name = str(path.relative_to(workdir / "checkpoints" / "9"))
+  said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+  said = [m for m in said if m.startswith("checkpoint of step 9 is damaged and not used: ")]
+  aside = (workdir / "checkpoints" / "9.damaged").exists()
+  named = len(said) == 1 and f"{name} " in said[0]
+  return step == 6 and meta == META and same(state, 6) and named and aside != read_only
+
+
+def count_fall_backs(workdir: pathlib.Path, caplog, flips: int, seed: int) -> int:
+  """How many of so many flips of a random bit of a random file of step 9 were noticed."""
+  rng, files, noticed = np.random.default_rng(seed), files_of(workdir, 9), 0
+  for i in range(flips):
+    # Every file comes before one comes twice.
+    if i % len(files) == 0:
+      order = rng.permutation(len(files))
+    path = files[order[i % len(files)]]
+    bit = int(rng.integers(8 * path.stat().st_size))
+    with changed(path, lambda p: flip(p, bit)):
+      noticed += falls_back(workdir, path, caplog, read_only=bool(i % 2))
+  return noticed
+
+
+def test_intact(copied, caplog):
+  checkpoints = opened(copied)
+  step, meta, state = checkpoints.restore_latest(want())
+  assert (step, meta) == (9, META) and same(state, 9) and not caplog.records
+  step, _, model = checkpoints.restore_best()
+  assert step == checkpoints.best() == 6
+  np.testing.assert_array_equal(model["params"]["w"], state_of(6).params["w"])
+  with pytest.raises(ValueError, match="not at step 9"):
+    checkpoints.restore_latest(want(), check=refuse)
+
+
+def refuse(step, meta):
+  raise ValueError(f"not at step {step}")
+
+
+@pytest.mark.parametrize("plans", [1 << 20, 0], ids=["first", "while_reading"])
+def test_any_flipped_bit(written, caplog, monkeypatch, plans):
+  """Both where files are checked before Orbax sees them, and where it reads damaged ones."""
+  monkeypatch.setattr(checkpoint, "_PLANS", plans)
+  assert count_fall_backs(written, caplog, 40, seed=plans) == 40
+  assert len(files_of(written, 9)) < 40
+
+
+@pytest.mark.slow
+def test_thousand_flipped_bits(written, caplog, monkeypatch):
+  started = time.monotonic()
+  noticed = count_fall_backs(written, caplog, 700, seed=1)
+  monkeypatch.setattr(checkpoint, "_PLANS", 0)
+  noticed += count_fall_backs(written, caplog, 300, seed=2)
+  print(f"{noticed} of 1,000 flips fell back, in {time.monotonic() - started:.0f} s")
+  assert noticed == 1000
+
+
+def test_every_file_truncated_or_missing(written, caplog):
+  for i, path in enumerate(files_of(written, 9)):
+    size = path.stat().st_size
+    shorter = lambda p: p.write_bytes(p.read_bytes()[: size // 2])
+    with changed(path, shorter):
+      assert falls_back(written, path, caplog), path
+      if path.name != integrity.MANIFEST:
+        assert f"has {size // 2} bytes, {size} were written" in caplog.text
+    with changed(path, pathlib.Path.unlink):
+      assert falls_back(written, path, caplog, read_only=bool(i % 2)), path
+      assert "is missing" in caplog.text
+
+
+def test_what_does_not_belong(written, caplog):
+  path = written / "checkpoints" / "9" / "train" / "d" / "junk"
+  with changed(path, lambda p: p.write_text("junk")):
+    assert falls_back(written, path, caplog)
+    assert "train/d/junk is not of this checkpoint" in caplog.text
+  manifest = written / "checkpoints" / "9" / integrity.MANIFEST
+  other = written / "checkpoints" / "6" / integrity.MANIFEST
+  with changed(manifest, lambda p: shutil.copy(other, p)):
+    assert falls_back(written, manifest, caplog)
+    assert "manifest is that of step 6" in caplog.text
+
+
+def test_one_step_by_its_number(copied):
+  path = files_of(copied, 9)[-1]
+  flip(path, 3)
+  checkpoints = opened(copied, read_only=True)
+  with pytest.raises(checkpoint.CheckpointError, match=f"step 9 .* is damaged: .*{path.name}"):
+    checkpoints.restore(9, want())
+  assert same(checkpoints.restore(6, want()), 6)
+
+
+def test_damaged_best(copied):
+  """The next best is taken, whether the best has lost its parameters or only its metrics."""
+  flip(copied / "checkpoints" / "6" / "metrics" / "metrics", 20)
+  assert opened(copied, read_only=True).best() == 9
+  assert opened(copied, read_only=True).restore_best()[0] == 9
+  flip(copied / "checkpoints" / "9" / "model" / "manifest.ocdbt", 20)
+  checkpoints = opened(copied)
+  assert checkpoints.restore_best()[0] == 3
+  assert sorted(p.name for p in (copied / "checkpoints").glob("*.damaged")) == [
+    "6.damaged",
+    "9.damaged",
+  ]
+  assert checkpoints.latest() == 3
+
+
+def test_nothing_intact_is_an_error(copied, caplog):
+  for step in RSUM:
+    flip(files_of(copied, step)[-1], 0)
+  name = files_of(copied, 9)[-1].name
+  with pytest.raises(
+    checkpoint.CheckpointError, match=f"(?s)no intact .*step 9: .*{name} .*step 3: "
+  ):
+    opened(copied, read_only=True).restore_best()
+  for _ in range(2):  # starting the run again does not start it anew
+    with pytest.raises(checkpoint.CheckpointError, match=r"(?s)no intact .*Put back a copy") as e:
+      opened(copied).restore_latest(want())
+  assert "set aside: 3.damaged, 6.damaged, 9.damaged" in str(e.value)
+  shutil.rmtree(copied / "checkpoints")
+  assert opened(copied).restore_latest(want()) is None
+
+
+def killed_before_manifest(workdir, step) -> None:
+  """What a process leaves that is killed once Orbax has committed."""
+  with contextlib.closing(opened(workdir)) as checkpoints:
+    checkpoints._finish = lambda step: checkpoints.writer.wait_until_finished()
+    checkpoints.save(step, state_of(step), META)
+    checkpoints.wait()
+    assert checkpoints.latest() != step  # a process that runs does not take it for whole either
+
+
+def test_killed_before_the_manifest(copied, caplog):
+  killed_before_manifest(copied, 12)
+  assert opened(copied, read_only=True).latest() == 9
+  checkpoints = opened(copied)
+  assert "checkpoint of step 12 is damaged and not used: manifest is missing" in caplog.text
+  step, _, state = checkpoints.restore_latest(want())
+  assert step == 9 and same(state, 9)
+  checkpoints.save(12, state_of(12), META)  # the same step comes again
+  checkpoints.wait()
+  assert checkpoints.restore_latest(want())[0] == 12
+
+
+def test_killed_in_the_first_save(tmp_path):
+  """There is nothing to lose: the run begins anew."""
+  killed_before_manifest(tmp_path, 3)
+  assert opened(tmp_path).restore_latest(want()) is None
+  assert opened(tmp_path).restore_latest(want()) is None
+
+
+def test_leftovers_of_interrupted_saves(copied):
+  folder = copied / "checkpoints"
+  shutil.copytree(folder / "9", folder / f"12{ocp.path.step.TMP_DIR_SUFFIX}")
+  shutil.copytree(folder / "9", folder / "2.removed.orbax-checkpoint-tmp")
+  (folder / "9.manifest.orbax-checkpoint-tmp").write_text("half")
+  names = lambda: {p.name for p in folder.iterdir()}
+  opened(copied, read_only=True).restore_latest(want())
+  assert len(names()) == 7  # a reader leaves them: the run may be alive
+  opened(copied)
+  assert names() == {"3", "6", "9", "manifests"}
+
+
+def test_killed_while_a_step_is_replaced(copied):
+  """The step whose evaluation was made up for is there all the time."""
+  (copied / "checkpoints" / "9").replace(copied / "checkpoints" / "9.replaced")
+  killed_before_manifest(copied / "other", 9)
+  shutil.copytree(copied / "other" / "checkpoints" / "9", copied / "checkpoints" / "9")
+  checkpoints = opened(copied)
+  assert checkpoints.restore_latest(want())[0] == 9 and checkpoints.metrics(9) == {"rsum": 2.0}
+  checkpoints.save(9, state_of(9), META, {"rsum": 7.0})
+  checkpoints.close()
+  assert {p.name for p in (copied / "checkpoints").iterdir()} == {"3", "6", "9", "manifests"}
+  assert opened(copied, read_only=True).metrics(9) == {"rsum": 7.0}
+
+
+def test_written_before_there_were_manifests(copied, caplog):
+  folder = copied / "checkpoints"
+  for path in folder.rglob(integrity.MANIFEST):
+    path.unlink()
+  (folder / "manifests").unlink()
+  reader = opened(copied, read_only=True)
+  assert reader.restore_best()[0] == reader.best() == 6
+  assert "whether they are damaged cannot be known" in caplog.text
+  caplog.clear()
+  assert opened(copied).restore_latest(want())[0] == 9
+  assert "they are taken as they are, and get manifests now" in caplog.text
+  flip(files_of(copied, 9)[-1], 5)
+  assert opened(copied).restore_latest(want())[0] == 6
+  # Where only some have none, they are not of an older version.
+  (folder / "6" / integrity.MANIFEST).unlink()
+  assert opened(copied).restore_latest(want())[0] == 3
+
+
+def test_what_is_kept(tmp_path):
+  """The latest, and the best: the last of equals. A damaged one is nobody's best."""
+  checkpoints = opened(tmp_path, keep=1)
+  steps = lambda: {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+  for step, rsum, kept in ((1, 5, {"1"}), (2, 5, {"2"}), (3, 1, {"2", "3"}), (4, None, {"2", "4"})):
+    checkpoints.save(step, state_of(step), META, {"rsum": rsum} if rsum else None)
+    checkpoints.wait()
+    assert steps() == kept
+  flip(tmp_path / "checkpoints" / "2" / "metrics" / "metrics", 9)
+  checkpoints.save(5, state_of(5), META, {"rsum": 2})
+  checkpoints.close()
+  assert steps() == {"5"}
+
+
+def test_shares_of_several_processes(tmp_path, monkeypatch):
+  """A file of many blocks: the processes' shares are the whole, and each finds what is its own."""
+  monkeypatch.setattr(integrity, "BLOCK", 64)
+  data = np.random.default_rng(0).bytes(1000)
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "large").write_bytes(data)
+  (tmp_path / "small").write_bytes(b"")
+  tmp_path = epath.Path(tmp_path)
+  files = integrity.sizes(tmp_path)
+  assert files == {"a/large": 1000, "small": 0}
+  parts = [integrity.hashes(tmp_path, files, (i, 3), 2) for i in range(3)]
+  assert sum(len(blocks) for part in parts for blocks in part.values()) == 17
+  integrity.write(tmp_path, 4, files, parts)
+  listed = integrity.read(tmp_path, 4)
+  assert [integrity.content_problems(tmp_path, listed, (i, 3)) for i in range(3)] == [[]] * 3
+  (tmp_path / "a" / "large").write_bytes(data[:700] + b"?" + data[701:])
+  found = [integrity.content_problems(tmp_path, listed, (i, 3)) for i in range(3)]
+  assert [len(x) for x in found] == [0, 1, 0]  # block 10
+  assert "a/large is not what was written" in found[1][0] and "from 640 on" in found[1][0]
+
+
+def test_resumed_from_the_step_before(tiny_data, tmp_path, caplog):
+  """A run whose last checkpoint is damaged ends as it did before, to the bit."""
+  config = tiny.config(tiny_data, total="5 steps", eval__every="2 steps")
+  config.checkpoint.every = "2 steps"
+  first, rows = train.train(config, tmp_path), lines(tmp_path)
+  saved = opened(tmp_path, read_only=True)
+  straight = saved.restore_model(5)
+  flip(max(files_of(tmp_path, 5), key=lambda p: p.stat().st_size), 77)
+  with caplog.at_level(logging.INFO):
+    again = train.train(config, tmp_path)
+  assert "checkpoint of step 5 is damaged and not used" in caplog.text
+  assert "going on from step 4" in caplog.text
+  assert again["test"] == first["test"] and lines(tmp_path) == rows
+  jax.tree.map(np.testing.assert_array_equal, saved.restore_model(5), straight)
