@@ -249,13 +249,20 @@ def collect(
   step: a host batch -> arrays [B, ...] on the devices, `valid` and `image_id` among them. Raises
   Interrupted when asked to stop.
   """
-  parts, ids, pending = [], [], None
+  found, filled, pending = None, 0, None
 
   def take(out):
+    nonlocal found, filled
     out = jax.device_get(out)
     valid = out.pop("valid")
-    ids.append(out.pop("image_id")[valid])
-    parts.append(jax.tree.map(lambda x: x[valid], out))
+    new = jax.tree.map(lambda x: x[valid], out)
+    if found is None:
+      found = jax.tree.map(lambda x: np.empty((0, *x.shape[1:]), x.dtype), new)
+    for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(new), strict=True):
+      # In place: the system moves pages, so that gigabytes are never there twice.
+      whole.resize((filled + len(part), *part.shape[1:]), refcheck=False)
+      whole[filled:] = part
+    filled += int(valid.sum())
 
   for batch in batches:
     if stop():
@@ -266,12 +273,7 @@ def collect(
       take(pending)
     pending = out
   take(pending)
-  # Leaf by leaf, each given up once joined: never are all of them there twice.
-  tree = jax.tree.structure(parts[0])
-  leaves = [list(x) for x in zip(*map(jax.tree.leaves, parts), strict=True)]
-  parts.clear()
-  joined = [np.concatenate(leaves.pop(0)) for _ in range(len(leaves))]
-  return jax.tree.unflatten(tree, joined), np.concatenate(ids)
+  return found, found.pop("image_id")
 
 
 def cache_file(

@@ -4,8 +4,12 @@ The similarity of SCAN (Lee et al., 2018, section 3.2) as HAT uses it. Each toke
 the tokens of the other answer: weights a are a softmax over the answers, the attended vector is
 t = sum_w a_w c_w, and the score is the mean over askers v of cos(v, t). With raw dot products
 d_w = v . c_w and the answers' Gram matrix G, v . t = sum_w a_w d_w and |t|^2 = a' G a, so that no
-vector of a pair has to be made: of all pairs only the weights exist, chunk by chunk. Where a
+vector of a pair has to be made: of all pairs only the weights exist, chunk by chunk. A cosine does
+not change with the length of t, so a need not sum to 1, and the softmax's exponentials do. Where a
 question has more answers than a token has numbers, |t|^2 is that of t itself, then the less work.
+
+Everything of a pair has the order [T, W, I, R]: the products of tokens come out like it, the Gram
+matrix of a text goes into another product as it is, and the long axis is the one that lies close.
 """
 
 import functools
@@ -17,12 +21,13 @@ Array = jax.Array
 
 DIRECTIONS = ("i2t", "t2i", "both")
 
-# Bytes of weights held at a time: on CPU what its cache holds (a gradient was 2.5 times as fast as
-# with all at once), elsewhere enough to keep an accelerator busy. But never those of one text
-# alone: of 784 regions, two at a time were 1.3 to 1.7 times as fast, in value and in gradient.
-CHUNK_BYTES = {"cpu": 2**21}
-ACCELERATOR_CHUNK_BYTES = 2**27
-LEAST = 2
+# Bytes of weights held at a time: on CPU about what its cache holds, of some pictures and some
+# texts; elsewhere of all pictures, which may be spread over devices, enough to keep them busy. But
+# never of fewer than LEAST_WORDS words: of a single text, a matrix product was half as fast.
+CPU_BYTES, ACCELERATOR_BYTES = 2**21, 2**27
+LEAST_WORDS = 256
+# A chunk of texts, which are ordered by length, is cut to one of these shares of their width.
+WIDTHS = (0.5, 0.75, 1.0)
 
 
 def attended_scores(
@@ -37,104 +42,141 @@ def attended_scores(
   """Scores of all pairs: images [I, R, D], texts [T, W, D], text_mask bool [T, W] -> [I, T].
 
   direction: "i2t", image tokens ask; "t2i", words ask; "both", the sum of the two. sharpness: the
-  inverse temperature of the softmax. chunk: so many texts at a time; 0: as CHUNK_BYTES allows,
-  but LEAST sets of weights or more, for `platform`, or "" for that of this process's devices. The
-  gradient is exact, with every chunk computed again for it.
+  inverse temperature of the softmax. chunk: so many texts at a time; 0: what suits
+  `platform`, or, if that is "", this process's devices. The gradient is exact, with every chunk
+  computed again for it.
   """
   if direction not in DIRECTIONS:
     raise ValueError(f"direction {direction!r}; there are {', '.join(DIRECTIONS)}")
-  count = len(texts)
-  sets = 2 if direction == "both" else 1  # of weights that a text has
-  held = sets * 4 * len(images) * images.shape[1] * texts.shape[1]  # bytes of them
-  limit = CHUNK_BYTES.get(platform or jax.default_backend(), ACCELERATOR_CHUNK_BYTES)
-  size = min(chunk or max(limit // max(held, 1), LEAST // sets), count)
-  regions = _Side(images[:, None], answers=direction != "i2t")
-  score = functools.partial(_all_pairs, images, regions, sharpness=sharpness, direction=direction)
+  texts, text_mask = jnp.asarray(texts), jnp.asarray(text_mask)
+  count, words = text_mask.shape
+  of_pair = 4 * images.shape[1] * words  # bytes of its weights
+  on_cpu = (platform or jax.default_backend()) == "cpu"
+  limit = CPU_BYTES if on_cpu else ACCELERATOR_BYTES
+  least = -(-LEAST_WORDS // words)
+  size = min(chunk or max(limit // max(of_pair * len(images), 1), least), count)
+  fit = max(limit // max(of_pair * size, 1), 1) if on_cpu else len(images)
+  tiles = next(
+    n for n in range(1, len(images) + 1) if len(images) % n == 0 and len(images) // n <= fit
+  )
   parts = -(-count // size)
-  cut = lambda x: jnp.pad(x, [(0, parts * size - count)] + [(0, 0)] * (x.ndim - 1)).reshape(
+  length = (text_mask * jnp.arange(1, words + 1)).max(1)  # up to the last word that counts
+  order = jnp.argsort(length)
+  cut = lambda x: jnp.pad(x[order], [(0, parts * size - count)] + [(0, 0)] * (x.ndim - 1)).reshape(
     parts, size, *x.shape[1:]
   )
-  if parts == 1:
-    return score(texts, text_mask)
-  # Of texts that fill up the last chunk no word counts, which no formula here minds.
-  body = jax.checkpoint(lambda part: score(*part), prevent_cse=False)
-  scores = jax.lax.map(body, (cut(texts), cut(text_mask)))  # [parts, I, size]
-  return jnp.moveaxis(scores, 0, 1).reshape(len(images), -1)[:, :count]
+  score = functools.partial(_all_pairs, sharpness=sharpness, direction=direction)
+  if parts == tiles == 1:
+    return score(images, _made_once(images, direction), texts, text_mask).T
+  widths = sorted({-(-int(words * share) // 8) * 8 for share in WIDTHS})
+  widths = [w for w in widths if 0 < w < words] + [words]
+  branches = [
+    jax.checkpoint(lambda i, p, t, m, w=w: score(i, p, t[:, :w], m[:, :w]), prevent_cse=False)
+    for w in widths
+  ]
+  # Tile j has the pictures j, j + tiles, ...
+  held = jax.tree.map(
+    lambda x: x.reshape(-1, tiles, *x.shape[1:]).swapaxes(0, 1),
+    (images, _made_once(images, direction)),
+  )
+
+  def part(x):
+    # Of texts that fill up the last chunk no word counts, which no formula here minds.
+    texts, mask, length = x
+    narrowest = (length.max() > jnp.array(widths)).sum()
+    return jax.lax.map(lambda i: jax.lax.switch(narrowest, branches, *i, texts, mask), held)
+
+  scores = jax.lax.map(
+    part, (cut(texts), cut(text_mask), cut(length))
+  )  # [parts, tiles, size, I / tiles]
+  scores = scores.transpose(3, 1, 0, 2).reshape(len(images), -1)
+  return scores[:, jnp.argsort(order)]
 
 
-class _Side:
-  """Tokens [..., P, D] with their norms [..., P] and, of answers, what squares are made from."""
-
-  def __init__(self, tokens: Array, answers: bool):
-    self.tokens = tokens
-    self.norm = _root(jnp.square(tokens.astype(jnp.float32)).sum(-1))
-    # Of more tokens than numbers in each, the Gram matrix is the larger and the dearer of the two.
-    fits = tokens.shape[-2] <= tokens.shape[-1]
-    self.gram = _product("...pd,...qd->...pq", tokens, tokens) if answers and fits else None
-
-  def square(self, weights: Array, axis: int) -> Array:
-    """|t|^2 of vectors attended with these weights over P, which is their `axis`, -1 or -2."""
-    pa = "ap" if axis == -1 else "pa"
-    if self.gram is None:
-      return jnp.square(_product(f"...{pa},...pd->...ad", weights, self.tokens)).sum(-1)
-    changed = _product(f"...{pa},...pq->...{pa.replace('p', 'q')}", weights, self.gram)
-    return (changed * weights).sum(axis)
+def _made_once(images: Array, direction: str) -> tuple[Array, Array | None]:
+  """Norms [I, R] of pictures [I, R, D]; the Gram matrices [I, R, R] of those that answer, None
+  where attended vectors are the less work."""
+  gram = direction != "i2t" and images.shape[-2] <= images.shape[-1]
+  return _norm(images), _product("ird,isd->irs", images, images) if gram else None
 
 
 def _all_pairs(
-  images: Array, regions: _Side, texts: Array, mask: Array, *, sharpness, direction
+  images: Array,
+  made: tuple[Array, Array | None],
+  texts: Array,
+  mask: Array,
+  *,
+  sharpness: float,
+  direction: str,
 ) -> Array:
-  words = _Side(texts[None], answers=direction != "t2i")
-  dots = _product("ird,twd->itrw", images, texts)
-  return _score(dots, regions, words, mask[None, :, None], sharpness, direction)
+  """-> float32 [T, I]."""
+  norm, gram = made
+  dots = _product("twd,ird->twir", texts, images)
+  score = 0.0
+  if direction != "t2i":
+    score += _regions_ask(dots, norm, texts, mask, sharpness)
+  if direction != "i2t":
+    score += _words_ask(dots, gram, images, texts, mask, sharpness)
+  return score
 
 
 def aligned_scores(
   images: Array, texts: Array, text_mask: Array, sharpness: float = 9.0, direction: str = "i2t"
 ) -> Array:
   """M texts for each of G pictures: [G, R, D], [G, M, W, D], bool [G, M, W] -> float32 [G, M]."""
-  regions = _Side(images[:, None], answers=direction != "i2t")
-  words = _Side(texts, answers=direction != "t2i")
-  dots = _product("grd,gmwd->gmrw", images, texts)
-  return _score(dots, regions, words, text_mask[:, :, None], sharpness, direction)
+
+  def one(image, texts, mask):
+    made = _made_once(image[None], direction)
+    kw = dict(sharpness=sharpness, direction=direction)
+    return _all_pairs(image[None], made, texts, mask, **kw)[:, 0]
+
+  return jax.vmap(one)(images, texts, text_mask)
 
 
-def _score(
-  dots: Array, regions: _Side, words: _Side, mask: Array, sharpness: float, direction: str
+def _regions_ask(dots: Array, norm: Array, texts: Array, mask: Array, sharpness: float) -> Array:
+  """dots [T, W, I, R] -> [T, I]."""
+  counts = mask[:, :, None, None]
+  weights = _exponentials(dots, sharpness, over=3)  # of each word over the regions
+  weights = jnp.where(counts, weights, 0)
+  answered = _product("twu,twir->tuir", _product("twd,tud->twu", texts, texts), weights)
+  length = norm * _root((answered * weights).sum(1))  # [T, I, R]
+  return _cosine((weights * dots).sum(1), length, weights.sum(1)).mean(-1)
+
+
+def _words_ask(
+  dots: Array, gram: Array | None, images: Array, texts: Array, mask: Array, sharpness: float
 ) -> Array:
-  """dots [N, M, R, W], mask bool [N or 1, M, 1, W] -> [N, M]."""
-  score = 0.0
-  if direction != "t2i":
-    score += _regions_ask(dots, regions, words, mask, sharpness)
-  if direction != "i2t":
-    score += _words_ask(dots, regions, words, mask, sharpness)
-  return score
+  """dots [T, W, I, R] -> [T, I]."""
+  counts = mask[:, :, None]
+  dots = jnp.where(counts[..., None], dots, 0)
+  weights = _exponentials(dots, sharpness, over=1)  # of each region over the words
+  if gram is None:
+    square = jnp.square(_product("twir,ird->itwd", weights, images)).sum(-1).transpose(1, 2, 0)
+  else:
+    square = (_product("twir,irs->twis", weights, gram) * weights).sum(-1)  # [T, W, I]
+  length = _norm(texts)[:, :, None] * _root(square)
+  cosine = _cosine((weights * dots).sum(-1), length, weights.sum(-1))
+  return jnp.where(counts, cosine, 0).sum(1) / jnp.maximum(mask.sum(1), 1)[:, None]
 
 
-def _regions_ask(dots: Array, regions: _Side, words: _Side, mask: Array, sharpness: float) -> Array:
-  a = jnp.where(mask, jax.nn.leaky_relu(dots, 0.1), 0)
-  a = a / (_root((a * a).sum(-2, keepdims=True)) + 1e-8)  # each word over the regions
-  # Not -inf: where no word counts, the weights are even and no NaN.
-  weights = jax.nn.softmax(jnp.where(mask, sharpness * a, -1e30), axis=-1)
-  weights = jnp.where(mask, weights, 0)
-  against = (weights * dots).sum(-1)  # [N, M, R]
-  length = regions.norm * _root(words.square(weights, -1))
-  return (against / jnp.maximum(length, 1e-8)).mean(-1)
+def _exponentials(dots: Array, sharpness: float, over: int) -> Array:
+  """Of the softmax of products brought to length 1 over an axis: at most 1, none of them 0."""
+  a = jax.nn.leaky_relu(dots, 0.1)
+  a = a / (_root((a * a).sum(over, keepdims=True)) + 1e-8)
+  return jnp.exp(sharpness * (a - 1))
 
 
-def _words_ask(dots: Array, regions: _Side, words: _Side, mask: Array, sharpness: float) -> Array:
-  a = jnp.where(mask, jax.nn.leaky_relu(dots, 0.1), 0)
-  a = a / (_root((a * a).sum(-1, keepdims=True)) + 1e-8)  # each region over the words
-  weights = jax.nn.softmax(sharpness * a, axis=-2)  # over the regions
-  against = (weights * dots).sum(-2)  # [N, M, W]
-  length = words.norm * _root(regions.square(weights, -2))
-  cosine = against / jnp.maximum(length, 1e-8)
-  count = mask[..., 0, :].sum(-1)
-  return jnp.where(mask[..., 0, :], cosine, 0).sum(-1) / jnp.maximum(count, 1)
+def _cosine(against: Array, length: Array, total: Array) -> Array:
+  """against / length, whose bound is that of weights that sum to 1, and so times their `total`."""
+  return against / jnp.maximum(length, 1e-8 * jnp.where(total > 0, total, 1))
 
 
 def _product(formula: str, a: Array, b: Array) -> Array:
   return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+
+
+def _norm(tokens: Array) -> Array:
+  return _root(jnp.square(tokens.astype(jnp.float32)).sum(-1))
 
 
 def _root(square: Array) -> Array:
