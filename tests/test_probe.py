@@ -409,11 +409,12 @@ def test_workdir_of_a_training_run_is_refused(labelled_data, tower, tmp_path):
 
 def test_going_on_with_something_else():
   meta = dict(fingerprint="data", source={"sha256": "0"})
-  saved = types.SimpleNamespace(latest=lambda: 4, meta=lambda step: meta)
+  saved = types.SimpleNamespace(restore_latest=lambda want, check: check(4, meta))
+  new = lambda: jnp.zeros(1)
   with pytest.raises(checkpoint.CheckpointError, match="the model changed since step 4"):
-    probe._first_state(None, saved, meta | {"source": {"sha256": "1"}}, None)
+    probe._first_state(new, saved, meta | {"source": {"sha256": "1"}}, None)
   with pytest.raises(checkpoint.CheckpointError, match="the training data changed since step 4"):
-    probe._first_state(None, saved, meta | {"fingerprint": "other"}, None)
+    probe._first_state(new, saved, meta | {"fingerprint": "other"}, None)
 
 
 def test_random_tower_is_said_to_be_one(labelled_data, caplog):

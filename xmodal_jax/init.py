@@ -146,14 +146,17 @@ def _read_directory(
     info = dict(kind="converted directory", source=meta["source"], sha256=meta["sha256"])
   elif (path / "checkpoints").is_dir():
     checkpoints = checkpoint.Checkpoints(path, keep=1, metric="", read_only=True)
-    step = checkpoints.best()
-    if step is None:
+
+    def check(step, meta):
+      if meta["system"] != system:
+        raise checkpoint.CheckpointError(
+          f"{path} holds a {meta['system']} model, but config.model.system is {system}"
+        )
+
+    found = checkpoints.restore_best(check=check)
+    if found is None:
       raise checkpoint.CheckpointError(f"{path}/checkpoints is empty: nothing to start from")
-    if (have := checkpoints.meta(step)["system"]) != system:
-      raise checkpoint.CheckpointError(
-        f"{path} holds a {have} model, but config.model.system is {system}"
-      )
-    tree = checkpoints.restore_model(step)
+    step, _, tree = found
     info = dict(kind="checkpoint", source=str(path), step=step)
   else:
     raise checkpoint.CheckpointError(

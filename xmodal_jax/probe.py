@@ -241,8 +241,8 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
 
 
 def _refuse_training_run(checkpoints: checkpoint.Checkpoints, workdir: epath.Path) -> None:
-  latest = checkpoints.latest()
-  if latest is not None and (kind := checkpoints.meta(latest)["system"]) != _KIND:
+  step = checkpoints.best()
+  if step is not None and (kind := checkpoints.meta(step)["system"]) != _KIND:
     raise checkpoint.CheckpointError(
       f"{workdir} is of a training run of {kind}: give the probe a --workdir of its own, and set "
       "config.init to this one"
@@ -366,20 +366,21 @@ def _train(config, tower: Tower, inputs: inputs_lib.Inputs, features, checkpoint
 
 
 def _first_state(new, checkpoints, meta, replicated) -> tuple[step_lib.TrainState, int]:
-  latest = checkpoints.latest()
-  if latest is None:
-    return jax.jit(new, out_shardings=replicated)(), 0
-  saved = checkpoints.meta(latest)
-  for key, what in (("fingerprint", "training data"), ("source", "model")):
-    if saved[key] != meta[key]:
-      raise checkpoint.CheckpointError(
-        f"the {what} changed since step {latest}: {saved[key]} then, {meta[key]} now. Use the "
-        "same, or a new --workdir"
-      )
+  def check(step, saved):
+    for key, what in (("fingerprint", "training data"), ("source", "model")):
+      if saved[key] != meta[key]:
+        raise checkpoint.CheckpointError(
+          f"the {what} changed since step {step}: {saved[key]} then, {meta[key]} now. Use the "
+          "same, or a new --workdir"
+        )
+
   shapes = jax.eval_shape(new)
   want = checkpoint.abstract_state(shapes, jax.tree.map(lambda _: replicated, shapes))
-  logging.info("going on from step %d", latest)
-  return checkpoints.restore(latest, want), latest
+  if (found := checkpoints.restore_latest(want, check)) is None:
+    return jax.jit(new, out_shardings=replicated)(), 0
+  step, _, state = found
+  logging.info("going on from step %d", step)
+  return state, step
 
 
 def _loop(config, run, advance, state, start, scorer, checkpoints, writer, meta, asked):

@@ -187,17 +187,19 @@ def _profile(config, workdir) -> Callable[[int], Any]:
 def _first_state(config, built, tx, shardings, checkpoints, meta):
   """(state, its step, whether its evaluation is still to be done): restored, from init, or new."""
   new = functools.partial(step_lib.init_state, built.model, tx)
-  latest = checkpoints.latest()
-  if latest is not None:
-    saved = checkpoints.meta(latest)
+
+  def check(step, saved):
     if saved["fingerprint"] != meta["fingerprint"]:
       raise checkpoint.CheckpointError(
-        f"the training data changed since step {latest}: fingerprint {saved['fingerprint'][:12]} "
+        f"the training data changed since step {step}: fingerprint {saved['fingerprint'][:12]} "
         f"then, {meta['fingerprint'][:12]} now. Use the same data, or a new --workdir"
       )
-    want = checkpoint.abstract_state(jax.eval_shape(new), shardings)
-    logging.info("going on from step %d", latest)
-    return checkpoints.restore(latest, want), latest, saved["pending"]
+
+  want = checkpoint.abstract_state(jax.eval_shape(new), shardings)
+  if (found := checkpoints.restore_latest(want, check)) is not None:
+    step, saved, state = found
+    logging.info("going on from step %d", step)
+    return optim.averaged(state), step, saved["pending"]
   if config.init and (config.init_image or config.init_text):
     raise ValueError(
       "config.init is a whole model: set it, or config.init_image and config.init_text, not both"
@@ -246,7 +248,7 @@ def _test(config, evaluator, checkpoints, state, writer, workdir) -> dict[str, A
   if best != last:
     model = {"params": state.params, "stats": state.stats}
     want = checkpoint.abstract_state(model, jax.tree.map(lambda x: x.sharding, model))
-    model = checkpoints.restore_model(best, want)
+    best, _, model = checkpoints.restore_best(want)
     state = state.replace(params=model["params"], stats=model.get("stats") or {})
   source = dict(kind="checkpoint", source=str(workdir), step=best)
   cache = evaluator.cache_path(workdir, evaluator.inputs.split("test"), source)
