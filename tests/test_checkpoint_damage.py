@@ -11,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tiny
 from etils import epath
-from test_train import lines
 
-from xmodal_jax import checkpoint, integrity, train
+from xmodal_jax import checkpoint, integrity
 from xmodal_jax import step as step_lib
 
 # Orbax leaves tasks behind when what it reads is damaged.
@@ -314,19 +312,3 @@ def test_shares_of_several_processes(tmp_path, monkeypatch):
   found = [integrity.content_problems(tmp_path, listed, (i, 3)) for i in range(3)]
   assert [len(x) for x in found] == [0, 1, 0]  # block 10
   assert "a/large is not what was written" in found[1][0] and "from 640 on" in found[1][0]
-
-
-def test_resumed_from_the_step_before(tiny_data, tmp_path, caplog):
-  """A run whose last checkpoint is damaged ends as it did before, to the bit."""
-  config = tiny.config(tiny_data, total="5 steps", eval__every="2 steps")
-  config.checkpoint.every = "2 steps"
-  first, rows = train.train(config, tmp_path), lines(tmp_path)
-  saved = opened(tmp_path, read_only=True)
-  straight = saved.restore_model(5)
-  flip(max(files_of(tmp_path, 5), key=lambda p: p.stat().st_size), 77)
-  with caplog.at_level(logging.INFO):
-    again = train.train(config, tmp_path)
-  assert "checkpoint of step 5 is damaged and not used" in caplog.text
-  assert "going on from step 4" in caplog.text
-  assert again["test"] == first["test"] and lines(tmp_path) == rows
-  jax.tree.map(np.testing.assert_array_equal, saved.restore_model(5), straight)

@@ -46,12 +46,26 @@ def test_run_writes_its_workdir(tiny_data, tmp_path):
   assert evaluate.evaluate(tiny.config(tiny_data), tmp_path)["test"] == results["test"]
 
 
-def test_run_again_changes_nothing(tiny_data, tmp_path):
+def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
   c = tiny.config(tiny_data, total="4 steps", eval__every="2 steps")
   first = train.train(c, tmp_path)
   before = lines(tmp_path)
   assert train.train(c, tmp_path)["test"] == first["test"]
   assert lines(tmp_path) == before
+  # With its last checkpoint damaged it comes to the same end from the one before, to the bit.
+  saved = checkpoint.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
+  model = saved.restore_model(4)
+  files = [p for p in (tmp_path / "checkpoints" / "4").rglob("*") if p.is_file()]
+  path = max(files, key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  with caplog.at_level(logging.INFO):
+    assert train.train(c, tmp_path)["test"] == first["test"]
+  name = path.relative_to(tmp_path / "checkpoints" / "4")
+  assert f"checkpoint of step 4 is damaged and not used: {name} " in caplog.text
+  assert "going on from step 3" in caplog.text and lines(tmp_path) == before
+  jax.tree.map(np.testing.assert_array_equal, saved.restore_model(4), model)
 
 
 def test_resume_on_another_mesh(tiny_data, tmp_path):
