@@ -199,7 +199,7 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
   if (found := checkpoints.restore_latest(want, check)) is not None:
     step, saved, state = found
     logging.info("going on from step %d", step)
-    return optim.averaged(state), step, saved["pending"]
+    return state, step, saved["pending"]
   if config.init and (config.init_image or config.init_text):
     raise ValueError(
       "config.init is a whole model: set it, or config.init_image and config.init_text, not both"
