@@ -49,9 +49,10 @@ def batch(config, size: int = BATCH) -> dict:
 
 
 @functools.cache
-def gradients(name: str, accumulate: int, devices: int, dropout: bool = False):
+def gradients(name: str, accumulate: int, devices: int, dropout: bool = False, loss_chunk: int = 0):
   """(loss, metrics, gradients as one dict of arrays)."""
-  config = SYSTEMS[name]("unused", batch_size=BATCH, accumulate=accumulate)
+  changes = dict(accumulate=accumulate, loss_chunk=loss_chunk)
+  config = SYSTEMS[name]("unused", batch_size=BATCH, **changes)
   if not dropout:
     without_dropout(config.model)
   config.mesh = (("data", -1),)

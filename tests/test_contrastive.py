@@ -1,4 +1,4 @@
-"""Losses over all pairs against loops over pairs; chunks against the plain form."""
+"""Losses over all pairs against loops over pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_partners():
     contrastive.partners(6, 4)
 
 
-def test_sigmoid_is_the_loop_in_any_chunks():
+def test_sigmoid_is_the_loop():
   a, b = pair()
   x, y = (np.asarray(z, np.float64) for z in (a, b))
   want = 0.0
@@ -71,36 +71,9 @@ def test_sigmoid_is_the_loop_in_any_chunks():
     for j in range(B):
       sign = 1 if i == j else -1
       want += np.log1p(np.exp(-sign * (10 * x[i] @ y[j] - 3)))
-
-  def loss(a, b, scale, bias, chunk):
-    return contrastive.sigmoid(a, b, scale, bias, chunk)[0]
-
-  arguments = (a, b, jnp.float32(10), jnp.float32(-3))
-  plain, grads = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*arguments, 0)
-  np.testing.assert_allclose(plain, want / B, rtol=1e-5)
-  for chunk in (1, 4, 12):
-    value, other = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*arguments, chunk)
-    np.testing.assert_allclose(value, plain, rtol=1e-6)
-    for g, h in zip(other, grads, strict=True):
-      np.testing.assert_allclose(g, h, rtol=1e-5, atol=1e-6)
-  _, metrics = contrastive.sigmoid(*arguments)
-  np.testing.assert_allclose(sum(metrics.values()), plain, rtol=1e-5)
-  with pytest.raises(ValueError, match="chunks of 5 texts do not divide a batch of 12"):
-    contrastive.sigmoid(*arguments, 5)
-
-
-def test_sigmoid_in_chunks_holds_no_matrix_of_pairs():
-  rows, chunk = 4096, 64
-  shape = jax.ShapeDtypeStruct((rows, E), jnp.float32)
-
-  def temporaries(chunk):
-    f = lambda a, b: contrastive.sigmoid(a, b, jnp.float32(10), jnp.float32(-10), chunk)[0]
-    compiled = jax.jit(jax.grad(f, argnums=(0, 1))).lower(shape, shape).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  matrix = 4 * rows * rows
-  assert temporaries(0) > matrix / 2
-  assert temporaries(chunk) < matrix / 10
+  loss, metrics = contrastive.sigmoid(a, b, jnp.float32(10), jnp.float32(-3))
+  np.testing.assert_allclose(loss, want / B, rtol=1e-5)
+  np.testing.assert_allclose(sum(metrics.values()), loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduce", ranking.REDUCTIONS)
@@ -119,8 +92,8 @@ def test_triplet_is_the_loop(reduce):
 @pytest.mark.parametrize(
   ("module", "changes"),
   [
-    (clip_itm, dict(loss="sigmoid", loss_chunk=4)),
-    (zerovl, dict(loss=dict(name="sigmoid", chunk=4))),
+    (clip_itm, dict(loss="sigmoid")),
+    (zerovl, dict(loss=dict(name="sigmoid"))),
     (zerovl, dict(loss=dict(name="triplet"))),
     (zerovl, dict(loss=dict(name="nce", gather_gradient=False, groups=2))),
   ],

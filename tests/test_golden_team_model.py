@@ -121,7 +121,8 @@ def program(name, **changes):
     by_block = lambda x: jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1)
     scale = model.scales()[0]
     logits = scale * model.score(i, t)
-    probability = lambda s: jnp.where(model.excluded(b), 0.0, jax.nn.softmax(s, -1))
+    same = model.same(b)
+    probability = lambda s: jnp.where(same[:, None] == same, 0.0, jax.nn.softmax(s, -1))
     layer = tokens.matching_loss(right, wrong, jnp.ones(wrong.shape[:2], bool), model.scales()[1])
     out = metrics | {
       "loss": loss,

@@ -47,6 +47,8 @@ class Built:
     )
     self.params_shardings, self.stats_shardings = place(self.params), place(self.stats)
     self._check_accumulate()
+    if self.system.ring:
+      self.system.ring.tile(config.batch_size)  # raises where it does not divide
     self.replicated = NamedSharding(self.mesh, P())
 
   def model(self) -> nnx.Module:
@@ -55,7 +57,7 @@ class Built:
     dtype = compute_dtype(self.config.dtype, self.platform)
     model = self.module.build(config, dtype=dtype, rngs=nnx.Rngs(self.config.seed))
     model.rows = sharding.batch_sharding(self.mesh)
-    model.accumulate = self.config.accumulate
+    model.accumulate, model.loss_chunk = self.config.accumulate, self.config.loss_chunk
     return model
 
   def _check_accumulate(self) -> None:

@@ -10,8 +10,8 @@ ConfigDict = ml_collections.ConfigDict
 
 # What may differ when a workdir is resumed: where and how it runs, not what it computes.
 FREE = (
-  "mesh", "rules", "min_shard", "log_every", "profile", "checkpoint", "data.dir", "data.eval_dir",
-  "data.threads",
+  "mesh", "rules", "min_shard", "loss_chunk", "log_every", "profile", "checkpoint",
+  "data.dir", "data.eval_dir", "data.threads",
   "eval.batch_size", "eval.block", "eval.rerank_block",
   "eval.cache", "eval.eccv_dir", "eval.folds", "eval.ndcg", "eval.relevance_dir", "eval.protocol",
   "classify",
@@ -42,6 +42,9 @@ def base() -> ConfigDict:
   # A batch goes through the towers in so many parts, one after another, and the gradient is still
   # that of the whole batch: less memory for one more forward pass. See System.chunked.
   c.accumulate = 1
+  # Losses over all pairs: 0 holds the scores of all of them, every device those of its rows; n, at
+  # most n x n on a device at a time, with one side's rows passing by. The result is the same.
+  c.loss_chunk = 0
   c.total = "5 epochs"
   c.log_every = 20
   c.profile = ConfigDict(dict(first_step=0, steps=5))  # 0: no profile

@@ -1,6 +1,7 @@
 """Contrastive losses over all pairs of a batch.
 
-Each holds the matrix of all pairs, or, given a Ring, tiles of it: the same numbers, see losses.ring.
+Each holds the matrix of all pairs or, given a Ring, tiles of it, for the same numbers: see
+losses.ring.
 """
 
 import jax
@@ -123,6 +124,75 @@ def nce(
   }
 
 
+def nce_of_both(
+  images: Array,
+  texts: Array,
+  temperature: Array,
+  *,
+  groups: int = 1,
+  gather_gradient: bool = True,
+  mix: Array | float = 1.0,
+  block: int = 0,
+  smoothing: float = 0.0,
+  ring: Ring | None = None,
+) -> list[tuple[Array, dict[str, Array]]]:
+  """`nce` of pictures with texts as candidates and of texts with pictures, [B, E] each.
+
+  groups: see `pair_logits`. gather_gradient False: candidates get no gradient.
+  """
+  if ring is not None:
+    how = dict(groups=groups, gather_gradient=gather_gradient, block=block, smoothing=smoothing)
+    return _nce_in_ring(images, texts, temperature, mix, ring, **how)
+  still = (lambda x: x) if gather_gradient else jax.lax.stop_gradient
+  pairs = (images, still(texts)), (texts, still(images))
+  return [
+    nce(pair_logits(*pair, temperature, groups), mix=mix, block=block, smoothing=smoothing)
+    for pair in pairs
+  ]
+
+
+def _nce_in_ring(
+  images, texts, temperature, mix, ring, *, groups, gather_gradient, block, smoothing
+):
+  rows = len(images) // groups
+  block = block or rows
+  partners(rows, block)  # raises where the blocks do not divide a group
+
+  def score(temperature, left, right, i, j):
+    logits = jnp.dot(left, right.T, precision="highest") / temperature
+    return jnp.where((i // rows)[:, None] == j // rows, logits, -jnp.inf)
+
+  def partner(i):
+    k = i % rows
+    return i - k + k // block * block + block - 1 - k % block
+
+  finite = lambda logits, tile: jnp.where(logits > -jnp.inf, logits, 0)
+  of = {"log": ring_lib.LogSumExp(), "own": ring_lib.OWN, "rival": ring_lib.Rival()}
+  of |= {"other": ring_lib.score_of(partner)}
+  of |= {"all": ring_lib.Sum(finite)} if smoothing else {}
+  sides = ring_lib.reduce(
+    score,
+    images,
+    texts,
+    ring,
+    of_left=of,
+    of_right=of,
+    shared=temperature,
+    still=not gather_gradient,
+  )
+
+  def one(side):
+    target = mix * side["own"] + (1 - mix) * side["other"]
+    if smoothing:
+      target = (1 - smoothing) * target + smoothing * side["all"] / rows
+    return (side["log"] - target).mean(), {
+      "loss_unmixed": (side["log"] - side["own"]).mean(),
+      "accuracy": (side["own"] > side["rival"]).mean(),
+    }
+
+  return [one(side) for side in sides]
+
+
 def partners(rows: int, block: int = 0) -> np.ndarray:
   """Row that each of `rows` is mixed with: blocks of so many rows (0: all) are reversed. int [rows]
 
@@ -135,27 +205,29 @@ def partners(rows: int, block: int = 0) -> np.ndarray:
 
 
 def sigmoid(
-  images: Array, texts: Array, scale: Array, bias: Array, chunk: int = 0
+  images: Array, texts: Array, scale: Array, bias: Array, ring: Ring | None = None
 ) -> tuple[Array, dict[str, Array]]:
   """Every pair for itself: a match on the diagonal, none elsewhere (SigLIP, Zhai et al., 2023).
 
   images, texts float32 [B, E], unit rows; scale, bias []. The sum over texts, mean over images.
-  chunk: so many texts at a time, [B, chunk] in memory instead of [B, B]; 0: all at once.
   Returns (loss [], {loss_positive, loss_negative}), which add up to it.
   """
-  size = chunk or len(texts)
-  if len(texts) % size:
-    raise ValueError(f"chunks of {size} texts do not divide a batch of {len(texts)}")
-
-  def part(total, texts):
-    """Adds what all pairs with these texts cost if none of them matches."""
-    logits = scale * jnp.dot(images, texts.T, precision="highest") + bias  # [B, chunk]
-    return total + jax.nn.softplus(logits).sum(1), None
-
-  # Recomputed, or the logits of all chunks would be kept for the gradient.
-  body = jax.checkpoint(part, prevent_cse=False) if chunk else part
-  parts = texts.reshape(-1, size, texts.shape[-1])
-  total, _ = jax.lax.scan(body, jnp.zeros(len(images)), parts)
+  score = lambda scale, bias, images, texts: (
+    scale * jnp.dot(images, texts.T, precision="highest") + bias
+  )
+  if ring is None:
+    total = jax.nn.softplus(score(scale, bias, images, texts)).sum(1)
+  else:
+    cost = ring_lib.Sum(lambda logits, tile: jax.nn.softplus(logits))
+    rows, _ = ring_lib.reduce(
+      lambda shared, left, right, i, j: score(*shared, left, right),
+      images,
+      texts,
+      ring,
+      of_left={"total": cost},
+      shared=(scale, bias),
+    )
+    total = rows["total"]  # [B], what all pairs cost if none of them matches
   own = scale * (images * texts).sum(-1) + bias  # [B]
   # softplus(-x), the cost of a match, is softplus(x) - x.
   return (total - own).mean(), {

@@ -1,12 +1,13 @@
 """Rows of a batch that is sharded over devices, fetched without gathering the batch."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from xmodal_jax.losses.ring import shared_by
 
 Array = jax.Array
 
@@ -19,12 +20,9 @@ def take_rows(x: Array, index: Array, rows: NamedSharding | None = None) -> Arra
   of the answer, b n rows for the b rows of a device, whatever the number of devices; gathering x
   would take B. The gradient goes the same way back. With one device, or without `rows`: x[index].
   """
-  axes = () if rows is None else rows.spec[0]
-  axes = (axes,) if isinstance(axes, str) else axes
-  axes = tuple(a for a in axes if rows.mesh.shape[a] > 1)
+  axes, devices = shared_by(rows)
   if not axes:
     return x[index]
-  devices = math.prod(rows.mesh.shape[a] for a in axes)
   local = functools.partial(_ring, axes=axes, devices=devices)
   spec = P(axes)
   return jax.shard_map(local, mesh=rows.mesh, in_specs=(spec, spec), out_specs=spec)(x, index)

@@ -1,8 +1,8 @@
 """Statistics of all pairs of a batch, tile by tile, with one side travelling round the devices.
 
 A loss over all pairs of pictures and texts needs a few numbers of every row and every column of
-their matrix of scores: a log-sum-exp, a hardest negative, a sum. Here that matrix never exists. Each
-device keeps its rows of one side; those of the other pass by in a ring of devices, in tiles of
+their matrix of scores: a log-sum-exp, a hardest negative, a sum. Here that matrix never exists.
+Each device keeps its rows of one side; those of the other pass by in a ring of devices, in tiles of
 `chunk` rows, and take the statistics of their columns with them. The gradient walks the same way
 once more: every tile of scores is computed again, and what it owes to either side is added to
 buffers that stay, or travel, with the rows. So memory is that of the rows themselves and of a tile,
@@ -32,15 +32,9 @@ class Ring(NamedTuple):
   chunk: int
   rows: NamedSharding | None = None
 
-  def axes(self) -> tuple[str, ...]:
-    """Mesh axes that share the rows of a batch."""
-    axes = () if self.rows is None else self.rows.spec[0]
-    axes = (axes,) if isinstance(axes, str) else axes
-    return tuple(a for a in axes if self.rows.mesh.shape[a] > 1)
-
   def tile(self, count: int) -> int:
     """Rows of a tile; raises ValueError where they do not divide those of a device."""
-    devices = math.prod(self.rows.mesh.shape[a] for a in self.axes())
+    _, devices = shared_by(self.rows)
     local = count // devices
     size = min(self.chunk, local)
     if size < 1 or count % devices or local % size:
@@ -49,6 +43,14 @@ class Ring(NamedTuple):
         f"device, config.batch_size={count} over {devices}; set one that does, or 0"
       )
     return size
+
+
+def shared_by(rows: NamedSharding | None) -> tuple[tuple[str, ...], int]:
+  """(mesh axes that share the rows of a batch, how many devices these are); (), 1 for one."""
+  axes = () if rows is None else rows.spec[0]
+  axes = (axes,) if isinstance(axes, str) else axes
+  axes = tuple(a for a in axes if rows.mesh.shape[a] > 1)
+  return axes, math.prod(rows.mesh.shape[a] for a in axes)
 
 
 class Tile(NamedTuple):
@@ -181,9 +183,9 @@ def reduce(
     sides = reduce(turned, right, left, ring, of_left=of_right, of_right=of_left, **kw)
     return sides[1], sides[0]
   count = len(jax.tree.leaves(left)[0])
-  walk = functools.partial(_walk, size=ring.tile(count), axes=ring.axes(), own_only=own_only)
-  if ring.axes():
-    walk = functools.partial(walk, devices=math.prod(ring.rows.mesh.shape[a] for a in ring.axes()))
+  axes, devices = shared_by(ring.rows)
+  how = dict(size=ring.tile(count), axes=axes, devices=devices, own_only=own_only)
+  walk = functools.partial(_walk, **how)
 
   def forward(shared, left, right):
     def visit(mine, other, state, moving, _, i, j):
@@ -224,15 +226,15 @@ def reduce(
       (*right, states[1], gradients[1]),
       *map(zeros, (left[0], right[0], shared[0])),
     )
-    d_shared = jax.lax.psum(d_shared, ring.axes()) if ring.axes() else d_shared
+    d_shared = jax.lax.psum(d_shared, axes) if axes else d_shared
     like = functools.partial(jax.tree.map, lambda d, x: d.astype(x.dtype))
     return like(d_shared, shared[0]), like(d_left, left[0]), like(d_right, right[0])
 
   def everywhere(f, whole, out):
     """f on each device; whole: how many of its first arguments every device has all of."""
-    if not ring.axes():
+    if not axes:
       return f
-    row = P(ring.axes())
+    row = P(axes)
     specs = lambda *args: tuple(P() if k < whole else row for k in range(len(args)))
     return lambda *args: jax.shard_map(
       f, mesh=ring.rows.mesh, in_specs=specs(*args), out_specs=out(row), check_vma=False
@@ -277,8 +279,8 @@ def _walk(
   *,
   size: int,
   axes: tuple[str, ...],
-  devices: int = 1,
-  own_only: bool = False,
+  devices: int,
+  own_only: bool,
 ) -> tuple[Tree, Tree, Tree]:
   """Visits all pairs of tiles; on each device -> kept, carried and total at the end.
 
@@ -289,9 +291,7 @@ def _walk(
   tiles = rows // size
   here = jax.lax.axis_index(axes) if devices > 1 else 0
   hops = 1 if own_only else devices
-  at = lambda tree, k: jax.tree.map(
-    lambda x: jax.lax.dynamic_slice_in_dim(x, k * size, size), tree
-  )
+  at = lambda tree, k: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, k * size, size), tree)
   put = lambda tree, part, k: jax.tree.map(
     lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, k * size, 0), tree, part
   )
@@ -327,16 +327,12 @@ def _fold(of: dict[str, Statistic], states: dict, scores: Array, tile: Tile) -> 
 
 
 def _terms(of: dict[str, Statistic], states: dict, scores: Array, tile: Tile) -> dict[str, Array]:
-  return {
-    name: s.term(states[name], scores, tile) for name, s in of.items() if s.term is not None
-  }
+  return {name: s.term(states[name], scores, tile) for name, s in of.items() if s.term is not None}
 
 
 def _values(of: dict[str, Statistic], states: dict) -> dict[str, Array]:
   """Of statistics with a gradient the values, which states begin with."""
-  return {
-    name: jax.tree.leaves(states[name])[0] for name, s in of.items() if s.term is not None
-  }
+  return {name: jax.tree.leaves(states[name])[0] for name, s in of.items() if s.term is not None}
 
 
 def _is_float(x: Array) -> bool:
@@ -352,9 +348,7 @@ def _rest(tree: Tree) -> Tree:
 
 
 def _join(floats: Tree, rest: Tree) -> Tree:
-  return jax.tree.map(
-    lambda a, b: b if a is None else a, floats, rest, is_leaf=lambda x: x is None
-  )
+  return jax.tree.map(lambda a, b: b if a is None else a, floats, rest, is_leaf=lambda x: x is None)
 
 
 def _bytes(tree: Tree) -> int:

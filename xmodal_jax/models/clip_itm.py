@@ -63,15 +63,14 @@ def preset(name: str) -> dict[str, Any]:
   # How the loop over layers is compiled, beside what the model is: see layers.scan. Keeping only
   # the dense layers' outputs takes a third less memory for ViT-B/32, and no more time on CPU.
   loop = {"remat": "dots_with_no_batch_dims_saveable", "unroll": 1}
-  return copy.deepcopy(PRESETS[name]) | loop | {"loss": "infonce", "loss_chunk": 0}
+  return copy.deepcopy(PRESETS[name]) | loop | {"loss": "infonce"}
 
 
 class CLIP(system.System):
   """Two towers, pooled and projected, compared by scaled cosine.
 
   batch: image [B, S, S, 3], text_ids int [B, L]. Features: embed float32 [B, E], unit rows.
-  loss: "infonce", or "sigmoid" (SigLIP), which has a bias of its own and, with loss_chunk, takes so
-  many texts at a time.
+  loss: "infonce", or "sigmoid" (SigLIP), which has a bias of its own.
   """
 
   mean, std = MEAN, STD
@@ -86,12 +85,10 @@ class CLIP(system.System):
     remat: str = "",
     unroll: int = 1,
     loss: str = "infonce",
-    loss_chunk: int = 0,
     rngs: nnx.Rngs,
   ):
     if loss not in ("infonce", "sigmoid"):
       raise ValueError(f"model.loss is {loss!r}; there are infonce, sigmoid")
-    self.chunk = loss_chunk
     loop = dict(dtype=dtype, remat=remat, unroll=unroll)
     self.image = build_image_tower(image, embed, rngs=rngs, **loop)
     self.text = build_text_tower(text, embed, rngs=rngs, **loop)
@@ -130,9 +127,9 @@ class CLIP(system.System):
   def align(self, images, texts, batch, key):
     scale, pair = jnp.exp(self.logit_scale[...]), (images["embed"], texts["embed"])
     if self.logit_bias is None:
-      loss, metrics = contrastive.infonce(*pair, scale)
+      loss, metrics = contrastive.infonce(*pair, scale, ring=self.ring)
     else:
-      loss, metrics = contrastive.sigmoid(*pair, scale, self.logit_bias[...], self.chunk)
+      loss, metrics = contrastive.sigmoid(*pair, scale, self.logit_bias[...], self.ring)
     return loss, metrics | {"logit_scale": scale}
 
 

@@ -133,12 +133,11 @@ class HAT(system.System):
   def level_scores(self, images, texts, levels: Sequence[int], direction: str = "") -> list[Array]:
     """Scores of all pairs at each of the levels, float32 [I, T]."""
     mask = texts["first_mask"] if "mask" not in texts else texts["mask"]
-    whole = self.gathered
     return [
       attended.attended_scores(
         images[f"level_{n}"],
-        whole(texts[f"level_{n}"]),
-        whole(mask),
+        texts[f"level_{n}"],
+        mask,
         self.sharpness,
         direction or self.direction,
         platform=self.platform,
@@ -147,26 +146,36 @@ class HAT(system.System):
     ]
 
   def score(self, images, texts):
-    return sum(self.level_scores(images, texts, self.first))
+    return sum(self.level_scores(images, self.gathered(texts), self.first))
 
   def rerank(self, images, texts):
     """What the levels that the first stage left out score; with stage_mix 1 the sum is all."""
-    return sum(
+    return sum(self.aligned_scores(images, texts, self.later))
+
+  def aligned_scores(self, images, texts, levels: Sequence[int]) -> list[Array]:
+    """Scores of M texts [G, M, ...] for each of G pictures at each of the levels, [G, M]."""
+    return [
       attended.aligned_scores(
         images[f"level_{n}"], texts[f"level_{n}"], texts["mask"], self.sharpness, self.direction
       )
-      for n in self.later
-    )
+      for n in levels
+    ]
 
   def align(self, images, texts, batch, key):
     del batch, key
-    each = self.level_scores(images, texts, range(len(self.levels)))
-    scores = sum(each)
-    loss = ranking.triplet(scores, self.margin, self.reduce)
-    right = jnp.diagonal(scores)
-    first = lambda s: ((s >= right[:, None]).sum(1) == 1).mean()
-    metrics = {"accuracy_i2t": first(scores), "accuracy_t2i": first(scores.T)}
-    return loss, metrics | {f"positive_{n}": jnp.diagonal(s).mean() for n, s in enumerate(each)}
+    levels = range(len(self.levels))
+    v = {f"level_{n}": images[f"level_{n}"] for n in levels}
+    t = {f"level_{n}": texts[f"level_{n}"] for n in levels} | {"mask": texts["mask"]}
+    loss, metrics = ranking.hinges(
+      lambda v, t: sum(self.level_scores(v, t, levels)),
+      v,
+      t if self.ring else self.gathered(t),
+      self.margin,
+      self.reduce,
+      self.ring,
+    )
+    own = self.aligned_scores(v, jax.tree.map(lambda x: x[:, None], t), levels)
+    return loss, metrics | {f"positive_{n}": s.mean() for n, s in enumerate(own)}
 
 
 def _project(proj: nnx.Module, x: Array) -> Array:

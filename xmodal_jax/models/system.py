@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from xmodal_jax.losses.ring import Ring
+
 Array = jax.Array
 Batch = Mapping[str, Array]
 Features = dict[str, Array]
@@ -24,7 +26,8 @@ class System(nnx.Module):
   fewer positions, as long as all of them are padding: `rerank` may not depend on padding.
   `stream`: pictures have features too large to keep, so they are scored as they are encoded.
   `rows` is the sharding of a batch's rows, None for one device; `accumulate` the number of parts
-  that a batch is encoded in while training: who builds it for a mesh sets both.
+  that a batch is encoded in while training; `loss_chunk` the rows of a tile of pairs, 0 for all
+  pairs at once: who builds it for a mesh sets the three.
   """
 
   mean: tuple[float, float, float]
@@ -36,11 +39,17 @@ class System(nnx.Module):
   stream: bool = False
   rows: NamedSharding | None = None
   accumulate: int = 1
+  loss_chunk: int = 0
 
   @property
   def platform(self) -> str:
     """Of the devices that the model is built for, "" for those of this process."""
     return "" if self.rows is None else self.rows.mesh.devices.flat[0].platform
+
+  @property
+  def ring(self) -> Ring | None:
+    """How an objective walks all pairs; None: it holds them."""
+    return Ring(self.loss_chunk, self.rows) if self.loss_chunk else None
 
   def pixels(self, image: Array) -> Array:
     """uint8 [B, H, W, 3] -> normalised float32; floats are taken as already normalised."""
@@ -116,8 +125,8 @@ class System(nnx.Module):
     part = jax.checkpoint(lambda part: f(*part), prevent_cse=False)
     return jax.tree.map(join, jax.lax.map(part, (jax.tree.map(cut, dict(rows)), keys)))
 
-  def gathered(self, x: Array) -> Array:
-    """The rows of a sharded batch on every device."""
+  def gathered(self, x: Any) -> Any:
+    """The rows of a sharded batch, arrays [B, ...], on every device."""
     if self.rows is None or self.rows.mesh.size == 1:
       return x
     whole = NamedSharding(self.rows.mesh, jax.sharding.PartitionSpec())

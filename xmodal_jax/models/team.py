@@ -170,22 +170,16 @@ class TEAM(system.System):
     bounded = lambda p: jnp.minimum(jnp.exp(p[...]), MAX_SCALE)
     return bounded(self.logit_scale), bounded(self.logit_scale_team)
 
-  def excluded(self, batch) -> Array:
-    """bool [B, B]: what is never sampled, the row itself and, unless kept, its picture's others."""
-    own = jnp.eye(len(batch["image_id"]), dtype=bool)
-    if self.same_image == "keep":
-      return own
-    return own | contrastive.off_diagonal_same(batch["image_id"])
+  def same(self, batch) -> Array:
+    """int [B], equal for rows that are no negatives of each other: unless kept, of one picture."""
+    ids = batch["image_id"]
+    return jnp.arange(len(ids)) if self.same_image == "keep" else ids
 
   def negatives(self, images, texts, batch, key) -> tuple[tokens.Negatives, tokens.Negatives]:
     """Sampled pictures for each text, and texts for each picture."""
-    logits = jax.lax.stop_gradient(self.scales()[0] * self.score(images, texts))  # [I, T]
-    same = self.excluded(batch)
-    k_image, k_text = jax.random.split(key)
-    return (
-      tokens.sample_negatives(logits.T, same, self.count, k_image),
-      tokens.sample_negatives(logits, same, self.count, k_text),
-    )
+    keys, pair = jax.random.split(key), (images["embed"], texts["embed"])
+    scale, same = self.scales()[0], self.same(batch)
+    return tokens.sample_both(*pair, scale, same, self.count, keys, self.ring)
 
   def match(
     self, images, texts, wrong_images: tokens.Negatives, wrong_texts: tokens.Negatives, key
@@ -220,7 +214,7 @@ class TEAM(system.System):
     k_sample, k_drop = jax.random.split(key)
     scale, scale_team = self.scales()
     contrast, metrics = contrastive.infonce(
-      images["embed"], texts["embed"], scale, batch["image_id"], self.same_image
+      images["embed"], texts["embed"], scale, batch["image_id"], self.same_image, self.ring
     )
     chosen = self.negatives(images, texts, batch, k_sample)
     right, wrong = self.match(images, texts, *chosen, k_drop)

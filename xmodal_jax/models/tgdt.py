@@ -222,17 +222,17 @@ class TGDT(system.System):
     scores = local.local_scores(
       images["tokens"],
       images["mask"],
-      self.gathered(texts["tokens"]),
-      self.gathered(texts["mask"]),
+      texts["tokens"],
+      texts["mask"],
       self.option("mode"),
       image_zero=images["zero"],
-      text_zero=self.gathered(texts["zero"]),
+      text_zero=texts["zero"],
     )
     return self.option("scale") * scores
 
   def score(self, images, texts):
     if self.option("first_stage") == "local":
-      return self.local_scores(images, texts)
+      return self.local_scores(images, self.gathered(texts))
     return ranking.MEASURES[self.option("measure")](images["embed"], texts["embed"])
 
   def rerank(self, images, texts):
@@ -249,13 +249,14 @@ class TGDT(system.System):
     if self.option("loss") != "alignment":
       measure = ranking.MEASURES[self.option("measure")]
       v, t = images["embed"], texts["embed"]
-      inter = ranking.triplet(measure(v, t), margin, reduce)
-      among = measure(v, v), measure(t, t)
-      intra = ranking.consistency(*among, self.option("intra_margin"))
+      inter, _ = ranking.hinges(measure, v, t, margin, reduce, self.ring)
+      intra = ranking.intra(measure, v, t, self.option("intra_margin"), self.ring)
       total += inter + intra
       metrics |= {"loss_matching": inter + intra, "loss_inter": inter, "loss_intra": intra}
     if self.option("loss") != "matching":
-      alignment = ranking.triplet(self.local_scores(images, texts), margin, reduce)
+      v, t = ({k: x[k] for k in ("tokens", "mask", "zero")} for x in (images, texts))
+      t = t if self.ring else self.gathered(t)
+      alignment, _ = ranking.hinges(self.local_scores, v, t, margin, reduce, self.ring)
       total += alignment
       metrics["loss_alignment"] = alignment
     return total, metrics

@@ -39,7 +39,7 @@ PRESETS = {
 
 LOSSES = {
   "nce": dict(smoothing=0.0, gather_gradient=True, groups=1),
-  "sigmoid": dict(chunk=0),
+  "sigmoid": {},
   "triplet": dict(margin=0.2, reduce="max"),
 }
 """Objectives and their options. gather_gradient: False: a query's candidates get no gradient, so
@@ -108,8 +108,9 @@ class ZeroVL(system.System):
       raise ValueError(f"model.loss.name is {self.objective!r}; there are {', '.join(LOSSES)}")
     known = LOSSES[self.objective]
     if unknown := loss.keys() - known.keys():
+      options = ", ".join(known) or "none"
       raise ValueError(
-        f"model.loss.{min(unknown)} is no option of {self.objective}; it has {', '.join(known)}"
+        f"model.loss.{min(unknown)} is no option of {self.objective}; it has {options}"
       )
     self.options = tuple((known | loss).items())
     mixup = mixup or dict(beta=0.0, block=0)
@@ -190,21 +191,14 @@ class ZeroVL(system.System):
     image, text, mix = self.mixed(images, texts, batch)
     tau, options = self.tau(), dict(self.options)
     if self.objective == "sigmoid":
-      loss, metrics = contrastive.sigmoid(image, text, 1 / tau, self.logit_bias[...], **options)
+      loss, metrics = contrastive.sigmoid(image, text, 1 / tau, self.logit_bias[...], self.ring)
       return loss, metrics | {"temperature": tau}
     if self.objective == "triplet":
-      pairs = jnp.dot(image, text.T, precision="highest")
-      return ranking.triplet(pairs, **options), {"temperature": tau}
-    still = (lambda x: x) if options.pop("gather_gradient") else jax.lax.stop_gradient
-    groups = options.pop("groups")
-    both = (image, still(text)), (text, still(image))
-    parts = [
-      contrastive.nce(
-        contrastive.pair_logits(*pair, tau, groups), mix=mix, block=self.block, **options
-      )
-      for pair in both
-    ]
-    (i2t, of_i2t), (t2i, of_t2i) = parts
+      loss, _ = ranking.hinges(ranking.dot, image, text, **options, ring=self.ring)
+      return loss, {"temperature": tau}
+    (i2t, of_i2t), (t2i, of_t2i) = contrastive.nce_of_both(
+      image, text, tau, mix=mix, block=self.block, **options, ring=self.ring
+    )
     metrics = {
       "loss_i2t": i2t,
       "loss_t2i": t2i,
