@@ -1,9 +1,9 @@
 """One process of several, which the tests of many processes start: see test_hosts.py.
 
-python hosts_worker.py JOB.json INDEX. The job: address, count, devices of each process, silence,
-and runs, one after another in one process, because starting costs more than a toy run. A run has a
-name, a system of tiny.py, changes of its config, and what happens to it, in `hit`:
-[process, moment, what], e.g. [1, "train", "SIGTERM"]. Moments are places in the program, no times.
+python hosts_worker.py JOB.json INDEX. The job: address, count, silence, and runs, one after another
+in one process, because starting costs more than a toy run. A run has a name, a system of tiny.py,
+changes of its config, and what happens to it, in `hit`: [process, moment, what], for instance
+[1, "train", "SIGTERM"]. Moments are places in the program, no times.
 Each process writes what came of a run to NAME.INDEX.json; a HostsError ends the run, not the group.
 """
 
@@ -13,19 +13,15 @@ import pathlib
 import signal
 import sys
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+import numpy as np
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xmodal_jax import build, checkpoint, evaluate, hosts, logs, sharding, train, workdir
+
 JOB, INDEX = json.loads(pathlib.Path(sys.argv[1]).read_text()), int(sys.argv[2])
 FOLDER = pathlib.Path(sys.argv[1]).parent
-
-import jax  # noqa: E402
-
-jax.config.update("jax_num_cpu_devices", JOB["devices"])
-
-import tiny  # noqa: E402
-
-from xmodal_jax import build, checkpoint, evaluate, hosts, logs, train, workdir  # noqa: E402
-
 STEP = 7  # of a process, in which something happens in training
 UNDO = []
 
@@ -105,6 +101,8 @@ def arm(moment: str, what: str, step: int = STEP) -> None:
 
 
 def one(run: dict) -> dict:
+  if "order" in run:
+    return rows(run["order"], run["shape"])
   differ = run.get("differ", {}).get(str(INDEX), {})
   config = getattr(tiny, run["system"])(run["data"], **run.get("changes", {}) | differ)
   folder = FOLDER / run["name"]
@@ -122,6 +120,16 @@ def one(run: dict) -> dict:
   while UNDO:
     UNDO.pop()()
   return dict(results=results and results["test"], steps=sorted(checkpoints_of(folder)))
+
+
+def rows(order: list[int], shape: list[int]) -> dict:
+  """What this process reads for a mesh of devices in this order, and the batch that comes of it."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices())[order].reshape(shape), sharding.AXES)
+  to, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+  own = sharding.local_rows(to, 8)
+  batch = sharding.put_batch({"x": own.astype(np.float32)}, to)["x"]
+  joined = jax.jit(lambda x: x + 0, out_shardings=whole)(batch)
+  return dict(rows=own.tolist(), batch=np.asarray(joined).tolist())
 
 
 def checkpoints_of(folder: pathlib.Path) -> list[int]:

@@ -38,6 +38,15 @@ ATOL = 1e-5
 # Process 1 of 2 is asked to stop, at each of these places.
 MOMENTS = ("compile", "train", "eval", "save")
 
+# Devices 0 and 1 are of process 0, and 2 and 3 of process 1: (order in the mesh, its shape, rows of
+# each process in a batch of 8).
+MESHES = (
+  ([0, 1, 2, 3], (4, 1, 1), ([0, 1, 2, 3], [4, 5, 6, 7])),
+  ([0, 2, 1, 3], (2, 2, 1), ([0, 1, 4, 5], [2, 3, 6, 7])),  # as on a slice, see sharding.local_rows
+  ([0, 2, 1, 3], (2, 1, 2), ([0, 1, 2, 3, 4, 5, 6, 7],) * 2),  # the model is what they share
+  ([0, 1, 2, 3], (2, 1, 2), ([0, 1, 2, 3], [4, 5, 6, 7])),
+)
+
 
 class End(NamedTuple):
   code: int
@@ -52,9 +61,12 @@ def start(folder: pathlib.Path, runs: list[dict], count: int, devices: int, **jo
     address = f"127.0.0.1:{free.getsockname()[1]}"
   folder.mkdir(exist_ok=True)
   file = folder / f"job.{count}.json"
-  file.write_text(json.dumps(dict(address=address, count=count, devices=devices, runs=runs) | job))
+  file.write_text(json.dumps(dict(address=address, count=count, runs=runs) | job))
   # Programs of one run serve the next ones, and a group that resumes.
   env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "TF_CPP_MIN_LOG_LEVEL": "2",
     "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     "PYTHONPATH": str(WORKER.parents[1]),
@@ -125,6 +137,7 @@ def runs_of_two(tiny_data, tmp_path_factory):
     *(dict(base, name=m, changes=SHORT, hit=[[1, m, "SIGTERM"]]) for m in MOMENTS),
     dict(base, name="config", changes=SHORT, differ={"1": {"optim__lr": 0.5}}, check=True),
     dict(base, name="data", changes=SHORT, differ={"1": {"data__dir": str(other_data)}}),
+    *(dict(name=f"rows.{i}", order=o, shape=s) for i, (o, s, _) in enumerate(MESHES)),
     dict(base, name="barrier", barrier={"seconds": 1, "missing": 1}),
   ]
   return folder, start(folder, runs, count=2, devices=2)
@@ -218,13 +231,15 @@ def test_every_system_by_several_processes(tiny_data, tmp_path, count, devices):
       assert one["results"] == pytest.approx(results["test"], abs=ATOL)
 
 
-def test_rows_follow_the_mesh():
-  """Of every process, whose devices are those that its number divides."""
-  devices = np.array(jax.devices())
-  for order, own in (([0, 1, 4, 5, 2, 3, 6, 7], [0, 1, 2, 3]), (range(8), range(8))):
-    mesh = jax.sharding.Mesh(devices[list(order)].reshape(4, 1, 2), sharding.AXES)
-    rows = sharding.local_rows(sharding.batch_sharding(mesh), 8)
-    assert rows.tolist() == list(range(8)), own
+@pytest.mark.parametrize("i", range(len(MESHES)))
+def test_rows_follow_the_mesh(runs_of_two, i):
+  folder, _ = runs_of_two
+  for one, rows in zip(found(folder, f"rows.{i}"), MESHES[i][2], strict=True):
+    assert one == dict(rows=rows, batch=list(range(8)))
+
+
+def test_a_batch_that_does_not_divide():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 1, 2), sharding.AXES)
   with pytest.raises(ValueError, match="9 rows does not divide into 4"):
     sharding.local_rows(sharding.batch_sharding(mesh), 9)
 

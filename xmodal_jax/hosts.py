@@ -25,9 +25,9 @@ from absl import logging
 from jax._src import distributed  # the store has no public name
 
 TIMEOUT = 300.0  # seconds that processes wait for each other, where nobody says otherwise
-SILENCE = 25.0  # seconds without a sign of life after which a process counts as dead
-_MARGIN = 15  # JAX itself ends processes so much later, should the watch be unable to
-_GRACE = 10.0  # seconds that a process has to end by itself, once another one failed
+SILENCE = 20.0  # seconds without a sign of life after which a process counts as dead
+_GRACE = 6.0  # seconds that a process has to end by itself, once another one failed
+_LAST = 3.0  # more for process 0, which holds the store that the others read the reason from
 _PERIOD = 0.5  # of the watch
 _ROOT = "xmodal_jax"
 
@@ -81,7 +81,9 @@ def initialize(
       **(address if any(given) else {}),
       **alone,
       initialization_timeout=int(timeout),
-      heartbeat_timeout_seconds=int(silence) + _MARGIN,
+      # JAX itself ends processes should the watch be unable to. It beats twice in this time, and may
+      # find out in half of it.
+      heartbeat_timeout_seconds=int(2 * (silence + _GRACE + _LAST + 1)),
       shutdown_timeout_seconds=60,
     )
   except Exception as e:  # jaxlib's own types
@@ -310,8 +312,7 @@ class _Watch(threading.Thread):
         heard[int(p)] = text
     if (self.failed or self.dead) and self.deadline is None:
       _client().key_value_set(f"{_ROOT}/heard/{self.index}", "", True)
-      # Process 0 holds the store: it goes last.
-      self.deadline = time.monotonic() + _GRACE + 3 * (self.index == 0)
+      self.deadline = time.monotonic() + _GRACE + _LAST * (self.index == 0)
 
   def tell(self, error: BaseException) -> None:
     """Tells the others that this process fails."""
@@ -341,7 +342,8 @@ class _Watch(threading.Thread):
     """Waits until all but the dead are in a folder of the store; returns who is not."""
     end = time.monotonic() + seconds
     while True:
-      missing = sorted(set(range(self.count)) - {int(p) for p in _folder(f"{_ROOT}/{folder}")})
+      found = {int(p) for p in _folder(f"{_ROOT}/{folder}")}
+      missing = sorted(set(range(self.count)) - found - self.dead.keys())
       if not missing or time.monotonic() > end:
         return missing
       time.sleep(0.1)
