@@ -81,7 +81,7 @@ def initialize(
       **(address if any(given) else {}),
       **alone,
       initialization_timeout=int(timeout),
-      # JAX itself ends processes should the watch be unable to. It beats twice in this time, and may
+      # JAX itself ends processes should the watch be unable to. It beats twice in this time and may
       # find out in half of it.
       heartbeat_timeout_seconds=int(2 * (silence + _GRACE + _LAST + 1)),
       shutdown_timeout_seconds=60,
