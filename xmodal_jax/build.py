@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import models, optim, sharding
+from xmodal_jax import models, optim, reproducible, sharding
 from xmodal_jax import step as step_lib
 
 
@@ -49,14 +49,19 @@ class Built:
     self._check_accumulate()
     if self.system.ring:
       self.system.ring.tile(config.batch_size)  # raises where it does not divide
+    if config.reproducible:
+      reproducible.check(config, self.mesh, self.stats)
     self.replicated = NamedSharding(self.mesh, P())
+    self.rows = sharding.batch_sharding(self.mesh)
 
   def model(self) -> nnx.Module:
     """The model with fresh parameters, drawn from config.seed."""
     config = self.config.model.to_dict()
     dtype = compute_dtype(self.config.dtype, self.platform)
     model = self.module.build(config, dtype=dtype, rngs=nnx.Rngs(self.config.seed))
-    model.rows = sharding.batch_sharding(self.mesh)
+    for _, module in nnx.iter_modules(model):
+      if hasattr(module, "rows"):  # the system, and what has activations to spread
+        module.rows = sharding.batch_sharding(self.mesh)
     model.accumulate, model.loss_chunk = self.config.accumulate, self.config.loss_chunk
     return model
 
@@ -73,6 +78,13 @@ class Built:
         f"config.accumulate is {n}, but this model has BatchNorm, whose statistics are those of "
         "the whole batch; set it to 1"
       )
+
+  def train_step(self, tx, rng: jax.Array, shardings: step_lib.TrainState, schedule):
+    """The jitted (state, batch) -> (state, metrics) that config.reproducible asks for."""
+    args = self.graphdef, tx, rng, shardings, schedule
+    if not self.config.reproducible:
+      return step_lib.make_train_step(*args)
+    return reproducible.make_train_step(*args, self.rows, self.config.micro_shards)
 
   def optimizer(self, schedule: optim.Schedule, steps_per_epoch: int = 0):
     """The optax chain; steps_per_epoch: of the run, where config.optim.freeze counts epochs."""

@@ -94,7 +94,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
     writer.jsonl.resume(start, drop="val" if pending else None)
     evaluator = evaluate_lib.Evaluator(config, inputs, built, stop)
     rng = jax.device_put(jax.random.key(config.seed), built.replicated)
-    train_step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
+    train_step = built.train_step(tx, rng, shardings, schedule)
     rows = sharding.batch_sharding(built.mesh)
     boundary = _Boundary(config, evaluator, checkpoints, writer, meta, stop)
     if pending and not boundary(start, state, evaluate=True, save=True):
@@ -111,7 +111,8 @@ def _loop(config, run, inputs, rows, state, start, train_step, boundary, writer,
   """Steps start + 1 .. total, or until the boundary of one says stop. Returns the last state."""
   total, last_good, per_step = run.total_steps, start, None
   clock = logs.Clock()
-  peak = flops.device_peak(jax.devices()[0].device_kind)
+  # The loops of a reproducible step have lengths that cannot be counted.
+  peak = None if config.reproducible else flops.device_peak(jax.devices()[0].device_kind)
   due = lambda every, step: (n := optim.steps(every, run.steps_per_epoch)) > 0 and step % n == 0
   profile = _profile(config, workdir)
   if start >= total:

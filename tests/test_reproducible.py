@@ -1,0 +1,158 @@
+"""config.reproducible: the same bits on any number of devices and processes, and the right ones."""
+
+import functools
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import reproducible_worker as worker
+import test_accumulate
+import test_train
+import tiny
+
+from xmodal_jax import build, checkpoint, sharding, train
+from xmodal_jax import config as config_lib
+
+SYSTEMS = test_accumulate.SYSTEMS
+# These programs take long to compile, and with the random bits of dropout longer.
+WITH_DROPOUT = ("zerovl",)
+OFTEN = ("clip", "team")  # of all systems TEAM's objective computes most
+
+
+def config(name: str, dropout: bool, **changes):
+  c = worker.config(name, **changes)
+  if not dropout:
+    test_accumulate.without_dropout(c.model)
+  return c
+
+
+@functools.cache
+def after(name: str, devices: int, steps: int = 3) -> str:
+  c = config(name, name in WITH_DROPOUT)
+  return worker.digest(*worker.run(c, steps, jax.devices()[:devices]))
+
+
+def some(often: tuple[str, ...]) -> list:
+  """All systems; those that are not tested often are slow."""
+  return [n if n in often else pytest.param(n, marks=pytest.mark.slow) for n in SYSTEMS]
+
+
+@pytest.mark.parametrize("name", some(OFTEN))
+def test_eight_devices_are_one_to_the_bit(name):
+  """Parameters, moments and metrics; ZeroVL with mixup and dropout."""
+  assert after(name, 8) == after(name, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_number_of_devices(devices):
+  assert after("clip", devices) == after("clip", 1)
+
+
+@pytest.mark.parametrize("name", some(("clip",)))
+def test_gradient_is_that_of_the_other_step(name):
+  tolerance = {"hat": 3e-5}.get(name, 1e-5)  # see test_accumulate
+  first = lambda plain: worker.run(config(name, False), 1, jax.devices()[:1], plain=plain)
+  (ours, our_metrics), (theirs, metrics) = jax.device_get((first(False), first(True)))
+  for key, value in metrics[0].items():
+    np.testing.assert_allclose(our_metrics[0][key], value, rtol=tolerance, atol=1e-6, err_msg=key)
+  ours, theirs = (s.opt_state[1].mu for s in (ours, theirs))  # a tenth of the gradient
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(theirs))
+
+  def close(path, a, b):
+    atol = tolerance * max(np.abs(b).max(), 1e-3 * largest)
+    np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=str(path))
+
+  jax.tree_util.tree_map_with_path(close, ours, theirs)
+
+
+def start(processes: int, devices: int, steps: int, *names: str) -> dict[str, str]:
+  """Digests of tiny runs with dropout, in so many processes of so many devices."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{s.getsockname()[1]}"
+  tool = pathlib.Path(worker.__file__)
+  command = [sys.executable, tool, address, str(processes)]
+  rest = [str(devices), str(steps), *names]
+  running = [
+    subprocess.Popen([*command, str(i), *rest], stdout=subprocess.PIPE, text=True, cwd=tool.parent)
+    for i in range(processes)
+  ]
+  try:
+    out = [p.communicate(timeout=3000)[0] for p in running]
+  finally:
+    for p in running:
+      p.kill()
+  assert [p.returncode for p in running] == [0] * processes
+  return json.loads(out[0].splitlines()[-1])
+
+
+def test_two_processes_are_one():
+  """CLIP has no dropout, so that its run is that of the other tests."""
+  assert start(2, 1, 3, "clip") == {"clip": after("clip", 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_topology(name):
+  """{1, 2, 4, 8} devices in {1, 2, 4} processes, with dropout."""
+  topologies = [(p, d // p) for d in (1, 2, 4, 8) for p in (1, 2, 4) if p <= d]
+  found = {f"{p} x {d}": start(p, d, 5, name)[name] for p, d in topologies}
+  assert len(set(found.values())) == 1, found
+
+
+def test_resume_on_another_number_of_devices(tiny_data, tmp_path, monkeypatch):
+  """Two steps on eight devices and two on one are four on two, to the bit."""
+  changes = dict(eval__test=False, eval__every="0 steps", total="4 steps", reproducible=True)
+  make = sharding.make_mesh
+
+  def run(folder: str, devices: int, stop_after: int = 4):
+    folder = tmp_path / folder
+    chosen = jax.devices()[:devices]
+    monkeypatch.setattr(sharding, "make_mesh", lambda axes, _=None: make(axes, chosen))
+    monkeypatch.setattr(train, "Preemption", lambda: test_train.StopAfter(folder, stop_after))
+    train.train(tiny.config(tiny_data, **changes), folder)
+    read = checkpoint.Checkpoints(folder, keep=2, metric="rsum", read_only=True)
+    return read.latest(), worker.digest(read.restore_model(read.latest())), folder
+
+  assert run("moved", 8, stop_after=2)[0] == 2
+  step, moved, folder = run("moved", 1)
+  assert (step, moved) == run("straight", 2)[:2] and step == 4
+  ours, theirs = (test_train.lines(f, "train") for f in (folder, tmp_path / "straight"))
+  assert ours == theirs
+
+
+@pytest.mark.parametrize(
+  ("changes", "error"),
+  [
+    (dict(mesh=(("data", 2), ("fsdp", 2), ("model", 2))), r"mesh has fsdp=2, model=2"),
+    (dict(micro_shards=6), "micro_shards is 6: set it to a power of two"),
+    (dict(micro_shards=0), "micro_shards is 0"),
+    (dict(micro_shards=32), "32, which does not divide config.batch_size=16"),
+    (dict(micro_shards=4), "8 devices do not share config.micro_shards=4"),
+    (dict(accumulate=2), "config.accumulate=2 has no meaning"),
+  ],
+)
+def test_what_cannot_be_reproduced(changes, error):
+  with pytest.raises(ValueError, match=error):
+    build.Built(tiny.config("unused", reproducible=True, **changes))
+
+
+def test_batch_norm_sees_the_whole_batch():
+  c = tiny.config("unused", reproducible=True)
+  with c.unlocked():
+    c.model.image = dict(kind="resnet", size=32, width=8, depths=(1, 1, 1, 1))
+  with pytest.raises(ValueError, match="reproducible is set, but this model has BatchNorm"):
+    build.Built(c)
+
+
+def test_tiles_may_not_change_at_a_resume():
+  flat = lambda **changes: config_lib.flatten(tiny.config("unused", **changes))
+  for reproducible, expected in ((False, []), (True, ["loss_chunk: 0 -> 8"])):
+    old, new = (flat(reproducible=reproducible, loss_chunk=n) for n in (0, 8))
+    assert config_lib.difference(old, new) == expected
