@@ -180,7 +180,8 @@ def hat(c):
         attention_dropout=0.0,
       ),
       levels=((3, 2), (1, 0), (2, 1)),
-      direction="i2t",
+      # Words that ask learn from scratch several times as fast as regions: they are what is named.
+      direction="t2i",
       sharpness=9.0,
       margin=0.2,
       reduce="sum",  # from scratch; see `tgdt`
@@ -188,10 +189,10 @@ def hat(c):
     )
   )
   c.text.tokenizer, c.text.length = "bert", 37
-  c.batch_size, c.total = 40, "18 epochs"
+  c.batch_size, c.total = 40, "6 epochs"
   c.eval.batch_size, c.eval.block = 100, (100, 500)
-  c.eval.every = "6 epochs"
-  c.checkpoint.every = "6 epochs"
+  c.eval.every = "3 epochs"
+  c.checkpoint.every = "3 epochs"
   o = c.optim
   o.lr, o.b2, o.warmup, o.weight_decay = 1e-3, 0.98, "1 epochs", 0.1
   o.grad_clip = 2.0

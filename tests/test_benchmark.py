@@ -45,3 +45,19 @@ def test_local_scores(tmp_path):
     assert info["examples"] == 500 and info["padded_flops"] == 2 * 500 * 36 * 40 * 32
     # 6 words at the least, 10 in the mean, of 40.
     assert 6 / 40 < info["flops"] / info["padded_flops"] < 14 / 40
+
+
+def test_hierarchical_scores(tmp_path):
+  toy = ["hierarchical_scores", "--scale", "0.002", "--regions", "20", "--words", "16"]
+  toy += ["--width", "32", "--direction", "both", "--repeats", "1", "--warmup", "0"]
+  against = ["--against", "torch", "--no_compile"] if importlib.util.find_spec("torch") else []
+  out = run(tmp_path, *toy, *against)
+  if not against:
+    assert out["sides"]["ours"]["examples_per_s"] > 0
+    pytest.skip("ours ran; torch is not there to compare with")
+  assert list(out["kinds"]) == ["attended", "gram"]
+  for kind in out["kinds"].values():
+    assert kind["largest_difference"] < 1e-5
+    info = kind["sides"]["ours"]["info"]
+    assert info["examples"] == 500
+    assert info["padded_flops"] == 500 * 2 * 20 * 16 * (32 + 16 + 20)  # with the Gram matrices of both
