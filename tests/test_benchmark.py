@@ -60,4 +60,5 @@ def test_hierarchical_scores(tmp_path):
     assert kind["largest_difference"] < 1e-5
     info = kind["sides"]["ours"]["info"]
     assert info["examples"] == 500
-    assert info["padded_flops"] == 500 * 2 * 20 * 16 * (32 + 16 + 20)  # with the Gram matrices of both
+    # Products of tokens, and of the weights with both sides' Gram matrices.
+    assert info["padded_flops"] == 500 * 2 * 20 * 16 * (32 + 16 + 20)
