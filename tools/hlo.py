@@ -38,6 +38,7 @@ FREE = frozenset(
 )
 _NAME = re.compile(r"%([\w.\-]+)")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_LIBRARY_DOT = r'"lhs_contracting_dimensions":\[([^\]]*)\]'  # of a call of cuBLAS
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -180,7 +181,11 @@ class Module:
       lhs = comp.operand(op, 0).shapes[0]
       contract = _numbers(op.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
       return 2 * math.prod(op.shapes[0].dims) * math.prod(lhs.dims[i] for i in contract)
-    if op.kind == "convolution":
+    if op.kind == "custom-call" and (dims := op.attribute(_LIBRARY_DOT)):
+      lhs = comp.operand(op, 0).shapes[0]
+      contract = [int(d) for d in re.findall(r"\d+", dims)]
+      return 2 * math.prod(op.shapes[0].dims) * math.prod(lhs.dims[i] for i in contract)
+    if op.kind == "convolution" or (op.kind == "custom-call" and "dim_labels=" in op.attributes):
       return _convolution_flops(op, comp.operand(op, 0).shapes[0], comp.operand(op, 1).shapes[0])
     if op.kind in ("fusion", "call") and (inner := self.called(op) or self.called(op, "to_apply")):
       return sum(self.flops(o, inner) for o in inner.ops)
