@@ -123,6 +123,9 @@ def base() -> ConfigDict:
   o.step_every, o.step_factor = "10 epochs", 0.1  # schedule "step": lr * factor ** (step // every)
   o.milestones = ()  # schedule "milestones": lr * step_factor at each of these durations
   o.bounds = ()  # (regex, low, high): parameters kept inside after every update
+  # Decay of a moving average of the parameters; 0.0: none. The average is then what is evaluated,
+  # and what everybody who reads a workdir gets; training goes on from the parameters themselves.
+  o.ema = 0.0
   o.round_to, o.round_paths = "", ()  # dtype that parameters matching the regexes are rounded to
 
   e = c.eval = ConfigDict()

@@ -320,6 +320,57 @@ def round_trip(dtype: str, patterns: Sequence[str]) -> optax.GradientTransformat
   return adjust(fn)
 
 
+class AverageState(NamedTuple):
+  average: optax.Params  # like the parameters
+
+
+def average(decay: float) -> optax.GradientTransformation:
+  """Keeps an exponential moving average of the updated parameters; last of a chain.
+
+  It starts from the first parameters, so that it has no bias to correct.
+  """
+  if not 0 < decay < 1:
+    raise ValueError(f"optim.ema is {decay}; a decay is above 0 and below 1, and 0.0 is none")
+
+  def update(updates, state, params=None):
+    new = optax.apply_updates(params, updates)
+    # As a step towards them: near a decay of 1 the sum of two products would round more.
+    moved = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, new)
+    return updates, AverageState(moved)
+
+  return optax.GradientTransformation(_first_average, update)
+
+
+def _first_average(params: Any) -> AverageState:
+  # Copies, because both are donated to the same step.
+  return AverageState(jax.tree.map(lambda x: x.copy(), params))
+
+
+def averaged(state: Any) -> Any:
+  """A train state with its average in the place of the parameters, and these in the average's.
+
+  The inverse is the same. What is evaluated is what this gives, and so is what is saved: readers of
+  a checkpoint find the averaged parameters, and who goes on from it turns them back. A state
+  without an average stays as it is.
+  """
+  held = [x for x in jax.tree.leaves(state.opt_state, is_leaf=_is_average) if _is_average(x)]
+  if not held:
+    return state
+  swap = lambda x: AverageState(state.params) if _is_average(x) else x
+  opt_state = jax.tree.map(swap, state.opt_state, is_leaf=_is_average)
+  return state.replace(params=held[0].average, opt_state=opt_state)
+
+
+def restart_average(opt_state: Any, params: Any) -> Any:
+  """The optimizer state whose average, where it has one, starts from these parameters."""
+  one = lambda x: _first_average(params) if _is_average(x) else x
+  return jax.tree.map(one, opt_state, is_leaf=_is_average)
+
+
+def _is_average(x: Any) -> bool:
+  return isinstance(x, AverageState)
+
+
 def make_optimizer(
   config: Mapping[str, Any],
   schedule: Schedule,
@@ -358,6 +409,8 @@ def make_optimizer(
     chain.append(bound(config["bounds"]))
   if config["round_to"]:
     chain.append(round_trip(config["round_to"], config["round_paths"]))
+  if config["ema"]:
+    chain.append(average(config["ema"]))
   return optax.chain(*chain)
 
 
