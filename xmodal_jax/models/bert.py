@@ -125,7 +125,7 @@ class Bert(nnx.Module):
       raise ValueError(f"text of length {length}, but the position table has {context} rows")
     table = self.pos[:length] + self.type[0]
     x = layers.lookup(self.word.embedding[...], ids, self.dtype, self.rows)
-    x = self.ln(x + table.astype(self.dtype))
+    x = self.ln(layers.add(x, table))
     return layers.dropout(x, self.dropout, key)
 
   def __call__(self, ids: Array, mask: Array, key: Array | None = None) -> Array:

@@ -53,6 +53,35 @@ def layer_norm(dim: int, *, eps: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs
   )
 
 
+def add(x: Array, param: Array) -> Array:
+  """[..., *S] + a parameter [*S], in x's dtype; the parameter's gradient is summed in float32.
+
+  That sum is over all rows of a batch, and in bfloat16 a sum stops growing at 256 times its terms.
+  """
+  return _add(x, param, x.ndim - param.ndim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _add(x, param, lead):
+  del lead
+  return x + param.astype(x.dtype)
+
+
+_add.defvjp(
+  lambda x, param, lead: (_add(x, param, lead), None),
+  lambda lead, _, d: (d, d.sum(tuple(range(lead)), dtype=jnp.float32)),
+)
+
+
+class Linear(nnx.Linear):
+  """nnx.Linear with a bias as `add` has it."""
+
+  def __call__(self, x: Array) -> Array:
+    """[..., din] -> [..., dout] in the compute dtype."""
+    y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    return y if self.bias is None else add(y, self.bias[...])
+
+
 def linear(
   din: int,
   dout: int,
@@ -64,14 +93,14 @@ def linear(
   heads: int = 0,
   dtype=jnp.float32,
   rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
   """Dense layer with kernel [din, dout] in float32; torch's default initialisation.
 
   heads: how many the axis "heads" is of, where there is one.
   """
   default = uniform(din**-0.5)
   metadata = lambda axes: {"axes": axes} | ({"heads": heads} if "heads" in axes else {})
-  return nnx.Linear(
+  return Linear(
     din,
     dout,
     use_bias=use_bias,
@@ -216,17 +245,23 @@ def rows(x: Array) -> Array:
   return x.reshape(-1, x.shape[-1])
 
 
-def spread(x: Array, sharding: NamedSharding | None) -> Array:
-  """[B, ...] with its rows over the devices as the sharding says, all else whole on each of them.
+def spread(x: Array, rows: NamedSharding | None, *, stacked: bool = False) -> Array:
+  """[B, ...], or [N, B, ...] where stacked, with B over the devices as `rows` says, the rest whole.
 
   Where parameters are sharded, compilers otherwise follow these: activations were cut along their
   width and added up over the devices behind every matmul, which moves more than the parameters do
-  (ZeRO; Rajbhandari et al., 2020). The identity without a sharding, on one device, and in what
+  (ZeRO; Rajbhandari et al., 2020). The identity without `rows`, on one device, and inside of what
   each device does for itself.
   """
-  if sharding is None or sharding.mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+  return _constrain(x, rows, lambda spec: (None, *spec) if stacked else spec)
+
+
+def _constrain(x: Array, rows: NamedSharding | None, of: Callable) -> Array:
+  """x with the entries of a spec that `of` makes of those of the rows."""
+  if rows is None or rows.mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
     return x
-  return jax.lax.with_sharding_constraint(x, sharding)
+  spec = of(rows.spec)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, PartitionSpec(*spec)))
 
 
 def lookup(table: Array, ids: Array, dtype, rows: NamedSharding | None = None) -> Array:
@@ -236,9 +271,7 @@ def lookup(table: Array, ids: Array, dtype, rows: NamedSharding | None = None) -
   width is sharded it is gathered first: for one that is not, compilers can leave every device its
   own rows of the batch, and sum over the devices that share the vocabulary.
   """
-  if rows is not None and rows.mesh.size > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
-    whole = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
-    table = jax.lax.with_sharding_constraint(table, NamedSharding(rows.mesh, whole))
+  table = _constrain(table, rows, lambda _: (PartitionSpec.UNCONSTRAINED, None))
   return spread(jnp.take(table, ids, axis=0), rows).astype(dtype)
 
 
@@ -279,7 +312,7 @@ def scan(
   keys = None if key is None else jax.random.split(key, depth_of(blocks))
   body, start = recompute(step, remat), spread(x, rows)
   last, each = jax.lax.scan(body, start, (blocks, keys), unroll=unroll)
-  return each if collect else last
+  return spread(each, rows, stacked=True) if collect else last
 
 
 def recompute(body: Callable, policy: str, *, once: bool = False) -> Callable:

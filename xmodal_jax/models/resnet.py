@@ -144,6 +144,8 @@ class Stem(nnx.Module):
 class AttentionPool(nnx.Module):
   """The mean token asks, all tokens answer. [B, s, s, D] -> [B, E]."""
 
+  rows: layers.NamedSharding | None = None
+
   def __init__(self, grid: int, dim: int, heads: int, embed: int, *, dtype, rngs: nnx.Rngs):
     self.heads, self.dtype = heads, dtype
     init = layers.normal(dim**-0.5)
@@ -154,7 +156,8 @@ class AttentionPool(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     x = x.reshape(len(x), -1, x.shape[-1])  # [B, s*s, D]
-    x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + self.pos[...].astype(self.dtype)
+    x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
+    x = layers.spread(layers.add(x, self.pos[...]), self.rows)
     split = lambda z: z.reshape(*z.shape[:2], self.heads, -1)  # [B, L, H, D/H]
     y = layers.attention(split(self.q(x[:, :1])), split(self.k(x)), split(self.v(x)))
     return self.c(y.reshape(len(x), -1))

@@ -304,7 +304,7 @@ class Swin(nnx.Module):
     x = x.reshape(b * g * g, p * p * 3) @ self.patch.kernel[...].astype(self.dtype).reshape(
       p * p * 3, -1
     )
-    x = x + self.patch.bias[...].astype(self.dtype)
+    x = layers.add(x, self.patch.bias[...])
     return self.patch_ln(x.reshape(b, g, g, -1))
 
   def __call__(self, images: Array, key: Array | None = None) -> list[Array]:

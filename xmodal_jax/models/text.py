@@ -66,7 +66,7 @@ class TextTransformer(nnx.Module):
     if ids.shape[1] > context:
       raise ValueError(f"text of length {ids.shape[1]}, but the position table has {context} rows")
     x = layers.lookup(self.token.embedding[...], ids, self.dtype, self.rows)
-    x = x + self.pos[: ids.shape[1]].astype(self.dtype)
+    x = layers.add(x, self.pos[: ids.shape[1]])
     return layers.scan(self.blocks, x, rows=self.rows, **self.loop)
 
   def pool(self, x: Array, ids: Array) -> Array:

@@ -92,9 +92,9 @@ class ViT(nnx.Module):
     x = x.reshape(b, g * g, p * p * 3)
     x = x @ self.patch.kernel[...].reshape(p * p * 3, -1).astype(self.dtype)  # [B, g*g, D]
     if self.patch.bias is not None:
-      x = x + self.patch.bias[...].astype(self.dtype)
-    cls = jnp.broadcast_to(self.cls[...].astype(self.dtype), (b, 1, x.shape[-1]))
-    x = jnp.concatenate([cls, x], axis=1) + self.pos[...].astype(self.dtype)
+      x = layers.add(x, self.patch.bias[...])
+    cls = layers.add(jnp.zeros((b, 1, x.shape[-1]), self.dtype), self.cls[...])
+    x = layers.add(jnp.concatenate([cls, x], axis=1), self.pos[...])
     return x if self.ln_pre is None else self.ln_pre(x)
 
   def __call__(self, images: Array) -> Array:
