@@ -4,6 +4,7 @@
   python tools/benchmark.py data --data_dir DIR --split train
   python tools/benchmark.py encode --model vit_b32 --batch 32 [--against torch]
   python tools/benchmark.py step --model vit_b32 --batch 32 [--against torch]
+  python tools/benchmark.py checkpoint --model vit_b32 --batch 32
   python tools/benchmark.py rerank --scale 0.02 [--against torch]
   python tools/benchmark.py local_scores --scale 0.02 [--against torch]
   python tools/benchmark.py hierarchical_scores --scale 0.004 [--against torch]
@@ -80,6 +81,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--against", choices=["torch"])
     command.add_argument("--form", help="the only form of the other side to measure")
     command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+  command = commands.add_parser("checkpoint", parents=[common], help="saving and restoring")
+  command.add_argument("--model", default="vit_b32", help="a preset of the clip system")
+  command.add_argument("--batch", type=int, default=32, help="of the steps beside the save")
+  command.add_argument("--steps", type=int, default=5, help="before the save")
+  command.add_argument("--every", type=int, default=1000, help="steps from one save to the next")
+  command.add_argument("--dir", help="where to write; a temporary folder otherwise")
+  command.set_defaults(dtype="float32", unroll=1, remat="dots_with_no_batch_dims_saveable")
   command = commands.add_parser("rerank", parents=[common], help="TEAM's second stage")
   command.add_argument("--scale", type=float, default=0.02, help="of COCO's 5,000 images")
   command.add_argument("--width", type=int, default=1024, help="of tokens; the heads are width/64")
@@ -351,6 +359,10 @@ def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, A
       share = out["padded_gflops_per_s"] / info["peak_gflops_per_s"]
       line += f" ({100 * share:.0f} %)"
   print(line, flush=True)
+  if "facts" in info:
+    every = [answer["info"]["facts"] for answer in answers]
+    out["facts"] = {key: statistics.median(facts[key] for facts in every) for key in every[0]}
+    print("\n".join(f"{key:>20} {value:.4g}" for key, value in out["facts"].items()), flush=True)
   return out
 
 

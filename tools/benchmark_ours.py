@@ -28,6 +28,10 @@ def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
     import benchmark_hierarchical
 
     return {"gram": lambda: benchmark_hierarchical.ours(args)}
+  if args.command == "checkpoint":
+    import benchmark_checkpoint
+
+    return {"async, with manifest": lambda: benchmark_checkpoint.ours(args)}
   prepare = {"data": pipeline, "encode": encode, "step": train_step}[args.command]
   return {args.command: lambda: prepare(args)}
 
@@ -137,6 +141,11 @@ def encode(args: argparse.Namespace) -> Form:
 
 def train_step(args: argparse.Namespace) -> Form:
   """The step of training: both towers, InfoNCE, gradient, AdamW, metrics; the state is donated."""
+  return stepper(args)[1:]
+
+
+def stepper(args: argparse.Namespace) -> tuple[list[Any], Callable[[], None], dict[str, Any]]:
+  """([state], what does a step and puts the new state there, what there is to say of it)."""
   import jax
   from flax import nnx
 
@@ -171,4 +180,4 @@ def train_step(args: argparse.Namespace) -> Form:
     jax.block_until_ready((held[0], metrics))
     info["loss"] = float(metrics["loss"])
 
-  return run, info
+  return held, run, info

@@ -1,0 +1,235 @@
+"""bfloat16 configs: float32 where numbers are kept, added up or compared, and nowhere else.
+
+Programs are traced, not compiled, and their equations read, in loops, branches and recomputed or
+per-device parts as well. An equation is known by the functions of the package that it came from.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.extend import core
+from test_accumulate import SYSTEMS, batch
+
+from xmodal_jax import build, optim, sharding
+from xmodal_jax import step as step_lib
+from xmodal_jax.models import layers
+
+PACKAGE = pathlib.Path(step_lib.__file__).parent
+F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+RESNET = dict(kind="resnet", size=32, width=8, depths=(1, 2, 1, 1))
+VIT = dict(kind="clip", size=16, patch=8, width=24, depth=2, heads=2)
+SWIN = dict(kind="swin", size=32, window=4, embed=8, depths=(1, 2), heads=(1, 2), drop_path=0.1)
+CASES = {name: (name, {}) for name in SYSTEMS} | {
+  "clip resnet": ("clip", {"image": RESNET}),
+  "clip sigmoid": ("clip", {"loss": "sigmoid"}),
+  "zerovl mixup": ("zerovl", {"mixup": dict(beta=0.1, block=0)}),
+  "team swin": ("team", {"image": SWIN}),
+  "hat vit": ("hat", {"image": VIT, "levels": ((1, 1), (0, 0))}),
+}
+
+# Where matmuls are of float32 numbers on both sides: scores of pairs, from embeddings that are.
+# file:function of the package; * for whatever follows.
+SCORES = ("clip_itm.py:CLIP", "zerovl.py:ZeroVL", "team.py:TEAM")
+FLOAT32_MATMULS = ("losses/*", *(f"models/{system}.score" for system in SCORES))
+# Where bfloat16 is added up, a few numbers each: pools of pixels, a text's copies for negatives.
+SHORT_SUMS = ("models/resnet.py:avg_pool", "models/team.py:TEAM.match*")
+SUMS = {"reduce_sum", "reduce_prod", "cumsum", "cumprod", "reduce_window_sum"}
+# The derivative of GELU is an exponential of each number for itself.
+ALONE = ("jax/gelu",)
+CURVED = {"exp", "exp2", "log", "log1p", "expm1", "rsqrt", "sqrt", "pow"}
+
+
+def equations(jaxpr, called_at=None):
+  """(equation, where it came from) of a program, inner programs included.
+
+  A program that jit has traced before is taken out of its cache, with the places where that was:
+  what is inside is of the place that calls it.
+  """
+  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    where = called_at or places(eqn)
+    yield eqn, where
+    for inner in core.jaxprs_in_params(eqn.params):
+      yield from equations(inner, where if eqn.primitive.name == "jit" else called_at)
+
+
+def places(eqn) -> list[str]:
+  """Functions of the package, "models/vit.py:ViT.embed", innermost first, and "jax/gelu"."""
+  frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else []
+  out = []
+  for frame in frames:
+    name = frame.function_name.replace("<locals>.", "")
+    if PACKAGE in pathlib.Path(frame.file_name).parents:
+      out.append(f"{pathlib.Path(frame.file_name).relative_to(PACKAGE)}:{name}")
+    elif name == "gelu":
+      out.append("jax/gelu")
+  return out
+
+
+def matches(where: list[str], allowed) -> bool:
+  at = lambda place, a: place.startswith(a[:-1]) if a.endswith("*") else place == a
+  return any(at(place, a) for place in where for a in allowed)
+
+
+def wrong(jaxpr) -> list[str]:
+  """What a bfloat16 program computes in the wrong precision, a line each."""
+  out = []
+  for eqn, where in equations(jaxpr):
+    name = eqn.primitive.name
+    kinds = [v.aval.dtype for v in eqn.invars if hasattr(v.aval, "dtype")]
+    at = f"{name} {[str(v.aval) for v in eqn.invars]} in {where[:3]}"
+    if name in ("dot_general", "conv_general_dilated"):
+      if kinds[:2] == [F32, F32] and not matches(where, FLOAT32_MATMULS):
+        out.append(f"float32 matmul: {at}")
+      rounded = BF16 in kinds[:2] and eqn.outvars[0].aval.dtype != F32
+      if rounded and matches(where, ("losses/*",)):
+        out.append(f"scores in bfloat16: {at}")
+    elif BF16 in kinds[:1]:
+      many = name in SUMS and eqn.invars[0].aval.size > eqn.outvars[0].aval.size
+      if many and not matches(where, SHORT_SUMS):
+        out.append(f"sum in bfloat16: {at}")
+      if name in CURVED and not matches(where, ALONE):
+        out.append(f"norm, softmax or loss in bfloat16: {at}")
+  return out
+
+
+@functools.cache
+def built(case: str):
+  name, changes = CASES[case]
+  config = SYSTEMS[name]("unused", dtype="bfloat16")
+  with config.unlocked():
+    for key, value in changes.items():
+      config.model[key] = value
+  config.mesh = (("data", -1),)
+  return config, build.Built(config, jax.devices()[:1])
+
+
+def shapes(config):
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return {k: like(v) for k, v in batch(config, config.batch_size).items()}
+
+
+def floats(tree) -> set:
+  kinds = {jnp.dtype(x.dtype) for x in jax.tree.leaves(tree)}
+  return {k for k in kinds if jnp.issubdtype(k, jnp.floating)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_train_step(case):
+  config, b = built(case)
+  schedule = optim.make_schedule(config.optim, optim.Run(48, 16, config.total))
+  seen = []
+
+  def look(grads, state, params=None):
+    seen.append((floats(grads), floats(params)))
+    return inner.update(grads, state, params)
+
+  config.optim.ema = 0.9
+  inner = b.optimizer(schedule)
+  tx = optax.GradientTransformation(inner.init, look)
+  shardings = b.state_shardings(inner)
+  state = jax.eval_shape(lambda: step_lib.init_state(b.model, tx))
+  step = step_lib.make_train_step(b.graphdef, tx, jax.random.key(0), shardings, schedule)
+  traced = step.trace(state, shapes(config))
+  assert not wrong(traced.jaxpr)
+  new, metrics = traced.out_info
+  assert seen[0] == ({F32}, {F32})  # gradients and parameters
+  assert floats(state) == floats(new) == floats(metrics) == {F32}
+  dots = [e for e, _ in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
+  half = [e for e in dots if {v.aval.dtype for v in e.invars} == {BF16}]
+  assert len(half) > 20  # it does compute in bfloat16
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_embed_and_score(case):
+  config, b = built(case)
+
+  def run(params, stats, batch):
+    model = nnx.merge(b.graphdef, params, stats)
+    images, texts = model.encode_image(batch), model.encode_text(batch)
+    second = []
+    if model.second_stage:
+      each = lambda x: x[:, None]
+      second = [model.rerank(images, jax.tree.map(each, texts))]
+    return images, texts, model.score(images, texts), second
+
+  pure = [nnx.to_pure_dict(s) for s in (b.params, b.stats)]
+  traced = jax.jit(run).trace(*pure, shapes(config))
+  assert not wrong(traced.jaxpr)
+  images, texts, scores, second = traced.out_info
+  assert floats((scores, second)) == {F32}
+  for side in (images, texts):
+    first = {k: v for k, v in side.items() if k not in b.system.second_stage}
+    assert first and floats(first) <= {F32}
+
+
+def test_every_system_is_here():
+  from xmodal_jax import models
+
+  assert {name for name, _ in CASES.values()} == models.SYSTEMS.keys()
+
+
+def attention(q, k, v, logits=F32, weights=F32):
+  s = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=logits)
+  p = jax.nn.softmax(s.astype(weights), axis=-1).astype(v.dtype)
+  return jnp.einsum("bhqk,bkhd->bqhd", p, v)
+
+
+@pytest.mark.parametrize("within", ["jit", "scan", "cond", "checkpoint", "custom_vjp", "shard_map"])
+def test_what_is_wrong_is_found(within):
+  """The check itself, on programs with mistakes, however deep they are."""
+  x = jnp.ones((8, 3, 2, 4), BF16)
+  mesh = sharding.make_mesh((("data", 8),))
+
+  def wrap(f):
+    if within == "scan":
+      return lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0]
+    if within == "cond":
+      return lambda x: jax.lax.cond(x.sum() > 0, f, lambda x: x, x)
+    if within == "custom_vjp":
+      g = jax.custom_vjp(f)
+      g.defvjp(lambda x: (f(x), x), lambda x, d: (f(x) * d,))
+      return g
+    if within == "shard_map":
+      spec = jax.sharding.PartitionSpec("data")
+      return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+    return jax.checkpoint(f) if within == "checkpoint" else jax.jit(f)
+
+  def found(f):
+    program = wrap(lambda x: f(x).astype(BF16))
+    loss = lambda x: program(x).astype(F32).sum()
+    return wrong(jax.make_jaxpr(program)(x)), wrong(jax.make_jaxpr(jax.grad(loss))(x))
+
+  assert found(lambda x: attention(x, x, x)) == ([], [])
+  wide = lambda x: x.astype(F32)
+  for plain in found(lambda x: attention(wide(x), wide(x), x)):
+    assert plain and all("float32 matmul" in line for line in plain)
+  for plain in found(lambda x: attention(x, x, x, BF16, BF16)):
+    assert any("softmax" in line for line in plain)
+
+
+def test_a_system_with_a_mistake_is_found(monkeypatch):
+  """Logits in bfloat16 in one function of the towers."""
+  config, b = built("clip")
+  half = lambda q, k, v, mask=None, *, causal=False, **_: attention(q, k, v, BF16, BF16)
+  monkeypatch.setattr(layers, "_attention_einsum", half)
+
+  def encode(params, stats, batch):
+    return nnx.merge(b.graphdef, params, stats).encode_image(batch)
+
+  pure = [nnx.to_pure_dict(s) for s in (b.params, b.stats)]
+  lines = wrong(jax.jit(encode).trace(*pure, shapes(config)).jaxpr)
+  assert lines and all("softmax" in line for line in lines)
+
+
+def test_gradients_of_a_word_add_up_in_float32():
+  """A word that occurs 1000 times: bfloat16 would stop adding at 256."""
+  table, ids = jnp.zeros((5, 2)), jnp.full((100, 10), 3)
+  loss = lambda table: layers.lookup(table, ids, BF16).astype(F32).sum()
+  np.testing.assert_array_equal(jax.grad(loss)(table)[3], [1000, 1000])

@@ -1,0 +1,156 @@
+"""Meshes: what is sharded how, and that it never changes the result or moves what it need not."""
+
+import functools
+import logging
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from test_accumulate import SYSTEMS, batch
+
+from xmodal_jax import build, init, optim, sharding
+from xmodal_jax import step as step_lib
+
+AXES = ("data", "fsdp", "model")
+STEPS = 3
+
+
+def with_mesh(name: str, sizes: tuple[int, int, int]):
+  """A tiny config whose widths are powers of two and whose sequences are not: 11 words, 5 patches
+  or regions. The update hardly depends on the sign of a gradient that is rounding alone."""
+  config = SYSTEMS[name]("unused", batch_size=16, optim__eps=1e-2)
+  config.mesh = tuple(zip(AXES, sizes, strict=True))
+  with config.unlocked():
+    text = config.model.text
+    text.vocab, text.width, text.heads, text.context = 256, 32, 2, 16
+    if "mlp" in text:
+      text.mlp = 64
+    if name == "tgdt":
+      config.model.image.features, config.model.image.heads, config.data.regions = 32, 2, 5
+  return config
+
+
+def fields(config) -> dict:
+  return {k: v[:, :11] if k.startswith("text_") else v for k, v in batch(config, 16).items()}
+
+
+@functools.cache
+def run(name: str, sizes: tuple[int, int, int]):
+  """(losses of a few steps, parameters, the compiled program's text, the sharded state)."""
+  config = with_mesh(name, sizes)
+  built = build.Built(config, jax.devices()[: math.prod(sizes)])
+  schedule = optim.make_schedule(config.optim, optim.Run(48, 16, config.total))
+  tx = built.optimizer(schedule)
+  shardings = built.state_shardings(tx)
+  state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
+  step = step_lib.make_train_step(built.graphdef, tx, jax.random.key(0), shardings, schedule)
+  rows = sharding.put_batch(fields(config), sharding.batch_sharding(built.mesh))
+  program = step.lower(state, rows).compile()
+  losses = []
+  for _ in range(STEPS):
+    state, metrics = program(state, rows)
+    losses.append(float(metrics["loss"]))
+  return losses, init.flat(jax.device_get(state.params)), program.as_text(), state
+
+
+MESHES = [(name, (2, 2, 2)) for name in SYSTEMS]
+MESHES += [("clip", sizes) for sizes in ((8, 1, 1), (1, 4, 2), (1, 1, 8))]
+
+
+@pytest.mark.parametrize(("name", "sizes"), MESHES)
+def test_every_mesh_is_one_device(name, sizes):
+  """Dropout and all: three steps of training."""
+  losses, params, *_ = run(name, sizes)
+  want_losses, want, *_ = run(name, (1, 1, 1))
+  np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+  assert params.keys() == want.keys()
+  for path, value in want.items():
+    np.testing.assert_allclose(params[path], value, rtol=0, atol=1e-5, err_msg=path)
+
+
+COLLECTIVE = re.compile(
+  r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\(.*op_name=\"([^\"]*)\""
+)
+
+
+def moved(text: str) -> list[tuple[str, list[int], str]]:
+  """(kind, numbers in each result, where from) of the collectives that carry arrays as they are."""
+  size = lambda dims: math.prod(map(int, dims.split(",")))
+  found = (COLLECTIVE.search(line) for line in text.splitlines())
+  return [
+    (m[2], [size(dims) for dims in re.findall(r"\[(\d[\d,]*)\]", m[1].split("{")[0])], m[3])
+    for m in found
+    if m
+  ]
+
+
+@pytest.mark.parametrize("name", ["clip", "zerovl", "team"])
+def test_parameters_move_and_activations_do_not(name):
+  """What is gathered is layers and the width of a table, never its vocabulary or activations,
+  whose size has the factor of a sequence: 11 or 5. Negatives travel, in a ring."""
+  *_, text, _ = run(name, (2, 2, 2))
+  arrays = [a for a in moved(text) if "ppermute" not in a[2]]
+  assert any(kind == "all-gather" and 32 * 64 in sizes for kind, sizes, _ in arrays)  # an MLP's
+  assert not [a for a in arrays if any(n % 11 == 0 or n % 5 == 0 for n in a[1])]
+  assert not [a for a in arrays if max(a[1], default=0) >= 256 * 32]
+
+
+def test_the_state_is_born_sharded():
+  *_, state = run("clip", (2, 2, 2))
+  kernel = state.params["image"]["blocks"]["wi"]["kernel"]
+  assert kernel.sharding.spec == P(None, "fsdp", "model")
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+  assert state.opt_state[0].mu["image"]["blocks"]["wi"]["kernel"].sharding == kernel.sharding
+  assert state.params["text"]["token"]["embedding"].sharding.spec == P("model", "fsdp")
+
+
+def spec_of(params: nnx.State, mesh, **kw) -> dict:
+  rules = {"vocab": "model", "heads": "model", "mlp": "model", "embed": "fsdp"}
+  places = sharding.param_shardings(params, mesh, rules | kw.pop("rules", {}), **kw)
+  return {k: v.spec for k, v in init.flat(places).items()}
+
+
+def test_heads_are_not_cut_and_what_does_not_divide_is_listed_once(caplog):
+  """Two heads of 16 on four devices: their matrices stay whole, the MLP's do not."""
+  built = build.Built(with_mesh("clip", (1, 1, 1)), jax.devices()[:1])
+  mesh = sharding.make_mesh((("data", 1), ("fsdp", 2), ("model", 4)))
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    specs = spec_of(built.params, mesh, min_size=64)
+  assert specs["text/blocks/q/kernel"] == P(None, "fsdp", None)
+  assert specs["text/blocks/out/kernel"] == P(None, None, "fsdp")
+  assert specs["text/blocks/wi/kernel"] == P(None, "fsdp", "model")
+  (record,) = caplog.records
+  (line,) = record.getMessage().splitlines()[1:]
+  assert line.startswith("  heads=2 on model=4: image/blocks/k/bias, image/blocks/k/kernel, ")
+  assert "text/blocks/v/kernel" in line and "wi" not in line
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_parameter_has_names_for_its_axes(name):
+  """All but the layers that lead; a name is one that the rules know."""
+  built = build.Built(SYSTEMS[name]("unused"), jax.devices()[:1])
+  is_variable = lambda v: isinstance(v, nnx.Variable)
+  known = {*built.config.rules, None}
+  for path, v in jax.tree_util.tree_leaves_with_path(built.params, is_leaf=is_variable):
+    axes, stacked = v.get_metadata()["axes"], any(k.key in ("blocks", "rest") for k in path)
+    assert len(axes) == len(v.shape) - stacked and set(axes) <= known, (path, axes, v.shape)
+    if v.ndim > 1 + stacked:
+      assert any(axes), path
+
+
+def test_mistakes_in_a_mesh():
+  for axes in ((("data", 2), ("data", 4)), (("data", 4), ("tensor", 2))):
+    with pytest.raises(ValueError, match="expected each of"):
+      sharding.make_mesh(axes)
+  mesh = sharding.make_mesh((("data", 8),))
+  unnamed = nnx.state(nnx.Dict(a=nnx.Param(np.zeros((2, 2)))))
+  with pytest.raises(ValueError, match=r"parameter a of shape \(2, 2\) has the axes None"):
+    spec_of(unnamed, mesh)
+  named = nnx.state(nnx.Dict(a=nnx.Param(np.zeros((2, 2)), axes=("embed", None))))
+  assert spec_of(named, mesh, min_size=0) == {"a": P(None, None)}  # a mesh without that axis
+  with pytest.raises(ValueError, match=r"{'embed': 'fsd'}; a rule names one of data, fsdp, model"):
+    spec_of(named, mesh, rules={"embed": "fsd"})
