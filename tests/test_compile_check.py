@@ -314,7 +314,6 @@ def test_toy_of_every_system_compiles_for_a_slice(system):
   # Gradients are summed over the chips, none of the loss's pairs are left out.
   parameters = sum(x.size for x in jax.tree.leaves(state_params(config)))
   assert train.cost.traffic["all-reduce"].bytes >= 2 * parameters
-  assert {r.cost.traffic["all-reduce"].bytes for r in reports if r.program == "image"} == {0}
 
 
 def state_params(config):
@@ -334,15 +333,12 @@ def test_bfloat16_is_for_the_target():
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v4:4x8x8", "v5p:4x8x8"])
 def test_chips_of_every_kind(name):
   topology = topologies.get(name)
-  x = jax.ShapeDtypeStruct(
-    (2**33,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(topology.devices[0])
-  )
-  # Twice 32 GiB fit v5p alone: what the compiler says it has is what the table says.
-  lowered = jax.jit(lambda x: jnp.sort(x)).lower(
-    jax.ShapeDtypeStruct((2**36,), jnp.int8, sharding=x.sharding)
-  )
+  one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  half_a_terabyte = jax.ShapeDtypeStruct((2**17, 2**20), jnp.float32, sharding=one)
+  lowered = jax.jit(lambda x: x + x).lower(half_a_terabyte)
   with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as e:
     lowered.compile()
+  # What the compiler says that there is, is what the table says.
   assert f"{topology.chip.hbm / 2**30:.2f}G" in str(e.value)
 
 

@@ -115,9 +115,11 @@ def _cpus(name: str, count: int) -> Topology:
 
 
 def _tpus(name: str, chip_config: str) -> tuple[jax.Device, ...]:
-  # libtpu would ask the metadata server of a cloud machine, and wait for it; and it lets one
-  # process load it at a time, which matters to chips alone.
+  # libtpu would ask the metadata server of a cloud machine what it is part of, and wait for it, and
+  # complain; and it lets one process load it at a time, which matters to chips alone.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   from jax.experimental import topologies
 
