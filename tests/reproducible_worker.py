@@ -1,7 +1,7 @@
 """Steps of tiny reproducible runs: what they leave behind, on a mesh, in a process of a group.
 
-`python reproducible_worker.py ADDRESS COUNT INDEX DEVICES STEPS SYSTEM...` prints, in process 0, a
-JSON line {system: digest}.
+`python reproducible_worker.py ADDRESS COUNT INDEX DEVICES STEPS NAME...` prints, in process 0, a
+JSON line {name: digest}; names are of systems, or "toy".
 """
 
 import hashlib
@@ -9,8 +9,20 @@ import json
 import os
 import sys
 
+if __name__ == "__main__":
+  os.environ["JAX_PLATFORMS"] = "cpu"
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import test_accumulate
+from flax import nnx
+
+from xmodal_jax import build, optim, reproducible, sharding
+from xmodal_jax import step as step_lib
+from xmodal_jax.losses import contrastive
+from xmodal_jax.models import layers, system
 
 BATCH = 16
 
@@ -26,8 +38,6 @@ def digest(*trees) -> str:
 
 def config(name: str, **changes):
   """A tiny config of a system, for batches of noise; with dropout."""
-  import test_accumulate
-
   make = test_accumulate.SYSTEMS[name]
   c = make("unused", batch_size=BATCH, reproducible=True, optim__grad_clip=1.0, **changes)
   c.mesh = (("data", -1),)
@@ -39,11 +49,6 @@ def run(config, steps: int, devices=None, plain: bool = False):
 
   plain: the step that is not reproducible.
   """
-  import test_accumulate
-
-  from xmodal_jax import build, optim, sharding
-  from xmodal_jax import step as step_lib
-
   with config.unlocked():
     config.reproducible = not plain
   built = build.Built(config, devices)
@@ -52,25 +57,70 @@ def run(config, steps: int, devices=None, plain: bool = False):
   shardings = built.state_shardings(tx)
   state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
   step = built.train_step(tx, jax.random.key(0), shardings, schedule)
-  noise, metrics = test_accumulate.batch(config, 64), []
-  own = sharding.local_rows(built.rows, config.batch_size)
+  return _steps(state, step, built.rows, test_accumulate.batch(config, 64), steps)
+
+
+def _steps(state, step, rows, noise, steps: int):
+  own, metrics = sharding.local_rows(rows, BATCH), []
   for n in range(steps):
-    chosen = np.random.default_rng(n).integers(0, 64, config.batch_size)
-    batch = {k: v[chosen[own]] for k, v in noise.items()}
-    state, m = step(state, sharding.put_batch(batch, built.rows))
+    chosen = np.random.default_rng(n).integers(0, 64, BATCH)
+    state, m = step(state, sharding.put_batch({k: v[chosen[own]] for k, v in noise.items()}, rows))
     metrics.append(jax.device_get(m))
   return state, metrics
 
 
-def main(address: str, count: str, index: str, devices: str, steps: str, *systems: str) -> None:
+class Toy(system.System):
+  """What a step has to do with, in a program that compiles in seconds: weights that both sides
+  share, dropout, divisions by norms that are used twice, a mask beside the features, all pairs."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    self.wi = layers.linear(24, 40, (None, "mlp"), rngs=rngs)
+    self.wo = layers.linear(40, 16, ("mlp", None), rngs=rngs)
+
+  def _encode(self, x, key):
+    x = layers.dropout(jax.nn.gelu(self.wi(x)), 0.1, key)
+    return {"embed": system.l2_normalize(self.wo(x), eps=1e-12), "mask": x[:, 0] > 0}
+
+  def encode_image(self, batch, key=None):
+    return self._encode(batch["image"], key)
+
+  def encode_text(self, batch, key=None):
+    return self._encode(batch["text"], key)
+
+  def align(self, images, texts, batch, key):
+    loss, metrics = contrastive.infonce(
+      images["embed"], texts["embed"], jnp.float32(10), batch["image_id"], "exclude"
+    )
+    return loss * (1 + images["mask"].mean()), metrics
+
+
+def toy(steps: int, devices=None):
+  """As `run`, of a Toy."""
+  model = lambda: Toy(nnx.Rngs(0))
+  graphdef = step_lib.split(nnx.eval_shape(model))[0]
+  schedule = optax.cosine_decay_schedule(1e-2, 20)
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+  mesh = sharding.make_mesh((("data", -1),), devices)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  init = lambda: step_lib.init_state(model, tx)
+  shardings = jax.tree.map(lambda _: whole, jax.eval_shape(init))
+  state = jax.jit(init, out_shardings=shardings)()
+  rows, rng = sharding.batch_sharding(mesh), jax.random.key(0)
+  step = reproducible.make_train_step(graphdef, tx, rng, shardings, schedule, rows, 8)
+  draw = np.random.default_rng(0)
+  noise = {k: draw.standard_normal((64, 24), np.float32) for k in ("image", "text")}
+  return _steps(state, step, rows, noise | {"image_id": np.arange(64, dtype=np.int32) // 2}, steps)
+
+
+def main(address: str, count: str, index: str, devices: str, steps: str, *names: str) -> None:
   jax.config.update("jax_num_cpu_devices", int(devices))
   if int(count) > 1:
     jax.distributed.initialize(address, int(count), int(index))
-  found = {name: digest(*run(config(name), int(steps))) for name in systems}
+  one = lambda name: toy(int(steps)) if name == "toy" else run(config(name), int(steps))
+  found = {name: digest(*one(name)) for name in names}
   if index == "0":
     print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-  os.environ["JAX_PLATFORMS"] = "cpu"
   main(*sys.argv[1:])

@@ -3,7 +3,7 @@
   python tools/benchmark.py ranks --data DIR [--against eccv_caption]
   python tools/benchmark.py data --data_dir DIR --split train
   python tools/benchmark.py encode --model vit_b32 --batch 32 [--against torch]
-  python tools/benchmark.py step --model vit_b32 --batch 32 [--against torch]
+  python tools/benchmark.py step --model vit_b32 --batch 32 [--against torch | reproducible]
   python tools/benchmark.py checkpoint --model vit_b32 --batch 32
   python tools/benchmark.py rerank --scale 0.02 [--against torch]
   python tools/benchmark.py local_scores --scale 0.02 [--against torch]
@@ -41,6 +41,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 SIDES = {
   "ours": "benchmark_ours",
   "torch": "benchmark_torch",
+  "reproducible": "benchmark_reproducible",
   "torch rerank": "benchmark_rerank_torch",
   "torch local_scores": "benchmark_local_torch",
   "torch hierarchical_scores": "benchmark_hierarchical_torch",
@@ -78,7 +79,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument(
       "--remat", default="dots_with_no_batch_dims_saveable", help="a jax.checkpoint policy (ours)"
     )
-    command.add_argument("--against", choices=["torch"])
+    against = ["torch"] + ["reproducible"] * (name == "step")
+    command.add_argument("--against", choices=against)
+    command.add_argument("--micro_shards", type=int, default=8, help="of the reproducible side")
     command.add_argument("--form", help="the only form of the other side to measure")
     command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
   command = commands.add_parser("checkpoint", parents=[common], help="saving and restoring")

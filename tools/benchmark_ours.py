@@ -139,17 +139,22 @@ def encode(args: argparse.Namespace) -> Form:
   }
 
 
-def train_step(args: argparse.Namespace) -> Form:
-  """The step of training: both towers, InfoNCE, gradient, AdamW, metrics; the state is donated."""
-  return stepper(args)[1:]
+def train_step(args: argparse.Namespace, micro_shards: int = 0) -> Form:
+  """The step of training: both towers, InfoNCE, gradient, AdamW, metrics; the state is donated.
+
+  micro_shards: that of config.reproducible.
+  """
+  return stepper(args, micro_shards)[1:]
 
 
-def stepper(args: argparse.Namespace) -> tuple[list[Any], Callable[[], None], dict[str, Any]]:
+def stepper(
+  args: argparse.Namespace, micro_shards: int = 0
+) -> tuple[list[Any], Callable[[], None], dict[str, Any]]:
   """([state], what does a step and puts the new state there, what there is to say of it)."""
   import jax
   from flax import nnx
 
-  from xmodal_jax import config, flops, optim, sharding, step
+  from xmodal_jax import config, flops, optim, reproducible, sharding, step
 
   model = model_config(args)
   settings = config.base().optim
@@ -163,13 +168,17 @@ def stepper(args: argparse.Namespace) -> tuple[list[Any], Callable[[], None], di
   init = lambda: step.init_state(make, tx)
   shardings = jax.tree.map(lambda _: replicated, jax.eval_shape(init))
   state = jax.jit(init, out_shardings=shardings)()
-  train = step.make_train_step(graphdef, tx, jax.random.key(1), shardings, schedule)
+  common = graphdef, tx, jax.random.key(1), shardings, schedule
+  rows = sharding.batch_sharding(mesh)
+  plain = train = step.make_train_step(*common)
+  if micro_shards:
+    train = reproducible.make_train_step(*common, rows, micro_shards)
   batch = inputs(args, model["image"]["size"], model["text"]["vocab"])
-  batch = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+  batch = sharding.put_batch(batch, rows)
   info = {
     "examples": args.batch,
     "parameters": size_of(state.params),
-    "flops": flops.count(jax.make_jaxpr(train)(state, batch)),
+    "flops": flops.count(jax.make_jaxpr(plain)(state, batch)),
     "peak_gflops_per_s": matmul_peak,
   }
   held = [state]
