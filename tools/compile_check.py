@@ -93,7 +93,8 @@ def compile_one(
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
-    return Report(name, _needed(str(e)), hbm, error=str(e).splitlines()[0])
+    state = _argument_bytes(programs) if name == "train" else 0
+    return Report(name, _needed(str(e)), hbm, state, error=str(e).splitlines()[0])
   m = compiled.memory_analysis()
   done = time.perf_counter()
   outputs = m.output_size_in_bytes - m.alias_size_in_bytes
@@ -240,10 +241,14 @@ def suggest(config: Any, report: Report, topology: topologies.Topology):
     except ValueError as e:  # e.g. BatchNorm, whose batch cannot be cut
       print(f"    not {as_flags(change)}: {e}", flush=True)
       continue
-    state = _argument_bytes(programs)
-    if report.program == "train" and report.hbm and state > report.hbm:
-      print(f"    not {as_flags(change)}: {state / MIB:,.0f} MiB of arguments alone", flush=True)
-      continue
+    if report.hbm and report.program == "train":
+      state = _argument_bytes(programs)
+      parts = new.accumulate / config.accumulate
+      # Were everything else cut into so many parts, and half of it saved besides.
+      least = state + (report.needed - state) / parts / 2 if parts > 1 else state
+      if math.isfinite(least) and least > report.hbm:
+        print(f"    not {as_flags(change)}: {least / MIB:,.0f} MiB or more", flush=True)
+        continue
     found = compile_one(report.program, programs, topology, report.hbm)
     if found.fits:
       return change, found, new
