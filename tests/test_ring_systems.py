@@ -29,7 +29,7 @@ def objective(name: str, devices: int, loss_chunk: int):
     if x.dtype == bool:
       return rng.random(x.shape) < 0.7
     y = rng.standard_normal(x.shape).astype(x.dtype)
-    return y / max(np.sqrt(x.shape[-1]), 1) if x.ndim else y + 2
+    return y / float(np.sqrt(x.shape[-1])) if x.ndim else y + 2
 
   b, key = batch(config, SMALL), jax.random.key(3)
   merge = lambda params: nnx.merge(built.graphdef, params, {})

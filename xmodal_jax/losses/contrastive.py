@@ -217,6 +217,7 @@ def sigmoid(
   )
   if ring is None:
     total = jax.nn.softplus(score(scale, bias, images, texts)).sum(1)
+    own = scale * (images * texts).sum(-1) + bias
   else:
     cost = ring_lib.Sum(lambda logits, tile: jax.nn.softplus(logits))
     rows, _ = ring_lib.reduce(
@@ -224,11 +225,12 @@ def sigmoid(
       images,
       texts,
       ring,
-      of_left={"total": cost},
+      # Both here, or their gradients would be held apart until they are added.
+      of_left={"total": cost, "own": ring_lib.OWN},
       shared=(scale, bias),
     )
-    total = rows["total"]  # [B], what all pairs cost if none of them matches
-  own = scale * (images * texts).sum(-1) + bias  # [B]
+    total, own = rows["total"], rows["own"]
+  # [B] each: what all pairs cost if none of them matches, and the logits of those that do.
   # softplus(-x), the cost of a match, is softplus(x) - x.
   return (total - own).mean(), {
     "loss_positive": jax.nn.softplus(-own).mean(),
