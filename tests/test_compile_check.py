@@ -59,7 +59,7 @@ def test_loop_counts_as_its_unrolled_twin():
   assert unrolled.flops == expected
   # In the loop the gradient of its input comes with the others.
   assert looped.flops == expected + 2 * 64 * 128 * 128 == flops.count(jax.make_jaxpr(f)(*args))
-  assert looped.unknown_loops == 0
+  assert not looped.unknown
   # The loop also writes and reads back what it keeps for the gradient; an operation cut out of a
   # stack counts that cut alone, or it would be six times as much.
   assert unrolled.bytes <= looped.bytes < 2.5 * unrolled.bytes
@@ -68,7 +68,7 @@ def test_loop_counts_as_its_unrolled_twin():
 def test_loop_of_unknown_length_is_reported():
   f = lambda x: jax.lax.while_loop(lambda x: x.sum() < 1e3, lambda x: x @ x, x)
   found = cost(f, jnp.eye(8))
-  assert found.unknown_loops == 1 and found.flops == 2 * 8**3
+  assert len(found.unknown) == 1 and found.flops == 2 * 8**3
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,9 @@ def test_toy_of_every_system_compiles_for_a_slice(system):
   assert fits and {r.program for r in reports} >= {"train", "image", "text", "score"}
   assert ("rerank" in {r.program for r in reports}) == (system in ("team", "tgdt"))
   train = reports[0]
-  assert train.cost.unknown_loops == 0 and train.cost.seconds > train.cost.roofline > 0
+  # ZeroVL draws from a beta distribution, by rejection.
+  assert all("beta" in loop for loop in train.cost.unknown)
+  assert train.cost.seconds > train.cost.roofline > 0
   # Of every chip the work of its rows, or more where each does what all rows need.
   assert train.cost.flops >= 0.9 * model_flops / 4
   # Gradients are summed over the chips, none of the loss's pairs are left out.

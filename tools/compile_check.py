@@ -139,8 +139,10 @@ def describe(report: Report, topology: topologies.Topology, config: Any, model_f
   for kind, t in sorted(c.traffic.items()):
     busy = f", {t.seconds * 1e3:.3f} ms of links" if topology.chip else ""
     lines.append(f"    {kind}: {t.count:,.0f} of {t.bytes / 1e6:,.2f} MB in all{busy}")
-  if c.unknown_loops:
-    lines.append(f"    {c.unknown_loops} loops of unknown length, counted once each")
+  if c.unknown:
+    lines.append(
+      f"    counted once, as their length depends on data: {', '.join(sorted(c.unknown))}"
+    )
   if topology.chip:
     lines.append(
       f"    estimate {c.seconds * 1e3:,.2f} ms: waiting for links {c.waiting * 1e3:,.2f}; "

@@ -52,12 +52,13 @@ class Cost:
   sources: dict[str, Traffic] = dataclasses.field(
     default_factory=lambda: collections.defaultdict(Traffic)
   )
-  unknown_loops: int = 0
+  unknown: list[str] = dataclasses.field(default_factory=list)  # loops whose length depends on data
 
   def add(self, other: "Cost", times: int = 1) -> None:
     """Everything but the seconds, which follow from the schedule."""
-    for key in ("roofline", "flops", "bytes", "unknown_loops"):
+    for key in ("roofline", "flops", "bytes"):
       setattr(self, key, getattr(self, key) + times * getattr(other, key))
+    self.unknown += other.unknown
     for mine, theirs in ((self.traffic, other.traffic), (self.sources, other.sources)):
       for kind, t in theirs.items():
         for key in ("count", "bytes", "seconds"):
@@ -131,8 +132,9 @@ class _Model:
       elif op.kind == "while":
         body, times = self.module.called(op, "body"), self.module.trips(op, comp)
         inner = self.cost(body.name)
-        out.unknown_loops += times is None
-        times = 1 if times is None else times
+        if times is None:
+          out.unknown.append(op.attribute(r'op_name="([^"]*)"') or op.name)
+          times = 1
         out.add(inner, times)
         out.waiting += times * inner.waiting
         now += times * inner.seconds
