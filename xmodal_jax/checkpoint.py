@@ -123,8 +123,8 @@ class Checkpoints:
     except Exception as e:
       raise CheckpointError(
         f"could not write a checkpoint to {self.steps.directory} ({type(e).__name__}: {e}). "
-        f"Those before are untouched, the latest is of step {self._latest()}: make room or mend the "
-        "storage, and run the same command again"
+        f"Those before are untouched, the latest is of step {self._latest()}: make room or mend "
+        "the storage, and run the same command again"
       ) from e
 
   def wait(self) -> None:
