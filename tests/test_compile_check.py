@@ -236,22 +236,19 @@ def toy(make=tiny.config, **changes):
   return config_lib.resolve(make("nowhere", **changes))
 
 
-def test_what_does_not_fit_gets_a_change_that_does(capsys):
+def test_what_does_not_fit_gets_a_change_that_does():
   config, topology = toy(batch_size=128), topologies.get("cpu:8")
-  reports, _, fits = compile_check.check(config, topology, ["train"], None, False)
-  assert fits and reports[0].fits and reports[0].cost.flops > 0
-  needed = reports[0].needed
-  capsys.readouterr()
+  programs = compile_programs.Programs(config, topology.devices)
+  report = compile_check.compile_one("train", programs, topology, None)
+  assert report.fits and report.cost.flops > 0
+  assert "train: fits" in compile_check.describe(report, topology, config, 0)
+  report.hbm = int(report.needed) - 1
+  assert not report.fits
+  assert "train: DOES NOT FIT" in compile_check.describe(report, topology, config, 0)
   # No stack of the toy has a policy, so the first change is parts.
-  tight = int(needed - 0.3 * reports[0].temporaries)
-  _, _, fits = compile_check.check(config, topology, ["train"], tight, True)
-  out = capsys.readouterr().out
-  assert not fits and "DOES NOT FIT" in out
-  change = out.split("it fits with ")[1].split(":")[0]
-  assert change.startswith("--config.accumulate=")
-  config.accumulate = int(change.partition("=")[2])
-  _, _, fits = compile_check.check(config, topology, ["train"], tight, False)
-  assert fits
+  change, better, new = compile_check.suggest(config, report, topology)
+  assert list(change) == ["accumulate"] and new.accumulate == change["accumulate"] > 1
+  assert better.fits and better.needed <= report.hbm
 
 
 def test_changes_go_from_cheap_to_dear():
@@ -347,9 +344,12 @@ def test_chips_of_every_kind(name):
 @needs_libtpu
 def test_too_large_for_the_chip_ends_with_status_1(tmp_path):
   out = tmp_path / "out.json"
-  small = ["--config", "configs/shapes.py:clip", "--topology", "v5e:2x2", "--programs", "train"]
-  done = run(*small, "--hbm", "0.001", "--nosuggest", "--json", str(out))
+  small = ["--config", "configs/shapes.py:clip", "--topology", "v5e:2x2", "--programs", "image"]
+  done = run(*small, "--hbm", "0.0001", "--nosuggest", "--json", str(out))
   assert done.returncode == 1 and "DOES NOT FIT" in done.stdout, done.stderr[-2000:]
   assert "50 GB/s per link and direction" in done.stdout
   entry = json.loads(out.read_text())[0]
   assert not entry["fits"] and entry["cost"]["seconds"] > 0
+  # A batch that the chips cannot share is told as well.
+  done = run(*small, "--config.eval.batch_size=250")
+  assert done.returncode == 1 and "not a multiple of 4 devices" in done.stdout

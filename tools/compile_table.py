@@ -1,7 +1,7 @@
 """Every config that trains, compiled for three slices: the tables of docs/sizing.md.
 
   python tools/compile_table.py --json sizing.json           # takes hours; goes on where it was
-  python tools/compile_table.py --json sizing.json --print
+  python tools/compile_table.py --json sizing.json --into docs/sizing.md
 
 Each row is a run of compile_check.py with the published batch on 16 chips of v5e and on 32 of v5p
 (v5p-64 counts cores), and as many pairs for each chip on 256 of v5e. What does not fit is tried
@@ -25,6 +25,7 @@ from xmodal_jax import config as config_lib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 GIB = 2**30
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # around them in a file
 CLIP = ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14")
 # The ones that weak scaling is asked of first.
 CONFIGS = (
@@ -183,10 +184,16 @@ def main() -> None:
   parser.add_argument("--json", required=True, type=pathlib.Path, help="what was found so far")
   parser.add_argument("--limit", type=int, default=0, help="rows to compile now; 0: all")
   parser.add_argument("--print", action="store_true", help="the tables, compiling nothing")
+  parser.add_argument("--into", type=pathlib.Path, help="a file whose tables are replaced by these")
   args = parser.parse_args()
   found = json.loads(args.json.read_text()) if args.json.exists() else {}
-  if args.print:
-    print(table(found) + "\n\n" + scaling(found))
+  if args.print or args.into:
+    text = table(found) + "\n\n" + scaling(found)
+    if args.into:
+      before, _, rest = args.into.read_text().partition(BEGIN)
+      args.into.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    else:
+      print(text)
     return
   missing = [row for row in rows() if _key(row) not in found]
   for row in missing[: args.limit or None]:
