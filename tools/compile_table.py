@@ -42,14 +42,6 @@ CONFIGS = (
   "team_ft.py:coco_vit_b16",
   *(f"tgdt.py:f30k_{v}" for v in ("global", "local", "stage1", "stage1_shared")),
 )
-# The program is that of another config: other data and rates.
-SAME = {
-  "coco_ft.py": "f30k_ft.py",
-  "zerovl_ft.py:coco": "zerovl_ft.py:f30k, coco_14m, f30k_14m",
-  "team_ft.py:coco_*": "team_ft.py:f30k_*",
-  "tgdt.py:f30k_*": "tgdt.py:coco_*",
-  "hat.py:f30k": "hat.py:coco",
-}
 SLICES = {"v5e:4x4": 1, "v5e:16x16": 16, "v5p:2x4x4": 1}  # topology -> times the published batch
 CHIPS = {"v5e:4x4": 16, "v5e:16x16": 256, "v5p:2x4x4": 32}
 # Beside them: TEAM at the 240 pairs that each of the authors' GPUs had.
