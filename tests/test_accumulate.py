@@ -14,6 +14,7 @@ from xmodal_jax import step as step_lib
 from xmodal_jax.models import layers, system
 
 BATCH = 64
+DATA = (("data", -1),)
 SYSTEMS = {"clip": tiny.config, "team": tiny.team, "zerovl": tiny.zerovl, "tgdt": tiny.tgdt}
 SYSTEMS |= {"hat": tiny.hat}
 
@@ -49,13 +50,15 @@ def batch(config, size: int = BATCH) -> dict:
 
 
 @functools.cache
-def gradients(name: str, accumulate: int, devices: int, dropout: bool = False, loss_chunk: int = 0):
+def gradients(
+  name: str, accumulate: int, devices: int, dropout: bool = False, loss_chunk: int = 0, mesh=DATA
+):
   """(loss, metrics, gradients as one dict of arrays)."""
   changes = dict(accumulate=accumulate, loss_chunk=loss_chunk)
   config = SYSTEMS[name]("unused", batch_size=BATCH, **changes)
   if not dropout:
     without_dropout(config.model)
-  config.mesh = (("data", -1),)
+  config.mesh = mesh
   built = build.Built(config, jax.devices()[:devices])
   rows = sharding.batch_sharding(built.mesh)
   init = lambda: nnx.to_pure_dict(step_lib.split(built.model())[1])

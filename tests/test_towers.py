@@ -429,6 +429,9 @@ class Nothing:
   def latest(self):
     return None
 
+  def restore_latest(self, want, check):
+    return None
+
 
 def first_params(c) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], build.Built]:
   """What a run of this config starts from, what it would without files, and how it is built."""

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from xmodal_jax import checkpoint, convert, models, torch_files
+from xmodal_jax import checkpoint, convert, models, sharding, torch_files
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -204,4 +204,4 @@ def _check(path: epath.Path, have: Mapping[str, Any], want: Mapping[str, Any]) -
 
 def put(tree: Any, shardings: Any) -> Any:
   """Host arrays -> device arrays, an explicit transfer."""
-  return jax.tree.map(jax.device_put, tree, shardings)
+  return jax.tree.map(sharding.place, tree, shardings)

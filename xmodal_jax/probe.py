@@ -34,7 +34,7 @@ from xmodal_jax import step as step_lib
 from xmodal_jax import train as train_lib
 from xmodal_jax import workdir as workdir_lib
 from xmodal_jax.data import order
-from xmodal_jax.features import Features, Scorer, Tower, place
+from xmodal_jax.features import Features, Scorer, Tower
 from xmodal_jax.losses import classification
 
 Array = jax.Array
@@ -105,7 +105,7 @@ class Cached:
     shards = sharding.batch_shards(built.mesh)
     padded = classify.blocks(dict(features=found.features, label=found.label), shards)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    self.data = {k: place(flat(v), rows) for k, v in padded.items()}
+    self.data = {k: sharding.place(flat(v), rows) for k, v in padded.items()}
 
     def steps(state, data, index):
       def one(state, i):
@@ -130,7 +130,7 @@ class Cached:
 
   def __call__(self, state: step_lib.TrainState, start: int, stop: int):
     """-> (state after step `stop`, stop, metrics of the last step)."""
-    state, out = self._steps(state, self.data, place(self.index(start, stop), self.whole))
+    state, out = self._steps(state, self.data, sharding.place(self.index(start, stop), self.whole))
     return state, stop, out
 
   def close(self) -> None:
@@ -180,7 +180,8 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
     raise ValueError(f"config.probe.optim is {p.optim!r}; there are lars, lbfgs")
   if p.optim == "lbfgs" and p.augment:
     raise ValueError("config.probe.augment needs optim='lars': lbfgs takes all features at once")
-  built, inputs = build_lib.Built(config), inputs_lib.Inputs(config)
+  built = build_lib.Built(config)
+  inputs = inputs_lib.Inputs(config, built.rows)
   shards = sharding.batch_shards(built.mesh)
   for key, size in (("probe", p.batch_size), ("eval", config.eval.batch_size)):
     if size % shards:
@@ -192,6 +193,7 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
         f"the classes of splits {config.data.test!r} and {config.data[key]!r} differ: a "
         "classifier is trained and tested on the same"
       )
+  inputs.check_processes("test", *(() if p.classifier else ("train", config.eval.select)))
   workdir = workdir_lib.claim(workdir, config)
   with contextlib.closing(
     checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, metric="top1")
@@ -277,7 +279,9 @@ def _given(source: str, tower: Tower, test: Features) -> Params:
       f"config.probe.classifier: a kernel of {params['kernel'].shape}, but features and classes of "
       f"this model and data set make {want}"
     )
-  return jax.tree.map(lambda x: place(np.asarray(x, np.float32), tower.built.replicated), params)
+  return jax.tree.map(
+    lambda x: sharding.place(np.asarray(x, np.float32), tower.built.replicated), params
+  )
 
 
 def _regress(config: Any, built: build_lib.Built, features, writer: logs.Writer, asked):
@@ -294,7 +298,7 @@ def _regress(config: Any, built: build_lib.Built, features, writer: logs.Writer,
   shards = sharding.batch_shards(built.mesh)
   block = min(p.batch_size, -(-len(y) // shards) * shards)
   to = NamedSharding(built.mesh, P(None, *sharding.batch_sharding(built.mesh).spec))
-  put = lambda x: place(classify.blocks(x, block), to)
+  put = lambda x: sharding.place(classify.blocks(x, block), to)
   data = put(x), put(y)
   fit = logistic.make_fit(len(train.split.class_names), p.max_steps, built.replicated)
   seen, everything = (put(np.asarray(w, np.float32)) for w in (~held, np.ones(len(y))))
@@ -302,7 +306,7 @@ def _regress(config: Any, built: build_lib.Built, features, writer: logs.Writer,
   def run(l2: float, weight: Array) -> tuple[Params, dict[str, float]]:
     if asked():
       raise evaluate_lib.Interrupted
-    params, facts = fit(*data, weight, place(np.float32(l2), built.replicated))
+    params, facts = fit(*data, weight, sharding.place(np.float32(l2), built.replicated))
     facts = {"l2": l2} | {k: v.item() for k, v in jax.device_get(facts).items()}
     if not facts["gradient"] <= logistic.TOLERANCE:
       text = "l2 %g: stopped after %d steps with a gradient of %.1e; see config.probe.max_steps"

@@ -13,7 +13,7 @@ from clu import periodic_actions
 from flax import nnx
 
 from xmodal_jax import build as build_lib
-from xmodal_jax import checkpoint, flops, init, logs, optim, sharding, torch_optim
+from xmodal_jax import checkpoint, flops, hosts, init, logs, optim, sharding, torch_optim
 from xmodal_jax import evaluate as evaluate_lib
 from xmodal_jax import inputs as inputs_lib
 from xmodal_jax import step as step_lib
@@ -25,10 +25,14 @@ class NonFiniteLossError(ValueError):
 
 
 class Preemption:
-  """Turns SIGTERM into a question that the loop asks after every step."""
+  """Turns SIGTERM into a question that the loop asks after every step.
+
+  Of several processes any may get it: the answer becomes yes in all of them, at the same question.
+  """
 
   def __init__(self):
     self.asked = False
+    self.vote = hosts.Vote(lambda: self.asked)
     signal.signal(signal.SIGTERM, self._note)
 
   def _note(self, signum, frame):
@@ -36,7 +40,7 @@ class Preemption:
     self.asked = True
 
   def __call__(self) -> bool:
-    return self.asked
+    return self.vote()
 
 
 def check_finite(metrics: Mapping[str, np.ndarray], last: int, step: int) -> Mapping[str, Any]:
@@ -59,8 +63,9 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   stop = Preemption()
   workdir = workdir_lib.claim(workdir, config)
   built = build_lib.Built(config)
-  inputs = inputs_lib.Inputs(config)
+  inputs = inputs_lib.Inputs(config, built.rows)
   evaluate_lib.check_splits(config, inputs)
+  inputs.check_processes("train", *evaluate_lib.splits(config))
   per_epoch = inputs.steps_per_epoch()
   run = optim.Run(inputs.samples(), config.batch_size, config.total, per_epoch)
   if run.total_steps < 1:
@@ -78,6 +83,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
         checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, metric=config.eval.metric)
       )
     )
+    stack.enter_context(hosts.telling())  # of a failure before the checkpoints wait for all
     meta = dict(
       system=config.model.system,
       seed=config.seed,
@@ -93,13 +99,14 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
     writer = stack.enter_context(contextlib.closing(logs.Writer(workdir)))
     writer.jsonl.resume(start, drop="val" if pending else None)
     evaluator = evaluate_lib.Evaluator(config, inputs, built, stop)
-    rng = jax.device_put(jax.random.key(config.seed), built.replicated)
+    rng = jax.jit(jax.random.key, static_argnums=0, out_shardings=built.replicated)(config.seed)
     train_step = built.train_step(tx, rng, shardings, schedule)
-    rows = sharding.batch_sharding(built.mesh)
     boundary = _Boundary(config, evaluator, checkpoints, writer, meta, stop)
     if pending and not boundary(start, state, evaluate=True, save=True):
       return None
-    state = _loop(config, run, inputs, rows, state, start, train_step, boundary, writer, workdir)
+    state = _loop(
+      config, run, inputs, built.rows, state, start, train_step, boundary, writer, workdir
+    )
     checkpoints.wait()
     if boundary.stopped:
       logging.info("asked to stop: saved at step %d", checkpoints.latest())
@@ -159,6 +166,7 @@ class _Boundary:
   def __call__(self, step: int, state: Any, evaluate: bool, save: bool) -> bool:
     """False when the run was asked to stop; the state is saved then."""
     report, interrupted = None, False
+    state = optim.averaged(state)
     if evaluate:
       try:
         report = self.evaluator(state, self.config.eval.select)
@@ -200,7 +208,7 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
   if (found := checkpoints.restore_latest(want, check)) is not None:
     step, saved, state = found
     logging.info("going on from step %d", step)
-    return state, step, saved["pending"]
+    return optim.averaged(state), step, saved["pending"]
   if config.init and (config.init_image or config.init_text):
     raise ValueError(
       "config.init is a whole model: set it, or config.init_image and config.init_text, not both"
@@ -219,12 +227,14 @@ def _first_state(config, built, tx, shardings, checkpoints, meta):
   params, stats, _ = init.load(
     config.init, config.model.system, built.params, built.stats, config.model
   )
+  if opt_state is not None:
+    opt_state = optim.restart_average(opt_state, params)
   params = init.put(params, built.params_shardings)
   if opt_state is None:
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
   else:
     opt_state = init.put(opt_state, shardings.opt_state)
-  step = jax.device_put(np.int32(start), built.replicated)
+  step = sharding.place(np.int32(start), built.replicated)
   stats = init.put(stats, built.stats_shardings)
   return step_lib.TrainState(step, params, stats, opt_state), start, False
 
@@ -237,14 +247,17 @@ def with_towers(config, built, state):
     if source:
       half = config.init_half and side == "image"
       leaves = init.load_tower(source, side, config.model.system, built.params, half)
-      params |= {k: jax.device_put(v, shardings[k]) for k, v in leaves.items()}
-  return state.replace(params=init.nested(params))
+      params |= {k: sharding.place(v, shardings[k]) for k, v in leaves.items()}
+  params = init.nested(params)
+  opt_state = optim.restart_average(state.opt_state, params)
+  return state.replace(params=params, opt_state=opt_state)
 
 
 def _test(config, evaluator, checkpoints, state, writer, workdir) -> dict[str, Any] | None:
   """The test split once, with the best checkpoint."""
   if not config.eval.test:
     return None
+  state = optim.averaged(state)
   best, last = checkpoints.best(), checkpoints.latest()
   if best != last:
     model = {"params": state.params, "stats": state.stats}
