@@ -303,10 +303,10 @@ def train_batches(
   [H, W, 3], in place of image_transform. order: epoch -> sample indices, in place of the shuffle;
   the same number in every epoch. A bad record is replaced by another sample of its data set that
   its place in the epoch determines; DataError if more than max_bad_fraction of all records of the
-  split were found bad by this process. on_bad: called with (record, reason) for each. threads: of reading and decoding;
-  None: tf.data decides. truncate: False makes a caption that is too long a ValueError. A tokenizer
-  with `graph` (see wordpiece) runs inside tf.data, and with `corrupt` above 0 corrupts the captions
-  first, which is drawn per position as the augmentation is.
+  split were found bad by this process. on_bad: called with (record, reason) for each. threads: of
+  reading and decoding; None: tf.data decides. truncate: False makes a caption that is too long a
+  ValueError. A tokenizer with `graph` (see wordpiece) runs inside tf.data, and with `corrupt` above
+  0 corrupts the captions first, which is drawn per position as the augmentation is.
   """
   own = _own_rows(rows, batch_size)
   local = len(own)
