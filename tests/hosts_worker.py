@@ -22,7 +22,7 @@ from xmodal_jax import build, checkpoint, evaluate, hosts, logs, sharding, train
 
 JOB, INDEX = json.loads(pathlib.Path(sys.argv[1]).read_text()), int(sys.argv[2])
 FOLDER = pathlib.Path(sys.argv[1]).parent
-STEP = 7  # of a process, in which something happens in training
+STEP = 5  # of a process, in which something happens in training
 UNDO = []
 
 
@@ -81,8 +81,8 @@ def arm(moment: str, what: str, step: int = STEP) -> None:
     patch(build.Built, "train_step", make)
   elif moment == "train":  # while steps are under way
     patch(logs.Clock, "tick", before(what, step))
-  elif moment == "eval":  # after pictures and texts were encoded
-    patch(evaluate.Evaluator, "scores", before(what))
+  elif moment == "eval":  # before pictures and texts are encoded
+    patch(evaluate.Evaluator, "encode", before(what))
   elif moment == "save":  # while files are written
 
     def make(original):

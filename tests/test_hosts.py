@@ -30,13 +30,15 @@ SYSTEMS = ("config", "team", "zerovl", "tgdt", "hat")  # as tiny.py calls them
 CHANGES = dict(
   optim__lr=1e-3, total="20 steps", eval__every="10 steps", checkpoint__every="8 steps"
 )
-SHORT = dict(optim__lr=1e-3, total="12 steps", eval__every="6 steps", checkpoint__every="4 steps")
+SHORT = CHANGES | dict(total="8 steps", eval__every="0 steps", checkpoint__every="2 steps")
+SHORT["eval__test"] = False
 # A run on the same devices, held by several processes, sums in another order only between them.
 ATOL = 1e-5
 
 
 # Process 1 of 2 is asked to stop, at each of these places.
 MOMENTS = ("compile", "train", "eval", "save")
+STOPPED = dict.fromkeys(MOMENTS, SHORT) | dict(eval=SHORT | dict(eval__every="2 steps"))
 
 # Devices 0 and 1 are of process 0, and 2 and 3 of process 1: (order in the mesh, its shape, rows of
 # each process in a batch of 8).
@@ -62,13 +64,12 @@ def start(folder: pathlib.Path, runs: list[dict], count: int, devices: int, **jo
   folder.mkdir(exist_ok=True)
   file = folder / f"job.{count}.json"
   file.write_text(json.dumps(dict(address=address, count=count, runs=runs) | job))
-  # Programs of one run serve the next ones, and a group that resumes.
+  # Programs that come from the cache lose the order of their collectives on CPUs, and hang.
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "PYTHONPATH": str(WORKER.parents[1]),
   }
   logs = [folder / f"log.{count}.{i}" for i in range(count)]
@@ -114,6 +115,8 @@ def assert_same_run(folder: pathlib.Path, straight: pathlib.Path, step: int) -> 
       np.testing.assert_allclose(a[key], b[key], rtol=ATOL, atol=ATOL, err_msg=f"{key} of {a}")
   want = params(straight, step)
   for key, value in params(folder, step).items():
+    if key.endswith("k/bias"):  # zero gradient in exact arithmetic; AdamW amplifies rounding
+      continue
     np.testing.assert_allclose(value, want[key], rtol=0, atol=ATOL, err_msg=key)
 
 
@@ -134,18 +137,18 @@ def runs_of_two(tiny_data, tmp_path_factory):
   runs = [
     dict(base, name="straight", changes=CHANGES, check=True),
     dict(base, name="straight", changes=CHANGES, mode="eval"),
-    *(dict(base, name=m, changes=SHORT, hit=[[1, m, "SIGTERM"]]) for m in MOMENTS),
+    *(dict(base, name=m, changes=STOPPED[m], hit=[[1, m, "SIGTERM"]]) for m in MOMENTS),
     dict(base, name="config", changes=SHORT, differ={"1": {"optim__lr": 0.5}}, check=True),
     dict(base, name="data", changes=SHORT, differ={"1": {"data__dir": str(other_data)}}),
     *(dict(name=f"rows.{i}", order=o, shape=s) for i, (o, s, _) in enumerate(MESHES)),
     dict(base, name="barrier", barrier={"seconds": 1, "missing": 1}),
+    dict(base, name="raise", hit=[[1, "barrier", "raise"]]),  # the last: it ends the group
   ]
   return folder, start(folder, runs, count=2, devices=2)
 
 
 def test_two_processes_are_one(runs_of_two, tiny_data, tmp_path):
-  folder, ends = runs_of_two
-  assert [e.code for e in ends] == [0, 0], ends[0].log[-3000:] + ends[1].log[-3000:]
+  folder, _ = runs_of_two
   results = straight(tiny.config(tiny_data, **CHANGES), tmp_path, 4)
   assert_same_run(folder / "straight", tmp_path, 20)
   for one in found(folder, "straight"):  # of --mode eval, of the best checkpoint
@@ -159,11 +162,11 @@ def test_one_is_asked_to_stop_and_all_do(runs_of_two, moment):
   ours, others = found(folder, moment)
   assert ours == others and ours["results"] is None
   stopped = max(ours["steps"])
-  at = dict(compile=0, train=7, eval=6, save=4)[moment]
+  at = dict(compile=0, train=5, eval=2, save=2)[moment]
   assert at <= stopped <= at + 2
   rows = lines(folder / moment)
   assert rows[-1]["step"] == stopped
-  # The evaluation of step 6 was not finished, and will be made up for.
+  # An evaluation that was not finished will be made up for.
   pending = checkpoint.Checkpoints(folder / moment, keep=2, metric="rsum", read_only=True)
   assert pending.meta(stopped)["pending"] == (moment == "eval")
 
@@ -176,7 +179,7 @@ def test_what_differs_is_named_in_every_process(runs_of_two):
       "  config.optim.lr: 0.001 in process 0, 0.5 in process 1"
     )
   for one in found(folder, "data"):
-    assert "differ in data:\n  split 'test': " in one["error"] and " in process 1" in one["error"]
+    assert "differ in data:\n  split 'train': " in one["error"] and " in process 1" in one["error"]
 
 
 def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
@@ -187,32 +190,35 @@ def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
 
 def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, tmp_path):
   run = dict(system="config", data=tiny_data, name="run", changes=SHORT)
-  ends = start(tmp_path, [dict(run, hit=[[3, "train", "SIGKILL"]])], 4, 1, silence=15)
+  ends = start(tmp_path, [dict(run, hit=[[3, "train", "SIGKILL"]])], 4, 1)
   assert ends[3].code == -signal.SIGKILL
   for end in ends[:3]:
     assert end.code not in (0, None) and end.seconds - ends[3].seconds < 60
     assert "process 3" in end.log, end.log[-3000:]
   ends = start(tmp_path, [dict(run, hit=[[0, "train", "SIGTERM", 2]])], 2, 2)
   assert [e.code for e in ends] == [0, 0], ends[0].log[-3000:]
-  # Of step 6 the save was under way when the process died; that of step 4 was whole.
-  assert re.search("going on from step [46]", ends[0].log)
+  # Of step 4 the save was under way when the process died; that of step 2 was whole.
+  assert re.search("going on from step [24]", ends[0].log)
   assert found(tmp_path, "run")[0]["results"] is None
   straight(tiny.config(tiny_data, **SHORT), tmp_path / "run", 4)
   straight(tiny.config(tiny_data, **SHORT), tmp_path / "straight", 4)
-  assert_same_run(tmp_path / "run", tmp_path / "straight", 12)
+  assert_same_run(tmp_path / "run", tmp_path / "straight", 8)
 
 
-@pytest.mark.parametrize("what", ["SIGKILL", "raise"])
-def test_the_first_dies(tiny_data, tmp_path, what):
-  """Process 0, which the others hear everything from, while they wait for it at a barrier."""
-  run = dict(system="config", data=tiny_data, name="run", hit=[[0, "barrier", what]])
-  ends = start(tmp_path, [run], 2, 1, silence=15)
-  assert all(e.code not in (0, None) for e in ends)
-  assert ends[1].seconds - ends[0].seconds < 60
-  if what == "raise":
-    assert "OSError: the disk of this machine is gone" in ends[1].log
-  else:
-    assert "coordinat" in ends[1].log
+def test_one_fails_and_tells(runs_of_two):
+  """Process 1, while process 0 waits for it at a barrier."""
+  _, ends = runs_of_two
+  assert [e.code for e in ends] == [1, 1], ends[0].log[-3000:] + ends[1].log[-3000:]
+  assert "process 1 of 2 failed: OSError: the disk of this machine is gone" in ends[0].log
+
+
+def test_the_first_is_killed(tiny_data, tmp_path):
+  """Process 0, through which the others hear of each other, while they wait at a barrier."""
+  run = dict(system="config", data=tiny_data, name="run", hit=[[0, "barrier", "SIGKILL"]])
+  killed, other = start(tmp_path, [run], 2, 1)
+  assert killed.code == -signal.SIGKILL and other.code not in (0, None)
+  assert other.seconds - killed.seconds < 60
+  assert "coordinat" in other.log
 
 
 @pytest.mark.slow

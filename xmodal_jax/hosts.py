@@ -280,6 +280,8 @@ class _Watch(threading.Thread):
       # Where all of them fail alike, each has what it takes to finish its checkpoint and end.
       late = self.deadline is not None and time.monotonic() > self.deadline
       if late and len(self.failed) < self.count:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+          self._name_silent()
         self._leave("its main thread waits for the others")
 
   def _look(self) -> None:
@@ -351,12 +353,18 @@ class _Watch(threading.Thread):
   def fail(self) -> None:
     """The end of a process whose main thread failed."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-      if silent := self._wait_for("heard", 5):
-        logging.error(
-          "no word from %s: killed, or the machine is gone. The same command, on all of them, goes "
-          "on from the last checkpoint", _listed(silent)
-        )  # fmt: skip
+      self._wait_for("heard", 5)
+      self._name_silent()
     self.end(1)
+
+  def _name_silent(self) -> None:
+    """Says who did not hear of a failure, and is therefore the likely cause of it."""
+    heard = {int(p) for p in _folder(f"{_ROOT}/heard")} | self.failed.keys() | self.dead.keys()
+    if silent := sorted(set(range(self.count)) - heard):
+      logging.error(
+        "no word from %s: killed, or the machine is gone. The same command, on all of them, goes "
+        "on from the last checkpoint", _listed(silent)
+      )  # fmt: skip
 
 
 @contextlib.contextmanager
