@@ -1,6 +1,6 @@
 """One process of several, which the tests of many processes start: see test_hosts.py.
 
-python hosts_worker.py JOB.json INDEX. The job: address, count, silence, and runs, one after another
+python hosts_worker.py JOB.json INDEX. The job: address, count, and runs, one after another
 in one process, because starting costs more than a toy run. A run has a name, a system of tiny.py,
 changes of its config, and what happens to it, in `hit`: [process, moment, what], for instance
 [1, "train", "SIGTERM"]. Moments are places in the program, no times.
@@ -15,6 +15,7 @@ import sys
 
 import jax
 import numpy as np
+import programs
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -138,14 +139,8 @@ def checkpoints_of(folder: pathlib.Path) -> list[int]:
 
 
 def main() -> None:
-  hosts.initialize(
-    JOB["address"],
-    JOB["count"],
-    INDEX,
-    timeout=JOB.get("timeout", 120),
-    silence=JOB.get("silence", hosts.SILENCE),
-  )
-  with hosts.together():
+  hosts.initialize(JOB["address"], JOB["count"], INDEX)
+  with hosts.together(), programs.remembered():
     logs.setup()
     for run in JOB["runs"]:
       try:

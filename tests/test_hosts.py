@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import programs
 import pytest
 import tiny
 from test_train import lines
@@ -30,8 +31,8 @@ SYSTEMS = ("config", "team", "zerovl", "tgdt", "hat")  # as tiny.py calls them
 CHANGES = dict(
   optim__lr=1e-3, total="20 steps", eval__every="10 steps", checkpoint__every="8 steps"
 )
-SHORT = CHANGES | dict(total="8 steps", eval__every="0 steps", checkpoint__every="2 steps")
-SHORT["eval__test"] = False
+# The same steps; what is left out costs time alone.
+SHORT = CHANGES | dict(checkpoint__every="2 steps", eval__every="0 steps", eval__test=False)
 # A run on the same devices, held by several processes, sums in another order only between them.
 ATOL = 1e-5
 
@@ -56,19 +57,22 @@ class End(NamedTuple):
   seconds: float  # after the start of the group
 
 
-def start(folder: pathlib.Path, runs: list[dict], count: int, devices: int, **job) -> list[End]:
+def start(
+  folder: pathlib.Path, runs: list[dict], count: int, devices: int, limit: float = 600
+) -> list[End]:
   """Starts a group of processes and waits for all of them; none outlives this call."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   folder.mkdir(exist_ok=True)
   file = folder / f"job.{count}.json"
-  file.write_text(json.dumps(dict(address=address, count=count, runs=runs) | job))
+  file.write_text(json.dumps(dict(address=address, count=count, runs=runs)))
   # Programs that come from the cache lose the order of their collectives on CPUs, and hang.
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
     "TF_CPP_MIN_LOG_LEVEL": "2",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # they are mostly compilation
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "PYTHONPATH": str(WORKER.parents[1]),
   }
@@ -80,7 +84,7 @@ def start(folder: pathlib.Path, runs: list[dict], count: int, devices: int, **jo
         command = [sys.executable, WORKER, file, str(i)]
         processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     ends: list[float | None] = [None] * count
-    while None in ends and time.monotonic() - begin < 600:
+    while None in ends and time.monotonic() - begin < limit:
       time.sleep(0.05)
       for i, process in enumerate(processes):
         if ends[i] is None and process.poll() is not None:
@@ -105,9 +109,9 @@ def params(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
   return init.flat(saved.restore_model(step)["params"])
 
 
-def assert_same_run(folder: pathlib.Path, straight: pathlib.Path, step: int) -> None:
-  """Losses, metrics and parameters of two runs."""
-  ours, theirs = lines(folder), lines(straight)
+def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None = None) -> None:
+  """Losses, metrics, or only those of a kind, and parameters of two runs."""
+  ours, theirs = lines(folder, kind), lines(straight, kind)
   assert [(r["step"], r["kind"]) for r in ours] == [(r["step"], r["kind"]) for r in theirs]
   for a, b in zip(ours, theirs, strict=True):
     assert a.keys() == b.keys()
@@ -122,10 +126,17 @@ def assert_same_run(folder: pathlib.Path, straight: pathlib.Path, step: int) -> 
 
 def straight(config, folder: pathlib.Path, devices: int) -> dict:
   """The same run in this process alone."""
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, programs.remembered():
     built = functools.partial(build.Built, devices=jax.devices()[:devices])
     patch.setattr(train.build_lib, "Built", built)
     return train.train(config, folder)
+
+
+@pytest.fixture(scope="module")
+def run_of_one(tiny_data, tmp_path_factory):
+  """(folder, results): what all of them are compared with."""
+  folder = tmp_path_factory.mktemp("one")
+  return folder, straight(tiny.config(tiny_data, **CHANGES), folder, 4)
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +158,11 @@ def runs_of_two(tiny_data, tmp_path_factory):
   return folder, start(folder, runs, count=2, devices=2)
 
 
-def test_two_processes_are_one(runs_of_two, tiny_data, tmp_path):
-  folder, _ = runs_of_two
-  results = straight(tiny.config(tiny_data, **CHANGES), tmp_path, 4)
-  assert_same_run(folder / "straight", tmp_path, 20)
-  for one in found(folder, "straight"):  # of --mode eval, of the best checkpoint
-    assert one["results"] == pytest.approx(results["test"], abs=ATOL)
+def test_two_processes_are_one(runs_of_two, run_of_one):
+  (folder, _), (one, results) = runs_of_two, run_of_one
+  assert_same_run(folder / "straight", one, 20)
+  for found_by in found(folder, "straight"):  # in --mode eval, of the best checkpoint
+    assert found_by["results"] == pytest.approx(results["test"], abs=ATOL)
   assert not list(folder.glob("straight/*.tmp"))
 
 
@@ -188,7 +198,7 @@ def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
   assert here["error"] == "HostsError: barrier 'lunch': process 1 of 2 did not come within 1 s"
 
 
-def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, tmp_path):
+def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, run_of_one, tmp_path):
   run = dict(system="config", data=tiny_data, name="run", changes=SHORT)
   ends = start(tmp_path, [dict(run, hit=[[3, "train", "SIGKILL"]])], 4, 1)
   assert ends[3].code == -signal.SIGKILL
@@ -201,8 +211,7 @@ def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, tmp_path):
   assert re.search("going on from step [24]", ends[0].log)
   assert found(tmp_path, "run")[0]["results"] is None
   straight(tiny.config(tiny_data, **SHORT), tmp_path / "run", 4)
-  straight(tiny.config(tiny_data, **SHORT), tmp_path / "straight", 4)
-  assert_same_run(tmp_path / "run", tmp_path / "straight", 8)
+  assert_same_run(tmp_path / "run", run_of_one[0], 20, "train")
 
 
 def test_one_fails_and_tells(runs_of_two):
@@ -227,7 +236,7 @@ def test_every_system_by_several_processes(tiny_data, tmp_path, count, devices):
   runs = [dict(system=s, data=tiny_data, name=s, changes=CHANGES) for s in SYSTEMS]
   mesh = (("data", 2), ("fsdp", 2), ("model", 2))
   runs.append(dict(runs[0], name="meshed", changes=CHANGES | dict(mesh=mesh)))
-  ends = start(tmp_path, runs, count, devices)
+  ends = start(tmp_path, runs, count, devices, limit=3000)
   assert [e.code for e in ends] == [0] * count, ends[0].log[-3000:]
   for run in runs:
     config = getattr(tiny, run["system"])(tiny_data, **run["changes"])
