@@ -136,8 +136,9 @@ def test_aligned(direction):
 
 
 @pytest.mark.parametrize("direction", ["i2t", "both"])
-def test_eight_devices(direction):
+def test_eight_devices(direction, monkeypatch):
   """Rows over the devices, texts gathered; no device holds the pictures of another."""
+  monkeypatch.setattr(attended, "CPU_BYTES", 1)  # a tile has one picture of each device
   v, t, mask = inputs(16, 16, 24)
   weight = np.random.default_rng(4).standard_normal((16, 24)).astype(np.float32)
   mesh = sharding.make_mesh((("data", -1),))
@@ -149,7 +150,8 @@ def test_eight_devices(direction):
     held = gather if sharded else lambda x: x
 
     def f(v, t):
-      scores = attended.attended_scores(v, held(t), held(mask), SHARPNESS, direction, chunk=16)
+      kw = dict(chunk=16, rows=rows if sharded else None)
+      scores = attended.attended_scores(v, held(t), held(mask), SHARPNESS, direction, **kw)
       return jax.lax.with_sharding_constraint(scores, rows) if sharded else scores
 
     scores, back = jax.vjp(f, v, t)

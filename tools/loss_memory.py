@@ -75,11 +75,11 @@ def _local(v, t):
   return local.local_scores(v, count, t["t"], t["mask"])
 
 
-def _attended(platform: str) -> Callable[..., jax.Array]:
-  return _of_tokens(lambda v, t: attended.attended_scores(v, t["t"], t["mask"], platform=platform))
+def _attended(rows: NamedSharding) -> Callable[..., jax.Array]:
+  return _of_tokens(lambda v, t: attended.attended_scores(v, t["t"], t["mask"], rows=rows))
 
 
-def cases(platform: str) -> dict[str, tuple[Callable[..., Any], dict, list[tuple[int, int]]]]:
+def cases(rows: NamedSharding) -> dict[str, tuple[Callable[..., Any], dict, list[tuple[int, int]]]]:
   """Name -> (loss, shapes of a row, sizes: (pairs, rows of a tile))."""
   vectors = lambda width: dict(v=(width,), t=(width,))
   words = lambda regions, words, width: dict(v=(regions, width), t=(words, width))
@@ -92,7 +92,7 @@ def cases(platform: str) -> dict[str, tuple[Callable[..., Any], dict, list[tuple
     "intra": (intra, vectors(1024), both),
     "sampling": (sampling, vectors(768), both),
     "local": (_of_tokens(_local), words(36, 40, 1024), [(1024, 32), (4096, 32)]),
-    "attended": (_attended(platform), words(784, 32, 768), [(256, 16), (512, 16)]),
+    "attended": (_attended(rows), words(784, 32, 768), [(256, 16), (512, 16)]),
   }
 
 
@@ -133,7 +133,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     devices = jax.devices()
   rows = sharding.batch_sharding(sharding.make_mesh((("data", -1),), devices))
-  every = cases(devices[0].platform)
+  every = cases(rows)
   chosen = args.only.split(",") if args.only else list(every)
   if unknown := set(chosen) - every.keys():
     raise SystemExit(f"loss_memory: --only {min(unknown)}; there are {', '.join(every)}")

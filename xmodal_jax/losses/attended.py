@@ -16,14 +16,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from xmodal_jax.losses import ring
 
 Array = jax.Array
 
 DIRECTIONS = ("i2t", "t2i", "both")
 
 # Bytes of weights held at a time: on CPU about what its cache holds, of some pictures and some
-# texts; elsewhere of all pictures, which may be spread over devices, enough to keep them busy. But
-# never of fewer than LEAST_WORDS words: of a single text, a matrix product was half as fast.
+# texts; elsewhere of all pictures of a device, enough to keep it busy. But never of fewer than
+# LEAST_WORDS words: of a single text, a matrix product was half as fast.
 CPU_BYTES, ACCELERATOR_BYTES = 2**21, 2**27
 LEAST_WORDS = 256
 # A chunk of texts, which are ordered by length, is cut to one of these shares of their width.
@@ -37,28 +40,29 @@ def attended_scores(
   sharpness: float = 9.0,
   direction: str = "i2t",
   chunk: int = 0,
-  platform: str = "",
+  rows: NamedSharding | None = None,
 ) -> Array:
   """Scores of all pairs: images [I, R, D], texts [T, W, D], text_mask bool [T, W] -> [I, T].
 
   direction: "i2t", image tokens ask; "t2i", words ask; "both", the sum of the two. sharpness: the
   inverse temperature of the softmax. chunk: so many texts at a time; 0: what suits
-  `platform`, or, if that is "", this process's devices. The gradient is exact, with every chunk
-  computed again for it.
+  the devices, those of this process or of `rows`, which is how images are sharded. The gradient is
+  exact, with every chunk computed again for it.
   """
   if direction not in DIRECTIONS:
     raise ValueError(f"direction {direction!r}; there are {', '.join(DIRECTIONS)}")
   texts, text_mask = jnp.asarray(texts), jnp.asarray(text_mask)
   count, words = text_mask.shape
+  # Of a device: inside of what each does for itself, its own pictures are all there are.
+  alone = rows is None or bool(jax.sharding.get_abstract_mesh().manual_axes)
+  devices = 1 if alone else ring.shared_by(rows)[1]
+  local = len(images) // (devices if len(images) % devices == 0 else 1)
+  platform = rows.mesh.devices.flat[0].platform if rows is not None else jax.default_backend()
+  limit = CPU_BYTES if platform == "cpu" else ACCELERATOR_BYTES
   of_pair = 4 * images.shape[1] * words  # bytes of its weights
-  on_cpu = (platform or jax.default_backend()) == "cpu"
-  limit = CPU_BYTES if on_cpu else ACCELERATOR_BYTES
-  least = -(-LEAST_WORDS // words)
-  size = min(chunk or max(limit // max(of_pair * len(images), 1), least), count)
-  fit = max(limit // max(of_pair * size, 1), 1) if on_cpu else len(images)
-  tiles = next(
-    n for n in range(1, len(images) + 1) if len(images) % n == 0 and len(images) // n <= fit
-  )
+  size = min(chunk or max(limit // max(of_pair * local, 1), -(-LEAST_WORDS // words)), count)
+  fit = max(limit // max(of_pair * size, 1), 1) if platform == "cpu" else local
+  tiles = next(n for n in range(1, local + 1) if local % n == 0 and local // n <= fit)
   parts = -(-count // size)
   length = (text_mask * jnp.arange(1, words + 1)).max(1)  # up to the last word that counts
   order = jnp.argsort(length)
@@ -74,7 +78,7 @@ def attended_scores(
     jax.checkpoint(lambda i, p, t, m, w=w: score(i, p, t[:, :w], m[:, :w]), prevent_cse=False)
     for w in widths
   ]
-  # Tile j has the pictures j, j + tiles, ...
+  # Tile j has the pictures j, j + tiles, ...: each device goes on with pictures of its own.
   held = jax.tree.map(
     lambda x: x.reshape(-1, tiles, *x.shape[1:]).swapaxes(0, 1),
     (images, _made_once(images, direction)),

@@ -140,7 +140,7 @@ class HAT(system.System):
         mask,
         self.sharpness,
         direction or self.direction,
-        platform=self.platform,
+        rows=self.rows,
       )
       for n in levels
     ]

@@ -42,11 +42,6 @@ class System(nnx.Module):
   loss_chunk: int = 0
 
   @property
-  def platform(self) -> str:
-    """Of the devices that the model is built for, "" for those of this process."""
-    return "" if self.rows is None else self.rows.mesh.devices.flat[0].platform
-
-  @property
   def ring(self) -> Ring | None:
     """How an objective walks all pairs; None: it holds them."""
     return Ring(self.loss_chunk, self.rows) if self.loss_chunk else None
