@@ -64,7 +64,7 @@ SHARED = [
   (r"hat-coco", "hat-f30k"),
   (r"zerovl_pretrain-zerovl", "zerovl_pretrain-dga"),
   (r"zerovl_ft-.*", "zerovl_ft-coco"),
-  (r"team_ft-f30k_(.*)", r"team_ft-coco_\1"),
+  (r"team_ft-(coco|f30k)_(.*)", r"team_pretrain-\2"),
 ]
 TABLES = ROOT / "tests" / "tables"
 
