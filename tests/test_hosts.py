@@ -67,13 +67,11 @@ def start(
   folder.mkdir(exist_ok=True)
   file = folder / f"job.{count}.json"
   file.write_text(json.dumps(dict(address=address, count=count, runs=runs)))
-  # Programs that come from the cache lose the order of their collectives on CPUs, and hang.
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",  # they are mostly compilation
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "PYTHONPATH": str(WORKER.parents[1]),
   }
   logs = [folder / f"log.{count}.{i}" for i in range(count)]
