@@ -1,6 +1,7 @@
 """Zero-shot classification: prompts, both ways to join templates, counting, and errors."""
 
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +63,7 @@ def test_classes_by_mean_embeddings(labelled_data, model, templates, tmp_path):
   ev = evaluate.Evaluator(c, read, built)
   images, ids = ev.encode(state, "image", read.images(read.split("test")))
   texts = [t.replace("{}", n) for n in NAMES for t in TEMPLATES]
-  embeds, order = ev.encode(state, "text", classify.text_batches(c, read.tokenizer, texts))
+  embeds, order = ev.encode(state, "text", classify.text_batches(c, read, texts))
   np.testing.assert_array_equal(order, np.arange(len(texts)))
   classes = embeds["embed"].reshape(len(NAMES), len(TEMPLATES), -1).mean(1)
   classes /= np.linalg.norm(classes, axis=1, keepdims=True)
@@ -111,7 +112,8 @@ def test_text_batches_are_padded():
     seen.extend(texts)
     return np.zeros((len(texts), length), np.int32), np.ones((len(texts), length), bool)
 
-  batches = list(classify.text_batches(c, tokenizer, [str(i) for i in range(21)]))
+  read = types.SimpleNamespace(tokenizer=tokenizer, rows=lambda size: None)
+  batches = list(classify.text_batches(c, read, [str(i) for i in range(21)]))
   assert [b["text_ids"].shape for b in batches] == [(16, 24)] * 2
   assert seen == [str(i) for i in range(21)] + [""] * 11
   assert np.concatenate([b["image_id"] for b in batches]).tolist() == [*range(21)] + [-1] * 11

@@ -191,10 +191,10 @@ def classify(config: Any, workdir: str) -> dict[str, Any]:
       "config.init is empty: name the model that classifies, a file, a converted directory or a "
       "training workdir"
     )
+  if not config.model.get("text"):
+    raise ValueError("config.model has no text tower: zero-shot classification needs one")
   built = build_lib.Built(config)
   inputs = inputs_lib.Inputs(config, built.rows)
-  if inputs.tokenizer is None:
-    raise ValueError("config.model has no text tower: zero-shot classification needs one")
   split = labelled(inputs, "test")
   inputs.check_processes("test")
   names, forms = class_names(config, split), templates(config)
