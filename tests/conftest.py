@@ -8,6 +8,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Most of the suite's time is compilation of programs that run for milliseconds. XLA's own passes
 # stay as they are; LLVM's are left out, which halves it. The last of two values of a flag counts.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# Of several CPU devices JAX's cache would make programs that hang, see xmodal_jax/main.py.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
 import pytest

@@ -96,10 +96,6 @@ def initialize(
     global _watch
     _watch = _Watch(silence)
     _watch.start()
-    if jax.default_backend() == "cpu":
-      # What JAX reads from its cache has lost the order of its collectives on CPUs (jaxlib 0.10.2):
-      # steps hang.
-      jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _number(value: int | None, name: str) -> int | None:

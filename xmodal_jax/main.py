@@ -50,6 +50,10 @@ def run() -> None:
   """Everything after the processes found each other."""
   logs.setup()
   hosts.check_joined()
+  if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    # What JAX reads from its cache has lost the order of its collectives on CPUs (jaxlib 0.10.2):
+    # steps hang.
+    jax.config.update("jax_enable_compilation_cache", False)
   from xmodal_jax import classify, evaluate, probe, train, workdir
 
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
