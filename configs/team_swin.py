@@ -18,7 +18,8 @@ def get_config(variant=None):
     model["embed"], c.data.dir = 64, "shapes"
   c.model.update(model)
   c.text.tokenizer, c.text.length = "bert", 37 if small else 30
-  c.batch_size, c.total = (128, "4 epochs") if small else (512, "10 epochs")
+  c.batch_size, c.total = (64, "4 epochs") if small else (512, "10 epochs")
   c.eval.batch_size, c.eval.every = 128, "4 epochs"
-  c.optim.lr, c.optim.warmup, c.optim.grad_clip = 1e-3 if small else 1e-4, "100 steps", 1.0
+  c.optim.lr, c.optim.grad_clip = 1e-3 if small else 1e-4, 1.0
+  c.optim.warmup = "20 steps" if small else "100 steps"
   return c

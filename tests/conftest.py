@@ -12,9 +12,16 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
+import programs
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once():
+  with programs.remembered():
+    yield
 
 
 @pytest.fixture(scope="session")

@@ -212,6 +212,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
       checkpoints.wait()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  checkpoints.close()  # until then threads of Orbax may still be at work on what failed
   again = checkpoint.Checkpoints(tmp_path, keep=1, metric="rsum")
   assert again.latest() == 1
   assert (again.restore_model(1)["params"]["w"] == 1).all()
