@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import programs
 import pytest
 import tiny
 from test_train import lines
@@ -123,7 +124,7 @@ def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None 
 
 def straight(config, folder: pathlib.Path, devices: int) -> dict:
   """The same run in this process alone."""
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, programs.remembered():
     built = functools.partial(build.Built, devices=jax.devices()[:devices])
     patch.setattr(train.build_lib, "Built", built)
     return train.train(config, folder)
