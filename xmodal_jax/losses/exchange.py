@@ -95,6 +95,7 @@ def _rounds(index: Array, count: int, rows: NamedSharding):
       asked = exchange(row.at[which].get(mode="fill", fill_value=0))
       return f(which, asked, out)
 
-    return jax.lax.fori_loop(0, jax.lax.pmax(turn.max() + 1, axes), one, out)
+    with jax.named_scope("exchange"):
+      return jax.lax.fori_loop(0, jax.lax.pmax(turn.max() + 1, axes), one, out)
 
   return rounds, exchange
