@@ -96,9 +96,11 @@ def test_exchange_is_plain_indexing(devices, fsdp):
   grad = jax.value_and_grad(loss, has_aux=True)
   (_, plain), plain_grad = grad(x, index, weight, None)
   put = lambda a: jax.device_put(a, rows)
-  (_, ours), our_grad = jax.jit(functools.partial(grad, rows=rows))(put(x), put(index), put(weight))
-  np.testing.assert_array_equal(ours, plain)
-  np.testing.assert_allclose(our_grad, plain_grad, rtol=1e-6, atol=1e-6)
+  (_, ring), ring_grad = jax.jit(functools.partial(grad, rows=rows))(
+    put(x), put(index), put(weight)
+  )
+  np.testing.assert_array_equal(ring, plain)
+  np.testing.assert_allclose(ring_grad, plain_grad, rtol=1e-6, atol=1e-6)
   # Masks travel too.
   mask = exchange.take_rows(put(x[:, 0] > 0), put(index), rows)
   np.testing.assert_array_equal(mask, (x[:, 0] > 0)[index])
@@ -118,14 +120,12 @@ def temporaries(devices, plain, local=4, length=64, width=256):
   return step.lower(x, index).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_exchange_needs_few_rows_for_each_device():
-  """Whatever their batch, where gathering needs all rows of each."""
-  row = 4 * 64 * 256
-  for local in (4, 16):
-    ours = [temporaries(n, plain=False, local=local) for n in (2, 4, 8)]
-    plain = [temporaries(n, plain=True, local=local) for n in (2, 4, 8)]
-    assert ours[2] - ours[0] < 3.1 * 6 * row
-    assert plain[2] - plain[0] > 0.9 * local * 6 * row
+def test_exchange_needs_the_memory_of_the_local_batch():
+  ring = [temporaries(n, plain=False) for n in (2, 4, 8)]
+  plain = [temporaries(n, plain=True) for n in (2, 4, 8)]
+  assert max(ring) < 1.01 * min(ring)
+  assert plain[2] - plain[1] > 1.8 * (plain[1] - plain[0]) > 0
+  assert ring[2] < plain[2] / 2
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +207,13 @@ def align_temporaries(config, devices, plain, local=4):
   return step.lower(params, images, texts, b).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_objective_hardly_grows_with_the_devices(small):
+def test_objective_does_not_grow_with_the_devices(small):
   """At 4 pairs per device: the whole matching loss, gradients to all tokens included."""
   config = small | {"negatives": 1, "matching": small["matching"] | {"depth": 1, "dropout": 0.0}}
-  ours = [align_temporaries(config, n, plain=False) for n in (2, 8)]
+  ring = [align_temporaries(config, n, plain=False) for n in (2, 8)]
   plain = [align_temporaries(config, n, plain=True) for n in (2, 8)]
-  assert ours[1] < 1.05 * ours[0]
-  assert plain[1] - plain[0] > 4 * (ours[1] - ours[0])
+  assert ring[1] < 1.02 * ring[0]
+  assert plain[1] - plain[0] > 10 * abs(ring[1] - ring[0])
 
 
 def test_texts_of_a_picture_together_or_alone():
