@@ -10,7 +10,7 @@ import tiny
 from flax import nnx
 from labelled import COUNT, NAMES, weights
 
-from xmodal_jax import build, checkpoint, classify, convert, evaluate, inputs
+from xmodal_jax import build, checkpoint, classify, converted, evaluate, inputs
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.models import system
 
@@ -29,7 +29,7 @@ def model(labelled_data, tmp_path_factory) -> tuple[str, build.Built]:
   """A converted directory of a random CLIP, and its shapes."""
   built = build.Built(config(labelled_data))
   folder = tmp_path_factory.mktemp("clip") / "model"
-  meta = dict(system="clip", source="drawn", sha256="0", config={}, converter=convert.VERSION)
+  meta = dict(system="clip", source="drawn", sha256="0", config={}, converter=converted.VERSION)
   checkpoint.save_model(folder, *weights(built), meta)
   return str(folder), built
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xmodal_jax import checkpoint, convert, init, torch_files
+from xmodal_jax import checkpoint, convert, converted, init, torch_files
 from xmodal_jax.convert import Ignore, Rule
 from xmodal_jax.models import clip_itm
 
@@ -142,13 +142,13 @@ def test_a_table_with_two_rules_for_a_key_is_an_error():
   [np.array(5), np.arange(600).reshape(1, 600), np.array([[0, -np.inf]], np.float16)],
 )
 def test_buffers_survive_json(array):
-  back = convert.unpack(json.loads(json.dumps(convert.pack(array))))
+  back = converted.unpack(json.loads(json.dumps(converted.pack(array))))
   assert back.dtype == array.dtype and back.shape == array.shape
   assert back.tobytes() == array.tobytes()
 
 
 def test_wrappers_come_back():
-  assert convert.wrap({"a": 1}, ["model", "module."]) == {"model": {"module.a": 1}}
+  assert converted.wrap({"a": 1}, ["model", "module."]) == {"model": {"module.a": 1}}
 
 
 # --- CLIP ---------------------------------------------------------------------------------------
@@ -252,10 +252,10 @@ def test_other_files_are_named(key, what):
 def test_the_tool_there_and_back(kind, wrapper, tool, tmp_path, capsys):
   state = clip_state(kind) | {"visual.bn9.num_batches_tracked": np.array(3)}
   source, out, back = tmp_path / "m.pt", tmp_path / "dir", tmp_path / "m.pth"
-  torch_files.write(source, convert.wrap(state, wrapper))
+  torch_files.write(source, converted.wrap(state, wrapper))
   tool(["--system", "clip", "--checkpoint", str(source), "--out", str(out)])
   assert "clip of its own size" in capsys.readouterr().out
-  meta = convert.read_meta(out)
+  meta = converted.read_meta(out)
   assert (meta["system"], meta["source"], meta["wrapper"]) == ("clip", "m.pt", wrapper)
   assert meta["sha256"] == torch_files.sha256(source)
   tree = checkpoint.load_model(out)
@@ -275,7 +275,7 @@ def test_the_tool_lists_what_is_missing(tool, tmp_path):
     tool(args)
   assert not out.exists()
   tool([*args, "--allow-missing", r"visual\.ln_pre\.bias"])
-  assert convert.read_meta(out)["missing"] == ["visual.ln_pre.bias"]
+  assert converted.read_meta(out)["missing"] == ["visual.ln_pre.bias"]
 
 
 def test_the_tool_overwrites_nothing(tool, tmp_path):

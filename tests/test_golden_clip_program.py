@@ -13,7 +13,7 @@ from PIL import Image
 
 from xmodal_jax import metrics, optim
 from xmodal_jax import step as step_lib
-from xmodal_jax.data import builder, image, pipeline, records, sources, text
+from xmodal_jax.data import builder, image, pictures, pipeline, records, sources, text
 from xmodal_jax.models import clip_itm
 
 MANIFEST = golden_files.manifest("clip")
@@ -37,8 +37,8 @@ def dataset(tmp_path_factory):
     file = golden_files.path("clip", "mini_coco", name)
     (annotations / name).write_bytes(file.read_bytes())
   splits = sources.read_coco(annotations, images)
-  sources.check_pictures(splits)
-  examples = {name: sources.examples(pictures) for name, pictures in splits.items()}
+  pictures.check_pictures(splits)
+  examples = {name: pictures.examples(split) for name, split in splits.items()}
   return builder.write_dataset(root / "out", "coco", "1.0.0", examples, description="miniature")
 
 

@@ -11,7 +11,7 @@ import pytest
 import test_golden_hat_data
 from hat_golden import LEVELS, arrays, close_scores
 
-from xmodal_jax import build, convert, evaluate, inputs, metrics, torch_files
+from xmodal_jax import build, convert, converted, evaluate, inputs, metrics, torch_files
 from xmodal_jax import config as config_lib
 from xmodal_jax import step as step_lib
 from xmodal_jax.models import hat
@@ -126,7 +126,7 @@ def test_conversion_both_ways(tmp_path):
   source = golden_files.path("hat", hat_golden.CHECKPOINT)
   out, back = tmp_path / "ours", tmp_path / "back.pth"
   tool(["--system", "hat", "--checkpoint", str(source), "--out", str(out)])
-  meta = convert.read_meta(out)
+  meta = converted.read_meta(out)
   want = hat_golden.config()
   assert meta["config"]["image"]["depths"] == list(want["image"]["depths"])
   assert meta["config"]["image"]["heads"] == list(want["image"]["heads"])

@@ -13,7 +13,7 @@ import pytest
 import team_golden
 from flax import nnx
 
-from xmodal_jax import checkpoint, convert, init, torch_files, torch_optim
+from xmodal_jax import checkpoint, convert, converted, init, torch_files, torch_optim
 from xmodal_jax.data import image
 from xmodal_jax.models import clip_itm, team
 
@@ -80,7 +80,7 @@ def test_converts_and_comes_back(name, tool, tmp_path, capsys):
     params = checkpoint.load_model(out)["params"]
     want = np.float32(team.TEMPERATURE)
     assert params["logit_scale"] == params["logit_scale_team"] == want
-  config = convert.read_meta(out)["config"]
+  config = converted.read_meta(out)["config"]
   assert config["matching"]["depth"] == (1 if chinese else 2)
 
 

@@ -9,7 +9,7 @@ import pytest
 import tgdt_golden
 from flax import nnx
 
-from xmodal_jax import convert, init, torch_files
+from xmodal_jax import convert, converted, init, torch_files
 from xmodal_jax import step as step_lib
 from xmodal_jax.models import tgdt
 
@@ -34,7 +34,7 @@ def test_conversion_both_ways(tool, tmp_path):
   source = golden_files.path("tgdt", tgdt_golden.CHECKPOINT)
   out, back = tmp_path / "ours", tmp_path / "back.pth"
   tool(["--system", "tgdt", "--checkpoint", str(source), "--out", str(out)])
-  meta = convert.read_meta(out)
+  meta = converted.read_meta(out)
   assert meta["wrapper"] == ["model"] and meta["format"] == "legacy"
   tool(["--system", "tgdt", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
   same_tensors(back, source)
@@ -55,7 +55,7 @@ def test_layouts_of_the_first_stage(shared, tool, tmp_path):
   source, out, back = tmp_path / "a.pth", tmp_path / "out", tmp_path / "b.pth"
   torch_files.write(source, state)
   tool(["--system", "tgdt", "--checkpoint", str(source), "--out", str(out)])
-  config = convert.read_meta(out)["config"]
+  config = converted.read_meta(out)["config"]
   assert config["upper"] == {} and config["shared"] == shared
   tool(["--system", "tgdt", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
   same_tensors(back, source)

@@ -12,7 +12,17 @@ import zerovl_golden
 from flax import nnx
 from zerovl_golden import EMBEDDING, close, recorded
 
-from xmodal_jax import build, checkpoint, convert, evaluate, init, inputs, metrics, torch_files
+from xmodal_jax import (
+  build,
+  checkpoint,
+  convert,
+  converted,
+  evaluate,
+  init,
+  inputs,
+  metrics,
+  torch_files,
+)
 from xmodal_jax import config as config_lib
 from xmodal_jax import step as step_lib
 from xmodal_jax.models import zerovl
@@ -45,7 +55,7 @@ def test_conversion_both_ways(name, tool, tmp_path):
   source = golden_files.path("zerovl", name)
   out, back = tmp_path / "ours", tmp_path / "back.pth"
   tool(["--system", "zerovl", "--checkpoint", str(source), "--out", str(out)])
-  meta = convert.read_meta(out)
+  meta = converted.read_meta(out)
   assert tuple(meta["wrapper"]) == FILES[name]
   tool(["--system", "zerovl", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
   theirs, info = torch_files.state_dict(source)
@@ -144,7 +154,7 @@ def test_directory_knows_how_pixels_were_normalised(tmp_path):
   params, stats, _ = init.load(path, "zerovl", *abstract(section))
   report = convert.Report([], {}, [], [], 0)
   info = dict(format="zip", wrapper=(), scalars={})
-  meta = convert.meta(
+  meta = converted.meta(
     system="zerovl", variant="100m", config=section | zerovl.HALF, source="a.pth", sha256="",
     info=info, report=report,
   )  # fmt: skip

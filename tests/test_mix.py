@@ -14,7 +14,7 @@ import tiny
 from test_pipeline import FakeSplit, assert_same, join, stream, take
 
 from xmodal_jax import build, inputs, optim, sharding, train, workdir
-from xmodal_jax.data import builder, image, mix, order, pipeline, records, shapes, sources
+from xmodal_jax.data import builder, image, mix, order, pictures, pipeline, records, shapes, sources
 from xmodal_jax.data.tfrecord import DatasetError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def three_sets(request, two_sets, tmp_path_factory) -> list[str]:
     return [*two_sets, write_shapes(folder, 3, 35)]
   source = request.getfixturevalue("shared_data") / "flickr8k_mini"
   found = sources.read_karpathy(source / "dataset_flickr8k_mini.json", source / "images")
-  examples = {"train": sources.examples(found["train"][:35])}
+  examples = {"train": pictures.examples(found["train"][:35])}
   path = builder.write_dataset(folder, "flickr8k_mini", "1.0.0", examples, description="x")
   return [*two_sets, str(path)]
 

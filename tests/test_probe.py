@@ -17,7 +17,7 @@ from labelled import COUNT, NAMES, weights, write
 from xmodal_jax import (
   build,
   checkpoint,
-  convert,
+  converted,
   features,
   init,
   inputs,
@@ -53,7 +53,7 @@ def tower(labelled_data, tmp_path_factory) -> pathlib.Path:
   """A converted directory of a random tower."""
   folder = tmp_path_factory.mktemp("tower") / "model"
   params, stats = weights(build.Built(config(labelled_data)))
-  meta = dict(system="zerovl", source="drawn", sha256="0", config={}, converter=convert.VERSION)
+  meta = dict(system="zerovl", source="drawn", sha256="0", config={}, converter=converted.VERSION)
   checkpoint.save_model(folder, params, stats, meta)
   return folder
 

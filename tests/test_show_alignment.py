@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 from PIL import Image
 
-from xmodal_jax import alignment, build, checkpoint, convert
+from xmodal_jax import alignment, build, checkpoint, converted
 from xmodal_jax import config as config_lib
 from xmodal_jax.data import image, records, shapes
 
@@ -139,7 +139,7 @@ def get_config(variant=None):
   built = build.Built(config_lib.resolve(config))
   params = nnx.to_pure_dict(nnx.state(built.model(), nnx.Param))
   meta = dict(system="team", source="none", sha256="", config={}, ignored={})
-  meta |= dict(converter=convert.VERSION)
+  meta |= dict(converter=converted.VERSION)
   checkpoint.save_model(folder / "model", params, {}, meta)
   return ["--config", f"{folder}/small.py:team", "--init", f"{folder}/model"]
 

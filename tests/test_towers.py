@@ -13,7 +13,7 @@ import team_golden
 import tiny
 from flax import nnx
 
-from xmodal_jax import build, checkpoint, convert, init, torch_files, train
+from xmodal_jax import build, checkpoint, convert, converted, init, torch_files, train
 from xmodal_jax.models import clip_itm, team
 
 BERT = dict(vocab=61, context=12, width=24, depth=3, heads=2, mlp=48)
@@ -215,7 +215,7 @@ def deit_state(size=16, patch=8, width=12, depth=2, head="head") -> dict[str, np
 def test_deit(wrapper, tmp_path):
   """In DeiT's wrapper, and bare as timm has it; the projection is new and left out."""
   state = deit_state()
-  torch_files.write(tmp_path / "deit.pth", convert.wrap(state, wrapper))
+  torch_files.write(tmp_path / "deit.pth", converted.wrap(state, wrapper))
   ours = load(tmp_path / "deit.pth", "image")
   want = init.flat(nnx.to_pure_dict(abstract(model_config())))
   inside = {k for k in want if k.startswith("image/")} - {"image/deit/proj/kernel"}

@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are traced, nothing is c
 
 from flax import nnx
 
-from xmodal_jax import checkpoint, convert, init, models, torch_files
+from xmodal_jax import checkpoint, convert, converted, init, models, torch_files
 
 
 def abstract(module, config) -> tuple[dict, set[str]]:
@@ -66,7 +66,7 @@ def to_jax(
   variant, config = variant_of(module, config, variant, source)
   want, stats = abstract(module, config)
   flat, report = convert.to_jax(state, module.RULES, want, allow_missing=allow_missing)
-  meta = convert.meta(
+  meta = converted.meta(
     system=system,
     variant=variant,
     config=config,
@@ -77,7 +77,7 @@ def to_jax(
   )
   if meta["beside"]:
     out.mkdir(parents=True)
-    torch_files.write(out / convert.BESIDE, {k: report.kept[k] for k in meta["beside"]})
+    torch_files.write(out / converted.BESIDE, {k: report.kept[k] for k in meta["beside"]})
   parts = [{k: v for k, v in flat.items() if (k in stats) == s} for s in (False, True)]
   checkpoint.save_model(out, *(init.nested(p) for p in parts), meta)
   filled = f", {len(report.filled)} not in the file: {', '.join(report.filled)}"
@@ -98,17 +98,17 @@ def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
       raise SystemExit(f"{source}/checkpoints is empty")
     meta["system"], tree = found[1]["system"], found[2]
   else:
-    meta, tree = convert.read_meta(source), checkpoint.load_model(source)
+    meta, tree = converted.read_meta(source), checkpoint.load_model(source)
   if meta["system"] != system:
     raise SystemExit(f"{source} holds a {meta['system']} model, not {system}")
   flat = init.flat(tree["params"]) | init.flat(tree.get("stats") or {})
-  kept = {name: convert.unpack(v) for name, v in meta["ignored"].items()}
+  kept = {name: converted.unpack(v) for name, v in meta["ignored"].items()}
   if meta.get("beside"):
-    large, _ = torch_files.state_dict(source / convert.BESIDE)
+    large, _ = torch_files.state_dict(source / converted.BESIDE)
     kept |= {name: large[name].read() for name in meta["beside"]}
   rules = models.system_module(system).RULES
   state = convert.to_torch(flat, rules, kept=kept, order=meta["keys"])
-  torch_files.write(out, convert.wrap(state, meta["wrapper"]))
+  torch_files.write(out, converted.wrap(state, meta["wrapper"]))
   return f"{out.name}: {len(state)} tensors, {out.stat().st_size:,} bytes"
 
 

@@ -40,6 +40,7 @@ from xmodal_jax.data import (
   builder,
   detections,
   img2dataset,
+  pictures,
   regions,
   shapes,
   shards,
@@ -188,10 +189,10 @@ def _write(args: argparse.Namespace) -> epath.Path | None:
     splits = sources.read_pairs(args.annotations, args.images, **options)
   if sha256 is None:
     sha256 = sources.checksums(args.annotations)
-  splits = sources.check_pictures(splits, args.check_images, args.max_missing)
+  splits = pictures.check_pictures(splits, args.check_images, args.max_missing)
   return builder.write_dataset(
     args.out,
-    splits={name: sources.examples(pictures) for name, pictures in splits.items()},
+    splits={name: pictures.examples(split) for name, split in splits.items()},
     description=f"Pictures and {'labels' if class_names else 'captions'}, written by "
     f"prepare_data.py {args.source}.",
     sources={"source": args.source, "options": options, "sha256": sha256},

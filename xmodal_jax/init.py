@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from xmodal_jax import checkpoint, convert, models, sharding, torch_files
+from xmodal_jax import checkpoint, convert, converted, models, sharding, torch_files
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _read_directory(
   path: epath.Path, system: str, model: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   if (path / "meta.json").exists():
-    meta = convert.read_meta(path)
+    meta = converted.read_meta(path)
     if meta["system"] != system:
       raise checkpoint.CheckpointError(
         f"{path} holds a {meta['system']} model, but config.model.system is {system}"

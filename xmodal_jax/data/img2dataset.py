@@ -23,8 +23,8 @@ from typing import IO, Any
 
 from etils import epath
 
-from xmodal_jax.data import sources
 from xmodal_jax.data.builder import Example
+from xmodal_jax.data.pictures import decode_error
 from xmodal_jax.data.tfrecord import DatasetError
 
 TYPES = ("jpg", "jpeg", "png", "webp")
@@ -91,7 +91,7 @@ def read(
     found += 1
     if not (sample.caption or "").strip():
       left_out[WITHOUT_CAPTION] += 1
-    elif check_images and sources.decode_error(sample.image) is not None:
+    elif check_images and decode_error(sample.image) is not None:
       left_out[BROKEN] += 1
     else:
       image_id = _image_id(path.stem, sample.key)

@@ -2,18 +2,14 @@
 
 tf.data supplies the thread pool, the buffers and their order; what a batch holds is decided by
 `order` from (seed, epoch, position), so neither threads nor restarts change it. Ids are positions
-in the split. Python functions never raise into tf.data, which would turn any error into one of its
-own: they hand over a flag, and the consumer raises the error itself.
+in the split.
 """
 
-import atexit
 import dataclasses
 import functools
 import logging
 import os
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,133 +20,14 @@ from xmodal_jax.data import image as image_lib
 from xmodal_jax.data import mix as mix_lib
 from xmodal_jax.data import order as order_lib
 from xmodal_jax.data.records import BadRecordError, Record, Split
+from xmodal_jax.data.stream import DataError, Ledger, Stream
 from xmodal_jax.data.text import Tokenizer
 
-Batch = dict[str, np.ndarray]
 Transform = Callable[[Image.Image], np.ndarray]
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 5  # bad records whose names an error message lists
 _ATTEMPTS = 1000  # stand-ins tried for one sample; reached only if nearly every record is bad
-
-
-class DataError(RuntimeError):
-  """The split cannot be used as it is."""
-
-
-class Ledger:
-  """The distinct bad records of a split, and the error that ends the stream, if any. Thread-safe.
-
-  on_bad(record, reason) is called once per bad record, after it was logged.
-  """
-
-  def __init__(
-    self,
-    split: Split | mix_lib.Joined,
-    max_bad_fraction: float,
-    on_bad: Callable[[int, str], None] | None = None,
-  ):
-    self.split, self.max_bad_fraction, self.on_bad = split, max_bad_fraction, on_bad
-    self.bad: dict[int, str] = {}
-    self.failure: Exception | None = None
-    self.closed = False
-    self._lock = threading.Lock()
-
-  def add(self, record: int, error: Exception, filename: str = "") -> None:
-    """Counts a record once. DataError if that makes them too many."""
-    reason = str(error)
-    if not isinstance(error, BadRecordError):  # whose text already names the record
-      reason = f"{self.named(record, filename)}: {reason}"
-    with self._lock:
-      if record in self.bad:
-        return
-      self.bad[record] = reason
-      bad = list(self.bad.values())
-    logger.warning("bad %s", reason)
-    if self.on_bad:
-      self.on_bad(record, reason)
-    if len(bad) > self.max_bad_fraction * len(self.split):
-      names = "".join(f"\n  {name}" for name in bad[:_NAMED]) + "\n  ..." * (len(bad) > _NAMED)
-      raise DataError(
-        f"{len(bad)} of the {len(self.split)} records of split {self.split.name!r} are bad, more "
-        f"than max_bad_fraction = {self.max_bad_fraction:g} allows:{names}"
-      )
-
-  def named(self, record: int, filename: str) -> str:
-    """What messages call a record."""
-    split = self.split
-    if not isinstance(split, mix_lib.Joined):
-      return f"record {record} ({filename}) of split {split.name!r}"
-    source, i = split.place(record)
-    where = f"split {split.parts[source].name!r} of data set {split.names[source]}"
-    return f"record {i} ({filename}) of {where}"
-
-  def call(self, function: Callable, inputs: list, blanks: list) -> list:
-    """`function` as a tf.data op: tensors in, one tensor like each of `blanks` out, and a flag.
-
-    The flag is false, and the tensors are the blanks, if it raised (`failure` is then set) or if
-    the stream was closed.
-    """
-
-    def guarded(*args):
-      try:
-        if self.failure is None and not self.closed:
-          return (*function(*args), True)
-      except Exception as e:
-        self.failure = self.failure or e
-      return (*blanks, False)
-
-    blanks = [np.asarray(b, object) if isinstance(b, bytes) else b for b in blanks]
-    types = [tf.string if b.dtype == object else tf.as_dtype(b.dtype) for b in blanks]
-    out = tf.numpy_function(guarded, inputs, [*types, tf.bool])
-    for tensor, blank in zip(out, [*blanks, np.True_], strict=True):
-      tensor.set_shape(np.shape(blank))
-    return out
-
-
-_OPEN: "weakref.WeakSet[Stream]" = weakref.WeakSet()
-
-
-class Stream(Iterator[Batch]):
-  """The batches of a dataset without their flag `ok`; raises the failure at the first false one.
-
-  It may be left at any time, by `close` or by dropping it, and read from any thread.
-  """
-
-  def __init__(self, dataset: tf.data.Dataset, ledger: Ledger):
-    self._ledger, self._lock = ledger, threading.RLock()
-    self._batches = dataset.as_numpy_iterator()
-    _OPEN.add(self)
-
-  def __next__(self) -> Batch:
-    with self._lock:
-      if self._batches is None:
-        raise StopIteration
-      batch = next(self._batches, None)
-      if batch is not None and batch.pop("ok").all():
-        return batch
-      self.close()
-      if batch is not None and self._ledger.failure is not None:
-        raise self._ledger.failure
-      raise StopIteration
-
-  def close(self) -> None:
-    """Ends the stream. What its threads have begun is finished, nothing further is read."""
-    self._ledger.closed = True  # first: it lets a `next` under way in another thread return
-    with self._lock:
-      self._batches = None
-
-  def __del__(self):
-    if hasattr(self, "_lock"):
-      self.close()
-
-
-@atexit.register
-def _close_all() -> None:
-  # tf.data's threads would wait for ever for the lock of an interpreter that is gone.
-  for stream in list(_OPEN):
-    stream.close()
 
 
 def _own_rows(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:

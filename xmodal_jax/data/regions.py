@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from xmodal_jax.data import detections, sources
+from xmodal_jax.data import detections
 from xmodal_jax.data.builder import Example
+from xmodal_jax.data.pictures import Picture, Splits, fields
 from xmodal_jax.data.tfrecord import DatasetError
 
 _NAMED = 5  # pictures that a report names of each kind
@@ -19,7 +20,7 @@ _NAMED = 5  # pictures that a report names of each kind
 Key = Literal["auto", "id", "stem"]
 
 
-def key_of(picture: sources.Picture, key: Key) -> str:
+def key_of(picture: Picture, key: Key) -> str:
   """What a detector's files call a picture: "id", of the annotations; "stem", of its file name;
   "auto", its place in the annotations' list where they number pictures so (Flickr30K), else id."""
   if key == "stem":
@@ -73,7 +74,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-  picture: sources.Picture
+  picture: Picture
   key: str
   size: detections.Size | None  # None: as the detector's file says
 
@@ -86,7 +87,7 @@ class Joined:
 
   def __init__(
     self,
-    splits: sources.Splits,
+    splits: Splits,
     reader: detections.Reader,
     *,
     sizes: detections.Sizes | None = None,
@@ -111,7 +112,7 @@ class Joined:
 
   def _item(
     self,
-    picture: sources.Picture,
+    picture: Picture,
     key: str,
     split: str,
     sizes: detections.Sizes | None,
@@ -158,7 +159,7 @@ class Joined:
     for item in self._items[split]:
       detected, size = self._read(item)
       self.report.check()
-      example = sources.fields(item.picture)
+      example = fields(item.picture)
       example |= {"regions": detected.features, "boxes": detected.boxes.astype(np.float32)}
       yield example | {"image_width": size[0], "image_height": size[1]}
 

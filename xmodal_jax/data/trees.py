@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from etils import epath
 
-from xmodal_jax.data.sources import Picture, Splits, rows
+from xmodal_jax.data.pictures import Picture, Splits
+from xmodal_jax.data.sources import rows
 from xmodal_jax.data.tfrecord import DatasetError
 
 CSV_FILES = {"train": "train_anno.csv", "valid": "valid_anno.csv"}

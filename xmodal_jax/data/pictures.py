@@ -1,0 +1,122 @@
+"""Pictures with captions on their way into a data set: whether their files are there and decode,
+and the examples that `builder.write_dataset` takes."""
+
+import concurrent.futures
+import dataclasses
+import io
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+from etils import epath
+
+from xmodal_jax.data.builder import Example
+from xmodal_jax.data.tfrecord import DatasetError
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A picture file and its captions; positions: their places in the split's list, if it has one.
+
+  position: of the picture in the annotations' list, where they number pictures so and not by
+  COCO's ids. size: width and height, where the annotations say it.
+  """
+
+  filename: str
+  path: epath.Path
+  image_id: int
+  captions: tuple[str, ...]
+  caption_ids: tuple[int, ...] | None = None
+  caption_positions: tuple[int, ...] | None = None
+  label: int | None = None
+  position: int | None = None
+  size: tuple[int, int] | None = None
+
+
+Splits = dict[str, list[Picture]]
+
+
+def examples(pictures: Iterable[Picture]) -> Iterator[Example]:
+  """Pictures -> examples of `builder`, reading each file as it comes."""
+  return map(example, pictures)
+
+
+def example(picture: Picture) -> Example:
+  return {"image": picture.path.read_bytes(), **fields(picture)}
+
+
+def fields(picture: Picture) -> dict:
+  """What an example holds beside the picture itself."""
+  optional = ("caption_ids", "caption_positions", "label")
+  given = {name: getattr(picture, name) for name in optional}
+  return {
+    "image_id": picture.image_id,
+    "filename": picture.filename,
+    "captions": picture.captions,
+    **{k: v for k, v in given.items() if v is not None},
+  }
+
+
+def check_pictures(splits: Splits, decode: bool = False, max_missing: int = 0) -> Splits:
+  """The splits, having checked that every picture file exists and, if asked, decodes.
+
+  Failures are listed in an error; up to max_missing files that do not exist are left out instead.
+  """
+  missing = _faults(splits, lambda p: None if p.path.exists() else "")
+  if len(missing) > max_missing:
+    remedy = "check --images (or ROOT, --max_missing)"
+    allowed = f", more than the {max_missing} allowed" if max_missing else ""
+    _fail(splits, missing, f"missing{allowed}", remedy)
+  if missing:
+    logging.info("left out %d missing pictures:%s", len(missing), _named(missing))
+    absent = {id(p) for p, _ in missing}
+    splits = {
+      n: _renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()
+    }
+  if decode and (broken := _faults(splits, lambda p: decode_error(p.path.read_bytes()))):
+    _fail(splits, broken, "broken", "replace them, or take them out of the annotations")
+  return splits
+
+
+def _renumbered(pictures: list[Picture]) -> list[Picture]:
+  """Pictures of which some were left out, with caption positions 0..C-1 in the order they had."""
+  if any(p.caption_positions is None for p in pictures):
+    return pictures
+  kept = sorted(i for p in pictures for i in p.caption_positions)
+  place = {old: new for new, old in enumerate(kept)}
+  now = lambda p: tuple(place[i] for i in p.caption_positions)
+  return [dataclasses.replace(p, caption_positions=now(p)) for p in pictures]
+
+
+Faults = list[tuple[Picture, str]]
+
+
+def _faults(splits: Splits, fault: Callable[[Picture], str | None]) -> Faults:
+  """What `fault` says of the pictures of which it says something."""
+  pictures = [p for split in splits.values() for p in split]
+  # By the hundred: a task per picture of a set of millions would fill the memory.
+  parts = [pictures[i : i + 100] for i in range(0, len(pictures), 100)]
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # threads for folders far away
+    found = pool.map(lambda part: [(p, fault(p)) for p in part], parts)
+    return [(p, f) for part in found for p, f in part if f is not None]
+
+
+def _named(faults: Faults) -> str:
+  more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+  return "".join(f"\n  {p.path} {f}".rstrip() for p, f in faults[:5]) + more
+
+
+def _fail(splits: Splits, faults: Faults, what: str, remedy: str) -> None:
+  total = sum(map(len, splits.values()))
+  raise DatasetError(f"{len(faults)} of {total} pictures are {what}; {remedy}:{_named(faults)}")
+
+
+def decode_error(data: bytes) -> str | None:
+  """Why a picture does not decode, in brackets; None if it does."""
+  from PIL import Image
+
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      image.load()
+  except Exception as e:  # Pillow raises what its decoders raise
+    return f"({e})"
+  return None
