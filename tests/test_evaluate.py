@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from xmodal_jax import build, evaluate, inputs, metrics
+from xmodal_jax import build, evaluate, inputs, metrics, sharding
 from xmodal_jax import report as report_lib
 from xmodal_jax import step as step_lib
 from xmodal_jax.data import pipeline, records
@@ -143,3 +144,25 @@ def test_damaged_record_is_left_out_where_allowed(config, built, tiny_data, tmp_
   assert len(ev.encode(state, "image", ev.inputs.images(ev.inputs.split("test")))[1]) == 11
   assert len(ev.encode(state, "text", ev.inputs.texts(ev.inputs.split("test")))[1]) == 55
   assert ev(state, "test")["i2t_r10"] > 0
+
+
+def test_few_blocks_of_texts_are_on_their_way(monkeypatch):
+  """A block is sent when the last but one is scored: devices never hold all texts."""
+  rows = sharding.batch_sharding(sharding.make_mesh((("data", -1),), jax.devices()[:1]))
+  events, batch = [], {"valid": np.ones(2, bool), "image_id": np.arange(2)}
+  evaluator = types.SimpleNamespace(
+    config=types.SimpleNamespace(eval=types.SimpleNamespace(block=(2, 4))),
+    rows=rows, whole=None, stop=lambda: False, _check_stop=lambda: None,
+    keep=lambda params, stats, batch: (batch, None),
+    score=lambda params, stats, images, texts: jnp.full((2, 4), float(texts)),
+  )  # fmt: skip
+  wait = jax.block_until_ready
+  heard = lambda parts: events.extend(("scored", float(p[0, 0])) for p in wait(parts))
+  monkeypatch.setattr(jax, "block_until_ready", heard)
+  send = lambda texts, start, size, to: events.append(("sent", start // 4)) or start // 4
+  monkeypatch.setattr(evaluate, "_block", send)
+  state = types.SimpleNamespace(params=None, stats=None)
+  scores, _ = evaluate.Evaluator.stream(evaluator, state, iter([batch]), {"x": np.zeros(18)})
+  np.testing.assert_array_equal(scores[0], np.arange(18) // 4)
+  for k in range(2, 5):
+    assert events.index(("scored", k - 2)) < events.index(("sent", k))

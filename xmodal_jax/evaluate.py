@@ -185,6 +185,8 @@ class Evaluator:
       parts = []
       for t in range(0, count, block):
         self._check_stop()
+        # Or all texts would be on their way to the devices while the first are scored.
+        jax.block_until_ready(parts[-2:-1])
         part = _block(texts, t, block, self.whole)
         parts.append(self.score(state.params, state.stats, images, part))
       return out | {"scores": jnp.concatenate(parts, axis=1)}
