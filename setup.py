@@ -46,7 +46,7 @@ setuptools.setup(
     "beam": ["apache-beam>=2.77"],
     # Compiles for TPUs that are not there (tools/compile_check.py). In an environment of its own:
     # without a TPU it makes JAX slow to start and noisy.
-    "compile": ["libtpu>=0.0.52"],
+    "compile": [f"jax[tpu]>={JAX}"],
     "test": [
       "eccv_caption>=0.1.0",
       "matplotlib>=3.9",
