@@ -15,6 +15,7 @@ import tiny
 
 from xmodal_jax import build, checkpoint, evaluate, init, inputs, optim, sharding, train, workdir
 from xmodal_jax import step as step_lib
+from xmodal_jax.models import tgdt
 
 TIMINGS = ("examples_per_second", "mfu")
 
@@ -240,3 +241,12 @@ def test_init_from_workdir(tiny_data, tmp_path):
     checkpoint.CheckpointError, match=r"image/proj/kernel: \(32, 16\) in the file"
   ):
     init.load(str(tmp_path / "a"), "clip", built.params, built.stats)
+
+
+@pytest.mark.parametrize(
+  ("changes", "doubted"), [({}, False), (dict(stage="joint"), False), (dict(stage="upper"), True)]
+)
+def test_upper_stacks_over_a_random_network_are_doubted(changes, doubted):
+  model = tiny.tgdt("unused").model
+  model.update(changes)
+  assert bool(tgdt.check_start(model)) == doubted

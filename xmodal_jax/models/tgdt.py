@@ -284,7 +284,7 @@ def build(config: Mapping[str, Any], *, dtype=jnp.float32, rngs: nnx.Rngs) -> TG
 
 def check_start(config: Mapping[str, Any]) -> str:
   """What is doubtful about a run without parameters to start from; "" if nothing is."""
-  if config["stage"] != "upper":
+  if config.get("stage") != "upper":
     return ""
   return (
     "model.stage='upper' trains the upper stacks alone, and config.init is empty: the network "
