@@ -37,8 +37,8 @@ class Chip:
 CHIPS = {
   "v4": Chip(275e12, 1.2288e12, int(30.75 * GIB), 50e9, 4, 275e12 / 2**18),
   "v5e": Chip(197e12, 0.819e12, int(15.75 * GIB), 50e9, 16, 197e12 / 2**17),
-  "v5p": Chip(459e12, 2.765e12, int(95.73 * GIB), 100e9, 4, 459e12 / 2**18),
-  "v6e": Chip(918e12, 1.638e12, int(31.24 * GIB), 100e9, 16, 918e12 / 2**19),
+  "v5p": Chip(459e12, 2.765e12, int(95.74 * GIB), 100e9, 4, 459e12 / 2**18),
+  "v6e": Chip(918e12, 1.638e12, int(31.25 * GIB), 100e9, 16, 918e12 / 2**19),
 }
 # NVIDIA's data sheets. NVLink joins all GPUs of a node alike: link is what one has into the switch.
 GPUS = {
