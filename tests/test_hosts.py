@@ -28,8 +28,13 @@ from xmodal_jax.data import shapes
 
 WORKER = pathlib.Path(__file__).parent / "hosts_worker.py"
 SYSTEMS = ("config", "team", "zerovl", "tgdt", "hat")  # as tiny.py calls them
+# With a small epsilon AdamW makes steps of full length out of gradients that are rounding alone.
 CHANGES = dict(
-  optim__lr=1e-3, total="20 steps", eval__every="10 steps", checkpoint__every="8 steps"
+  optim__lr=1e-3,
+  optim__eps=1e-4,
+  total="20 steps",
+  eval__every="10 steps",
+  checkpoint__every="8 steps",
 )
 # The same steps; what is left out costs time alone.
 SHORT = CHANGES | dict(checkpoint__every="2 steps", eval__every="0 steps", eval__test=False)
@@ -117,8 +122,6 @@ def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None 
       np.testing.assert_allclose(a[key], b[key], rtol=ATOL, atol=ATOL, err_msg=f"{key} of {a}")
   want = params(straight, step)
   for key, value in params(folder, step).items():
-    if key.endswith("k/bias"):  # zero gradient in exact arithmetic; AdamW amplifies rounding
-      continue
     np.testing.assert_allclose(value, want[key], rtol=0, atol=ATOL, err_msg=key)
 
 
