@@ -101,9 +101,12 @@ def test_exchange_is_plain_indexing(devices, fsdp):
   )
   np.testing.assert_array_equal(ring, plain)
   np.testing.assert_allclose(ring_grad, plain_grad, rtol=1e-6, atol=1e-6)
-  # Masks travel too.
+  # Masks travel too, and numbers, and many rows for each.
   mask = exchange.take_rows(put(x[:, 0] > 0), put(index), rows)
   np.testing.assert_array_equal(mask, (x[:, 0] > 0)[index])
+  many = np.repeat(index, 20, axis=1)
+  np.testing.assert_array_equal(exchange.take_rows(put(x), put(many), rows), x[many])
+  np.testing.assert_array_equal(exchange.take_rows(put(x[:, 0, 0]), put(many), rows), x[many, 0, 0])
 
 
 def temporaries(devices, plain, local=4, length=64, width=256):

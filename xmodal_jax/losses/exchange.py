@@ -67,7 +67,8 @@ def _by_columns(
   """
   columns = x.shape[1]
   # What is given and what is gathered: together half of what is wanted.
-  width = max(columns * wanted // (2 * own * (jax.lax.axis_size(axes) + 1)), 1)
+  width = columns * wanted // (2 * own * (jax.lax.axis_size(axes) + 1))
+  width = min(max(width, 1), columns)
 
   def some(out, start):
     part = f(jax.lax.dynamic_slice_in_dim(x, start, width, 1))
