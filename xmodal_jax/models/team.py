@@ -193,21 +193,23 @@ class TEAM(system.System):
 
     def own_picture(part, key):
       """Each picture with its text and the wrong ones: [b, 1 + n, K]."""
-      wrong = part["wrong"]
-      captions = join(part["text"], take(text, wrong)), join(part["mask"], take(mask, wrong))
-      return self.matching(part["image"], *captions, key)
+      texts = join(part["text"], part["other_text"]), join(part["mask"], part["other_mask"])
+      return self.matching(part["image"], *texts, key)
 
     def wrong_pictures(part, key):
       """Each text with the wrong pictures: [b, n, K]."""
-      b, n = part["wrong"].shape
-      other = take(tokens_of, part["wrong"])  # [b, n, P, D]
+      b, n = part["other"].shape[:2]
       each = lambda x: jnp.repeat(x, n, axis=0)[:, None]  # [b n, 1, ...]
-      other = other.reshape(-1, *other.shape[2:])
+      other = part["other"].reshape(-1, *part["other"].shape[2:])
       return self.matching(other, each(part["text"]), each(part["mask"]), key).reshape(b, n, -1)
 
+    # Fetched once for all parts: every device has to give its rows to all others each time.
     rows = dict(text=text, mask=mask)
-    own = self.chunked(own_picture, rows | dict(image=tokens_of, wrong=wrong_texts.index), k_own)
-    other = self.chunked(wrong_pictures, rows | dict(wrong=wrong_images.index), k_wrong)
+    index = wrong_texts.index
+    others = dict(other_text=take(text, index), other_mask=take(mask, index))
+    own = self.chunked(own_picture, rows | others | dict(image=tokens_of), k_own)
+    others = dict(other=take(tokens_of, wrong_images.index))
+    other = self.chunked(wrong_pictures, rows | others, k_wrong)
     return own[:, 0], jnp.concatenate([other, own[:, 1:]], axis=1)
 
   def align(self, images, texts, batch, key):
