@@ -44,8 +44,8 @@ setuptools.setup(
     "cuda12": [f"jax[cuda12]>={JAX}"],
     "cuda13": [f"jax[cuda13]>={JAX}"],
     "beam": ["apache-beam>=2.77"],
-    # Compiles for TPUs that are not there (tools/compile_check.py). In an environment of its own:
-    # without a TPU it makes JAX slow to start and noisy.
+    # Compiles for TPUs that are not there (tools/compile_check.py), with the libtpu that this jax
+    # is released with. In an environment of its own: without a TPU it makes JAX slow and noisy.
     "compile": [f"jax[tpu]>={JAX}"],
     "test": [
       "eccv_caption>=0.1.0",

@@ -21,54 +21,48 @@ def take_rows(x: Array, index: Array, rows: NamedSharding | None = None) -> Arra
   device, whatever the number of devices; x as a whole would take B. The gradient goes the same way
   back. With one device, or without `rows`: x[index].
   """
-  axes, _ = shared_by(rows)
+  axes, devices = shared_by(rows)
   if not axes:
     return x[index]
-  local = functools.partial(_take, axes)
-  spec = P(axes)
+  flat = x.reshape(len(x), -1)
+  # A device gives b rows and gathers b times as many as there are devices; it wants b n.
+  width = flat.shape[1] * index.size // (2 * len(x) * (devices + 1))
+  width = min(max(width, 1), flat.shape[1])
+  local, spec = functools.partial(_take, axes, len(x), width), P(axes)
   taken = jax.shard_map(local, mesh=rows.mesh, in_specs=spec, out_specs=spec, check_vma=False)(
-    x.reshape(len(x), -1), index.reshape(-1)
+    flat, index.reshape(-1)
   )
   return taken.reshape(*index.shape, *x.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _take(axes: tuple[str, ...], x: Array, index: Array) -> Array:
-  """x [b, w], index [a] of global rows -> [a, w] on each device."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _take(axes: tuple[str, ...], batch: int, width: int, x: Array, index: Array) -> Array:
+  """x [b, w], index [a] of the batch's rows -> [a, w] on each device, `width` columns at a time."""
   gather = lambda part: jax.lax.all_gather(part, axes, tiled=True)[index]
-  return _by_columns(gather, x, len(index), len(x), len(index), axes)
+  return _by_columns(gather, x, len(index), width)
 
 
-def _forward(axes: tuple[str, ...], x: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
-  return _take(axes, x, index), (jnp.zeros((len(x), 0)), index)
+def _forward(axes, batch, width, x, index):
+  return _take(axes, batch, width, x, index), index
 
 
-def _backward(axes: tuple[str, ...], saved: tuple[Array, Array], g: Array) -> tuple:
-  count, index = len(saved[0]), saved[1]
-  if g.dtype == jax.dtypes.float0:
+def _backward(axes, batch, width, index, g):
+  if g.dtype == jax.dtypes.float0:  # of a mask
     return None, None
 
   def scatter(part):
-    every = jnp.zeros((count * jax.lax.axis_size(axes), part.shape[1]), g.dtype)
-    return jax.lax.psum_scatter(every.at[index].add(part), axes, tiled=True)
+    every = jnp.zeros((batch, part.shape[1]), g.dtype).at[index].add(part)
+    return jax.lax.psum_scatter(every, axes, tiled=True)
 
-  return _by_columns(scatter, g, count, count, len(index), axes), None
+  return _by_columns(scatter, g, batch // jax.lax.axis_size(axes), width), None
 
 
 _take.defvjp(_forward, _backward)
 
 
-def _by_columns(
-  f: Callable[[Array], Array], x: Array, length: int, own: int, wanted: int, axes: tuple[str, ...]
-) -> Array:
-  """f(x) for f that treats columns alike, [_, w] -> [length, w], on some columns at a time.
-
-  own, wanted: rows that a device has, and wants of all.
-  """
+def _by_columns(f: Callable[[Array], Array], x: Array, length: int, width: int) -> Array:
+  """f(x) for f that treats columns alike, [_, w] -> [length, w], on `width` columns at a time."""
   columns = x.shape[1]
-  # What is given and what is gathered: together half of what is wanted.
-  width = columns * wanted // (2 * own * (jax.lax.axis_size(axes) + 1))
-  width = min(max(width, 1), columns)
 
   def some(out, start):
     part = f(jax.lax.dynamic_slice_in_dim(x, start, width, 1))

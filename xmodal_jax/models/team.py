@@ -203,13 +203,13 @@ class TEAM(system.System):
       other = part["other"].reshape(-1, *part["other"].shape[2:])
       return self.matching(other, each(part["text"]), each(part["mask"]), key).reshape(b, n, -1)
 
-    # Fetched once for all parts: every device has to give its rows to all others each time.
-    rows = dict(text=text, mask=mask)
+    # Fetched once for all parts: for each fetch every device gives its rows to all others.
     index = wrong_texts.index
-    others = dict(other_text=take(text, index), other_mask=take(mask, index))
-    own = self.chunked(own_picture, rows | others | dict(image=tokens_of), k_own)
-    others = dict(other=take(tokens_of, wrong_images.index))
-    other = self.chunked(wrong_pictures, rows | others, k_wrong)
+    own = dict(image=tokens_of, text=text, mask=mask)
+    own |= dict(other_text=take(text, index), other_mask=take(mask, index))
+    own = self.chunked(own_picture, own, k_own)
+    other = dict(other=take(tokens_of, wrong_images.index), text=text, mask=mask)
+    other = self.chunked(wrong_pictures, other, k_wrong)
     return own[:, 0], jnp.concatenate([other, own[:, 1:]], axis=1)
 
   def align(self, images, texts, batch, key):
