@@ -47,9 +47,6 @@ def _forward(axes, batch, width, x, index):
 
 
 def _backward(axes, batch, width, index, g):
-  if g.dtype == jax.dtypes.float0:  # of a mask
-    return None, None
-
   def scatter(part):
     every = jnp.zeros((batch, part.shape[1]), g.dtype).at[index].add(part)
     return jax.lax.psum_scatter(every, axes, tiled=True)
