@@ -28,13 +28,8 @@ from xmodal_jax.data import shapes
 
 WORKER = pathlib.Path(__file__).parent / "hosts_worker.py"
 SYSTEMS = ("config", "team", "zerovl", "tgdt", "hat")  # as tiny.py calls them
-# With a small epsilon AdamW makes steps of full length out of gradients that are rounding alone.
 CHANGES = dict(
-  optim__lr=1e-3,
-  optim__eps=1e-4,
-  total="20 steps",
-  eval__every="10 steps",
-  checkpoint__every="8 steps",
+  optim__lr=1e-3, total="20 steps", eval__every="10 steps", checkpoint__every="8 steps"
 )
 # The same steps; what is left out costs time alone.
 SHORT = CHANGES | dict(checkpoint__every="2 steps", eval__every="0 steps", eval__test=False)
@@ -122,6 +117,8 @@ def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None 
       np.testing.assert_allclose(a[key], b[key], rtol=ATOL, atol=ATOL, err_msg=f"{key} of {a}")
   want = params(straight, step)
   for key, value in params(folder, step).items():
+    if key.endswith("k/bias"):  # zero gradient in exact arithmetic; AdamW amplifies rounding
+      continue
     np.testing.assert_allclose(value, want[key], rtol=0, atol=ATOL, err_msg=key)
 
 
@@ -234,9 +231,11 @@ def test_the_first_is_killed(tiny_data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
 def test_every_system_by_several_processes(tiny_data, tmp_path, count, devices):
-  runs = [dict(system=s, data=tiny_data, name=s, changes=CHANGES) for s in SYSTEMS]
+  # With a smaller epsilon AdamW takes steps of full length along gradients that are rounding alone.
+  changes = CHANGES | dict(optim__eps=1e-4)
+  runs = [dict(system=s, data=tiny_data, name=s, changes=changes) for s in SYSTEMS]
   mesh = (("data", 2), ("fsdp", 2), ("model", 2))
-  runs.append(dict(runs[0], name="meshed", changes=CHANGES | dict(mesh=mesh)))
+  runs.append(dict(runs[0], name="meshed", changes=changes | dict(mesh=mesh)))
   ends = start(tmp_path, runs, count, devices, limit=3000)
   assert [e.code for e in ends] == [0] * count, ends[0].log[-3000:]
   for run in runs:
