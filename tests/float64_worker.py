@@ -1,28 +1,16 @@
-"""The reproducible step's gradient and the other's, in float64: `python float64_worker.py NAME`.
+"""The gradients of the reproducible step and of the other, in float64.
 
-Prints the largest difference within a parameter, as a share of its largest number; metrics have to
-be the same. What the code calls float32 is float64 here, in Flax too, which has to be said before
-anything is imported.
+`JAX_ENABLE_X64=1 python float64_worker.py NAME` prints the largest difference within
+a parameter, as a share of its largest number; metrics have to be the same.
 """
-
-# ruff: noqa: E402
 
 import sys
 
+import float64  # noqa: F401 (before all others)
 import jax
-import jax.numpy as jnp
-
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_enable_x64", True)
-jnp.float32 = jnp.float64
-
 import numpy as np
 import reproducible_worker
 import test_accumulate
-
-from xmodal_jax import build
-
-build.compute_dtype = lambda *_: jnp.dtype("float64")
 
 
 def first_step(name: str, plain: bool):

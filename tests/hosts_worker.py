@@ -13,6 +13,7 @@ import pathlib
 import signal
 import sys
 
+import float64  # noqa: F401 (before all others)
 import jax
 import numpy as np
 import programs

@@ -58,9 +58,17 @@ class End(NamedTuple):
 
 
 def start(
-  folder: pathlib.Path, runs: list[dict], count: int, devices: int, limit: float = 600
+  folder: pathlib.Path,
+  runs: list[dict],
+  count: int,
+  devices: int,
+  limit: float = 600,
+  double: bool = False,
 ) -> list[End]:
-  """Starts a group of processes and waits for all of them; none outlives this call."""
+  """Starts a group of processes and waits for all of them; none outlives this call.
+
+  double: in float64, see float64.py.
+  """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -70,6 +78,7 @@ def start(
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_ENABLE_X64": str(int(double)),
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",  # they are mostly compilation
     "PYTHONPATH": str(WORKER.parents[1]),
@@ -231,19 +240,19 @@ def test_the_first_is_killed(tiny_data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
 def test_every_system_by_several_processes(tiny_data, tmp_path, count, devices):
-  # With a smaller epsilon AdamW takes steps of full length along gradients that are rounding alone.
-  changes = CHANGES | dict(optim__eps=1e-4)
-  runs = [dict(system=s, data=tiny_data, name=s, changes=changes) for s in SYSTEMS]
+  """In float64: in float32 AdamW, and HAT even without it, enlarge rounding beyond the bounds."""
+  runs = [dict(system=s, data=tiny_data, name=s, changes=CHANGES) for s in SYSTEMS]
   mesh = (("data", 2), ("fsdp", 2), ("model", 2))
-  runs.append(dict(runs[0], name="meshed", changes=changes | dict(mesh=mesh)))
-  ends = start(tmp_path, runs, count, devices, limit=3000)
-  assert [e.code for e in ends] == [0] * count, ends[0].log[-3000:]
-  for run in runs:
-    config = getattr(tiny, run["system"])(tiny_data, **run["changes"])
-    results = straight(config, tmp_path / f"{run['name']}.straight", 8)
-    assert_same_run(tmp_path / run["name"], tmp_path / f"{run['name']}.straight", 20)
-    for one in found(tmp_path, run["name"], count):
-      assert one["results"] == pytest.approx(results["test"], abs=ATOL)
+  runs.append(dict(runs[0], name="meshed", changes=CHANGES | dict(mesh=mesh)))
+  one = tmp_path / "one"
+  for folder, shape in ((tmp_path, (count, devices)), (one, (1, 8))):
+    ends = start(folder, runs, *shape, limit=3000, double=True)
+    assert [e.code for e in ends] == [0] * len(ends), ends[0].log[-3000:]
+  for name in (run["name"] for run in runs):
+    assert_same_run(tmp_path / name, one / name, 20)
+    (alone,) = found(one, name, 1)
+    for each in found(tmp_path, name, count):
+      assert each["results"] == pytest.approx(alone["results"], abs=ATOL)
 
 
 @pytest.mark.parametrize("i", range(len(MESHES)))

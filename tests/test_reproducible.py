@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -87,8 +88,9 @@ def test_gradient_is_that_of_the_other_step(name):
 def test_gradient_of_hat_is_that_of_the_other_step():
   """In float64: HAT enlarges what is rounded some thousand times, to more than 1e-5 in float32."""
   tool = pathlib.Path(worker.__file__).with_name("float64_worker.py")
+  how = dict(env=os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}, cwd=tool.parent)
   done = subprocess.run(
-    [sys.executable, tool, "hat"], stdout=subprocess.PIPE, text=True, check=True, cwd=tool.parent
+    [sys.executable, tool, "hat"], stdout=subprocess.PIPE, text=True, check=True, **how
   )
   assert float(done.stdout.splitlines()[-1]) < 1e-10
 
