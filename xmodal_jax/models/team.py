@@ -193,23 +193,21 @@ class TEAM(system.System):
 
     def own_picture(part, key):
       """Each picture with its text and the wrong ones: [b, 1 + n, K]."""
-      texts = join(part["text"], part["other_text"]), join(part["mask"], part["other_mask"])
-      return self.matching(part["image"], *texts, key)
+      wrong = part["wrong"]
+      captions = join(part["text"], take(text, wrong)), join(part["mask"], take(mask, wrong))
+      return self.matching(part["image"], *captions, key)
 
     def wrong_pictures(part, key):
       """Each text with the wrong pictures: [b, n, K]."""
-      b, n = part["other"].shape[:2]
+      b, n = part["wrong"].shape
+      other = take(tokens_of, part["wrong"])  # [b, n, P, D]
       each = lambda x: jnp.repeat(x, n, axis=0)[:, None]  # [b n, 1, ...]
-      other = part["other"].reshape(-1, *part["other"].shape[2:])
+      other = other.reshape(-1, *other.shape[2:])
       return self.matching(other, each(part["text"]), each(part["mask"]), key).reshape(b, n, -1)
 
-    # Fetched once for all parts: for each fetch every device gives its rows to all others.
-    index = wrong_texts.index
-    own = dict(image=tokens_of, text=text, mask=mask)
-    own |= dict(other_text=take(text, index), other_mask=take(mask, index))
-    own = self.chunked(own_picture, own, k_own)
-    other = dict(other=take(tokens_of, wrong_images.index), text=text, mask=mask)
-    other = self.chunked(wrong_pictures, other, k_wrong)
+    rows = dict(text=text, mask=mask)
+    own = self.chunked(own_picture, rows | dict(image=tokens_of, wrong=wrong_texts.index), k_own)
+    other = self.chunked(wrong_pictures, rows | dict(wrong=wrong_images.index), k_wrong)
     return own[:, 0], jnp.concatenate([other, own[:, 1:]], axis=1)
 
   def align(self, images, texts, batch, key):
