@@ -3,7 +3,6 @@
 import json
 import logging
 import pathlib
-import resource
 import subprocess
 import sys
 
@@ -199,21 +198,34 @@ def test_changed_data(tiny_data, tmp_path):
     train.train(c, tmp_path)
 
 
+FILL = """
+import resource, sys
+import jax
+import jax.numpy as jnp
+from xmodal_jax import checkpoint
+from xmodal_jax import step as step_lib
+
+checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=1, metric="rsum")
+noise = jax.random.normal(jax.random.key(0), (100_000,))  # does not compress
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+state = step_lib.TrainState(jnp.int32(2), {"w": noise}, {}, (jnp.zeros(3),))
+checkpoints.save(2, state, {"pending": False})
+checkpoints.wait()
+"""
+
+
 def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, metric="rsum")
   state = step_lib.TrainState(jnp.int32(1), {"w": jnp.ones(100_000)}, {}, (jnp.zeros(3),))
   checkpoints.save(1, state, {"pending": False})
-  checkpoints.wait()
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-  try:
-    noise = jax.random.normal(jax.random.key(0), (100_000,))  # does not compress
-    with pytest.raises(checkpoint.CheckpointError, match="the latest is of step 1"):
-      checkpoints.save(2, state.replace(params={"w": noise}), {"pending": False})
-      checkpoints.wait()
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  checkpoints.close()  # until then threads of Orbax may still be at work on what failed
+  checkpoints.close()
+  # As a process that ends: threads of Orbax write on after a save has failed, also after close.
+  command = [sys.executable, "-c", FILL, tmp_path]
+  out = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  assert out.returncode == 1
+  assert "CheckpointError: could not write a checkpoint" in out.stderr
+  assert "the latest is of step 1" in out.stderr
   again = checkpoint.Checkpoints(tmp_path, keep=1, metric="rsum")
   assert again.latest() == 1
   assert (again.restore_model(1)["params"]["w"] == 1).all()
