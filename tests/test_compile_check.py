@@ -12,6 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
 import compile_check
 import compile_cost
 import compile_programs
+import compile_table
 import hlo
 import jax
 import jax.numpy as jnp
@@ -353,3 +354,17 @@ def test_too_large_for_the_chip_ends_with_status_1(tmp_path):
   # A batch that the chips cannot share is told as well.
   done = run(*small, "--config.eval.batch_size=250")
   assert done.returncode == 1 and "not a multiple of 4 devices" in done.stdout
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", compile_table.SLICES)
+@pytest.mark.parametrize("config", compile_table.CONFIGS)
+def test_full_size_fits_or_a_change_is_found_that_does(config, topology):
+  rows = [row for row in compile_table.rows() if row[:2] == (config, topology)]
+  assert rows
+  for row in rows:
+    entry = compile_table.compile_row(row)[-1]
+    assert entry["fits"] and entry["needed"] <= entry["hbm"]
+    # Of every chip the work of its rows.
+    assert entry["cost"]["flops"] >= 0.9 * entry["model_flops"] / entry["devices"]
