@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 
@@ -62,3 +63,17 @@ def test_hierarchical_scores(tmp_path):
     assert info["examples"] == 500
     # Products of tokens, and of the weights with both sides' Gram matrices.
     assert info["padded_flops"] == 500 * 2 * 20 * 16 * (32 + 16 + 20)
+
+
+@pytest.mark.slow  # starts three processes with torch or TensorFlow
+def test_steps_on_a_data_set(tmp_path, tiny_data):
+  toy = ["step", "--model", "tiny", "--batch", "4", "--run_steps", "2", "--data_dir", tiny_data]
+  against = ["--against", "torch", "--form", "sdpa fused"]
+  against = against if importlib.util.find_spec("torch") else []
+  out = run(tmp_path, *toy, "--repeats", "1", "--warmup", "0", *against)
+  for side in out["sides"].values():
+    assert side["info"]["examples"] == 8
+    assert side["info"]["loss"] == pytest.approx(math.log(4), rel=0.3)
+  if not against:
+    pytest.skip("ours ran; torch is not there to compare with")
+  assert out["same_parameters"]

@@ -1,7 +1,9 @@
 """tools/compile_check.py: what it counts, how it estimates, and toy programs of every system."""
 
+import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -117,6 +119,25 @@ def test_products_in_library_calls():
   assert module.flops(entry.by_name["c"], entry) == 2 * 5 * 7 * 3
 
 
+@pytest.mark.parametrize("name, products", [("Softmax", 2), ("SoftmaxBackward", 5)])
+def test_products_in_fused_attention(name, products):
+  config = (
+    '{"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16",'
+    '"dimensions":["2","3","5","7"],"tuple_shapes":[]},"bmm1_dot_dimension_numbers":'
+    '{"lhs_contracting_dimensions":["3"]}}}'
+  )
+  call = f'custom_call_target="__cudnn$fmha{name}", backend_config={config}'
+  text = [
+    "ENTRY %main (a: f32[]) -> f32[] {",
+    "  %q = bf16[2,5,3,64] parameter(0)",
+    "  %k = bf16[2,7,3,64] parameter(1)",
+    f"  %c = (bf16[2,5,3,64], u8[64]) custom-call(%q, %k, %k), {call}",
+    "}",
+  ]
+  entry = (module := hlo.Module("\n".join(text))).computations["main"]
+  assert module.flops(entry.by_name["c"], entry) == products * 2 * (2 * 3 * 5 * 7) * 64
+
+
 def test_collectives_of_a_loop():
   mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -223,6 +244,28 @@ def test_compiler_cycles_count_where_they_are_more():
   assert played([on_chip]).bytes == 2e6
 
 
+def test_slices_that_gpus_copy_beside_operations():
+  text = """
+%slice (a: f32[8,250000], b: s32[]) -> f32[1,250000] {
+  %a = f32[8,250000] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %s = f32[1,250000] dynamic-slice(%a, %b, %b), dynamic_slice_sizes={1,250000}
+}
+ENTRY %main (x: f32[8,250000], i: s32[], p: f32[250000]) -> f32[1,250000] {
+  %x = f32[8,250000] parameter(0)
+  %i = s32[] parameter(1)
+  %p = f32[250000] parameter(2)
+  %c = ((f32[8,250000], s32[]), f32[1,250000], u32[]) fusion-start(%x, %i), calls=%slice
+  %add = f32[250000] add(%p, %p)
+  ROOT %d = f32[1,250000] fusion-done(%c)
+}"""
+  topology = slice_of(4, 2)
+  found = compile_cost.of(text, topology, topology.devices)
+  # 1 MB read and written, beside 3 MB of the addition: of one memory of 1 GB/s.
+  assert found.bytes == pytest.approx(5e6) and found.seconds == pytest.approx(0.005)
+  assert found.roofline == pytest.approx(0.003)
+
+
 def test_rings_of_slices():
   wraps = lambda kind, *shape: topologies.Topology("", (), topologies.CHIPS[kind], shape).wraps
   assert wraps("v5e", 4, 4) == (False, False) and wraps("v5e", 16, 16) == (True, True)
@@ -250,6 +293,20 @@ def test_what_does_not_fit_gets_a_change_that_does():
   change, better, new = compile_check.suggest(config, report, topology)
   assert list(change) == ["accumulate"] and new.accumulate == change["accumulate"] > 1
   assert better.fits and better.needed <= report.hbm
+
+
+def test_measured_stands_beside_the_estimate():
+  config, topology = toy(), topologies.get("cpu:8")
+  [report], flops, _ = compile_check.check(config, topology, ["train"], None, False, measure=2)
+  assert report.measured.seconds > 0
+  # Noise matches its captions as well as any: the loss of a guess among 16.
+  assert report.measured.loss == pytest.approx(math.log(config.batch_size), rel=0.2)
+  assert f"measured {report.measured.seconds * 1e3:,.2f} ms: " in compile_check.describe(
+    report, topology, config, flops
+  )
+  # What a GPU says of its memory.
+  report.measured = dataclasses.replace(report.measured, memory=int(report.needed / 1.05))
+  assert "+5.0% off" in compile_check.describe(report, topology, config, flops)
 
 
 def test_changes_go_from_cheap_to_dear():

@@ -1,17 +1,20 @@
 """Measures the pieces: ranks, input pipeline, towers, a training step, second stage, token scores.
 
   python tools/benchmark.py ranks --data DIR [--against eccv_caption]
-  python tools/benchmark.py data --data_dir DIR --split train
+  python tools/benchmark.py data --data_dir DIR --split train [--against torch]
   python tools/benchmark.py encode --model vit_b32 --batch 32 [--against torch]
   python tools/benchmark.py step --model vit_b32 --batch 32 [--against torch | reproducible]
+  python tools/benchmark.py step --model vit_l14 --dtype bfloat16 --batch 128 --run_steps 20 \
+    --data_dir DIR --against torch     # pictures and captions of DIR in place of noise
   python tools/benchmark.py checkpoint --model vit_b32 --batch 32
   python tools/benchmark.py rerank --scale 0.02 [--against torch]
   python tools/benchmark.py local_scores --scale 0.02 [--against torch]
   python tools/benchmark.py hierarchical_scores --scale 0.004 [--against torch]
 
 Every side runs in a process of its own that stays alive, on the same cores with the same number of
-threads. Sides take turns (ours, theirs, ours, ...), so that a busy machine is as busy for both, and
-the ratio is reported pair by pair. The waiting side sleeps; its CPU time is reported to prove it.
+threads, and on the GPU of the machine where there is one (JAX_PLATFORMS=cpu: not). Sides take turns
+(ours, theirs, ours, ...), so that a busy machine is as busy for both, and the ratio is reported
+pair by pair. The waiting side sleeps; its CPU time is reported to prove it.
 Of several forms of the other side (attention, memory format, compilation) the fastest counts;
 those of `rerank` are of three kinds (query by query, in batches, on our plan), those of
 `local_scores` too (expanded over all pairs, over a picture's, not expanded), those of
@@ -70,6 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   data.add_argument("--size", type=int, default=224, help="side of the pictures")
   data.add_argument("--batch", type=int, default=32)
   data.add_argument("--batches", type=int, default=20, help="batches per timed run")
+  data.add_argument("--against", choices=["torch"])
   for name, text in (("encode", "both towers forward"), ("step", "a training step")):
     command = commands.add_parser(name, parents=[common], help=text)
     command.add_argument("--model", default="vit_b32", help="a preset of the clip system")
@@ -79,6 +83,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument(
       "--remat", default="dots_with_no_batch_dims_saveable", help="a jax.checkpoint policy (ours)"
     )
+    if name == "step":
+      command.add_argument("--run_steps", type=int, default=1, help="of a timed run; one wait")
+      command.add_argument("--data_dir", help="a data set to train on; otherwise noise")
+      command.add_argument("--split", default="train")
     against = ["torch"] + ["reproducible"] * (name == "step")
     command.add_argument("--against", choices=against)
     command.add_argument("--micro_shards", type=int, default=8, help="of the reproducible side")
@@ -90,7 +98,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   command.add_argument("--steps", type=int, default=5, help="before the save")
   command.add_argument("--every", type=int, default=1000, help="steps from one save to the next")
   command.add_argument("--dir", help="where to write; a temporary folder otherwise")
-  command.set_defaults(dtype="float32", unroll=1, remat="dots_with_no_batch_dims_saveable")
+  command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+  command.set_defaults(unroll=1, remat="dots_with_no_batch_dims_saveable")
   command = commands.add_parser("rerank", parents=[common], help="TEAM's second stage")
   command.add_argument("--scale", type=float, default=0.02, help="of COCO's 5,000 images")
   command.add_argument("--width", type=int, default=1024, help="of tokens; the heads are width/64")
@@ -130,7 +139,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   command.add_argument("--form", help="the only form of the other side to measure")
   command.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
   args = parser.parse_args(argv)
-  for name in ("against", "form"):
+  for name in ("against", "form", "data_dir"):
     setattr(args, name, getattr(args, name, None))
   if args.command == "ranks":
     args.repeats, args.warmup = 1, 0
@@ -149,6 +158,7 @@ class Side:
       "MKL_NUM_THREADS": threads,
       "OPENBLAS_NUM_THREADS": threads,
       "TF_CPP_MIN_LOG_LEVEL": "2",
+      "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # both sides have room on a GPU
     }
     command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--serve", name]
     self.name, self.asked = name, set()
@@ -315,7 +325,9 @@ def measure(sides: dict[str, Side], form: dict[str, str]) -> dict[str, Any]:
       answer["idle_cpu"] = sum(sides[o].cpu_seconds() - before for o, before in waiting.items())
       if turn >= 0:
         runs[name].append(answer)
-      time.sleep(0.05)  # thread pools spin for a moment after work; not on the other side's time
+      # Thread pools spin for a moment after work, and buffers of pictures are filled again: not on
+      # the other side's time.
+      time.sleep(3 if ARGS.data_dir else 0.05)
   result: dict[str, Any] = {}
   result["sides"] = {name: describe(name, form[name], answers) for name, answers in runs.items()}
   if ARGS.against:
@@ -340,6 +352,8 @@ def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, A
   out["walls"] = [answer["wall"] for answer in answers]
   line = f"{name:>13} {form:<22} {out['wall'] * 1e3:9.1f} ms  {out['cpu']:7.2f} CPU s"
   line += f"  peak {out['peak_gb']:.2f} GB  other side idle {out['idle_cpu']:.2f} CPU s"
+  if info.get("device_gb"):
+    line += f"  {info['device']} peak {info['device_gb']:.1f} GB"
   if "examples" in info:
     out["examples_per_s"] = info["examples"] / out["wall"]
     line += f"  {out['examples_per_s']:.1f} {'pairs' if 'scores' in info else 'examples'}/s"
@@ -356,6 +370,9 @@ def describe(name: str, form: str, answers: list[dict[str, Any]]) -> dict[str, A
     if info.get("peak_gflops_per_s"):
       out["peak_share"] = out["gflops_per_s"] / info["peak_gflops_per_s"]
       line += f" ({100 * out['peak_share']:.0f} % of a matmul's {info['peak_gflops_per_s']:.0f})"
+    if info.get("published_peak"):
+      out["mfu"] = info["flops"] / out["wall"] / info["published_peak"]
+      line += f", MFU {out['mfu']:.1%}"
   if "padded_flops" in info:
     line += f", {out['padded_gflops_per_s']:.1f} if padding counts"
     if "peak_share" in out:

@@ -36,21 +36,26 @@ def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
   return {args.command: lambda: prepare(args)}
 
 
-def pipeline(args: argparse.Namespace) -> Form:
-  """Batches from disk to numpy: read, decode, resize, crop, tokenize. No device."""
+def batches(args: argparse.Namespace, size: int):
+  """Of the data set, without end: read, decode, resize, crop, tokenize. No device."""
   from xmodal_jax.data import image, pipeline, records, text
 
   split = records.open_split(args.data_dir, args.split)
-  stream = pipeline.train_batches(
+  return pipeline.train_batches(
     split,
     batch_size=args.batch,
-    image_transform=image.clip_transform(args.size),
+    image_transform=image.clip_transform(size),
     tokenizer=text.make_tokenizer("clip_bpe"),
     text_length=77,
     seed=0,
     step=0,
     threads=args.threads,
   )
+
+
+def pipeline(args: argparse.Namespace) -> Form:
+  """Batches from disk to numpy."""
+  stream = batches(args, args.size)
 
   def run():
     for _ in range(args.batches):
@@ -72,12 +77,13 @@ def inputs(args: argparse.Namespace, size: int, vocab: int) -> dict[str, np.ndar
   }
 
 
-def matmul_peak() -> float:
-  """GFLOP/s of a float32 matmul of 2048 x 2048, best of a few: what the cores can do now."""
+def matmul_peak(dtype: str) -> float:
+  """GFLOP/s of a matmul of 2048 x 2048, on an accelerator 8192 x 8192, best of a few: what the
+  cores can do now."""
   import jax
 
-  n = 2048
-  a = jax.random.normal(jax.random.key(0), (n, n))
+  n = 2048 if jax.default_backend() == "cpu" else 8192
+  a = jax.random.normal(jax.random.key(0), (n, n), dtype)
   dot = jax.jit(lambda a: a @ a)
   best = 0.0
   for _ in range(6):
@@ -85,6 +91,25 @@ def matmul_peak() -> float:
     dot(a).block_until_ready()
     best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e9)
   return best
+
+
+def about(args: argparse.Namespace, params: Any, flops: int) -> dict[str, Any]:
+  """What there is to say of a program of this many FLOPs besides its time."""
+  import jax
+
+  from xmodal_jax.flops import device_peak
+
+  device = jax.devices()[0]
+  memory = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
+  return {
+    "examples": args.batch * getattr(args, "run_steps", 1),
+    "parameters": size_of(params),
+    "flops": flops,
+    "peak_gflops_per_s": lambda: matmul_peak(args.dtype),
+    "published_peak": device_peak(device.device_kind),
+    "device": device.device_kind,
+    "device_gb": memory,
+  }
 
 
 def model_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,12 +156,7 @@ def encode(args: argparse.Namespace) -> Form:
   count = sum(
     flops.count(jax.make_jaxpr(f)(params, stats, b)) for f, b in zip(steps, sides, strict=True)
   )
-  return run, {
-    "examples": args.batch,
-    "parameters": size_of(params),
-    "flops": count,
-    "peak_gflops_per_s": matmul_peak,
-  }
+  return run, about(args, params, count)
 
 
 def train_step(args: argparse.Namespace, micro_shards: int = 0) -> Form:
@@ -173,19 +193,22 @@ def stepper(
   plain = train = step.make_train_step(*common)
   if micro_shards:
     train = reproducible.make_train_step(*common, rows, micro_shards)
-  batch = inputs(args, model["image"]["size"], model["text"]["vocab"])
-  batch = sharding.put_batch(batch, rows)
-  info = {
-    "examples": args.batch,
-    "parameters": size_of(state.params),
-    "flops": flops.count(jax.make_jaxpr(plain)(state, batch)),
-    "peak_gflops_per_s": matmul_peak,
-  }
+  size = model["image"]["size"]
+  if args.data_dir:
+    stream = batches(args, size)
+    following = lambda: sharding.put_batch(next(stream), rows)
+  else:
+    batch = sharding.put_batch(inputs(args, size, model["text"]["vocab"]), rows)
+    following = lambda: batch
+  info = about(args, state.params, flops.count(jax.make_jaxpr(plain)(state, following())))
+  steps = getattr(args, "run_steps", 1)
+  info["flops"] *= steps
   held = [state]
   del state
 
   def run():
-    held[0], metrics = train(held[0], batch)
+    for _ in range(steps):
+      held[0], metrics = train(held[0], following())
     jax.block_until_ready((held[0], metrics))
     info["loss"] = float(metrics["loss"])
 

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,12 @@ from xmodal_jax.models import clip_itm
 
 Form = tuple[Callable[[], None], dict[str, Any]]
 
+# Where our side is too: JAX takes the GPU unless it is told not to.
+_GPU = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
+DEVICE = torch.device("cuda" if _GPU else "cpu")
+# Of a pixel, as CLIP's preprocessing has them.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
 
 def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
   """What is worth measuring: name -> function that prepares it.
@@ -22,6 +30,8 @@ def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
   foreach; compile, and freeze, inductor's packing of constant weights for inference.
   """
   torch.set_num_threads(args.threads)
+  if args.command == "data":
+    return {"DataLoader": lambda: pipeline(args)}
   if args.command == "encode":
     prepare, plain = encode, ["sdpa", "eager", "sdpa channels_last"]
     compiled = [
@@ -70,7 +80,56 @@ def build(args: argparse.Namespace, names: frozenset[str]) -> transformers.CLIPM
   assert model.vision_model.config._attn_implementation == config._attn_implementation
   if "channels_last" in names:
     model = model.to(memory_format=torch.channels_last)
-  return model
+  return model.to(DEVICE)
+
+
+class Pictures(torch.utils.data.Dataset):
+  """Each picture of a split with its first caption: float32 [3, S, S], int64 [77]."""
+
+  def __init__(self, args: argparse.Namespace, size: int):
+    from xmodal_jax.data import image, records, text
+
+    self.split = records.open_split(args.data_dir, args.split)
+    self.transform, self.tokenize = image.clip_transform(size), text.make_tokenizer("clip_bpe")
+    self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+
+  def __len__(self) -> int:
+    return len(self.split)
+
+  def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from xmodal_jax.data import image
+
+    found = self.split.read(i)
+    pixels = torch.tensor(image.load(found.image, self.transform)).permute(2, 0, 1)
+    ids, _ = self.tokenize(found.captions[:1], 77)
+    return (pixels.float() / 255 - self.mean) / self.std, torch.from_numpy(ids[0]).long()
+
+
+def batches(args: argparse.Namespace, size: int):
+  """Of the data set, without end, from as many processes as our side has threads."""
+  pictures = Pictures(args, size)
+  # A batch may be larger than the data set.
+  sampler = torch.utils.data.RandomSampler(pictures, replacement=True, num_samples=2**40)
+  loader = torch.utils.data.DataLoader(
+    pictures,
+    args.batch,
+    sampler=sampler,
+    num_workers=args.threads,
+    pin_memory=_GPU,
+    drop_last=True,
+  )
+  return iter(loader)
+
+
+def pipeline(args: argparse.Namespace) -> Form:
+  """Batches from disk to normalised pixels and ids in the memory of the host."""
+  stream = batches(args, args.size)
+
+  def run():
+    for _ in itertools.islice(stream, args.batches):
+      pass
+
+  return run, {"examples": args.batch * args.batches}
 
 
 def batch_of(args: argparse.Namespace, names: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +139,7 @@ def batch_of(args: argparse.Namespace, names: frozenset[str]) -> tuple[torch.Ten
   pixels = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).contiguous()
   if "channels_last" in names:
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-  return pixels, torch.from_numpy(batch["text_ids"]).long()
+  return pixels.to(DEVICE), torch.from_numpy(batch["text_ids"]).long().to(DEVICE)
 
 
 def embed(model: transformers.CLIPModel, pixels: torch.Tensor, ids: torch.Tensor):
@@ -103,11 +162,17 @@ def maybe_compile(function: Callable, names: frozenset[str]) -> Callable:
 def autocast(args: argparse.Namespace):
   if args.dtype == "float32":
     return contextlib.nullcontext()
-  return torch.autocast("cpu", dtype=getattr(torch, args.dtype))
+  return torch.autocast(DEVICE.type, dtype=getattr(torch, args.dtype))
 
 
 def info_of(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
-  return {"examples": args.batch, "parameters": sum(p.numel() for p in model.parameters())}
+  memory = lambda: torch.cuda.max_memory_allocated() / 1e9 if _GPU else 0.0
+  return {
+    "examples": args.batch * getattr(args, "run_steps", 1),
+    "parameters": sum(p.numel() for p in model.parameters()),
+    "device": torch.cuda.get_device_name() if _GPU else "cpu",
+    "device_gb": memory,
+  }
 
 
 def encode(args: argparse.Namespace, names: frozenset[str]) -> Form:
@@ -117,13 +182,21 @@ def encode(args: argparse.Namespace, names: frozenset[str]) -> Form:
   def run():
     with torch.inference_mode(), autocast(args):
       forward(pixels, ids)
+    if _GPU:
+      torch.cuda.synchronize()
 
   return run, info_of(args, model)
 
 
 def train_step(args: argparse.Namespace, names: frozenset[str]) -> Form:
   """Both towers, symmetric InfoNCE, gradient, AdamW as in our default recipe."""
-  model, (pixels, ids) = build(args, names).train(), batch_of(args, names)
+  model = build(args, names).train()
+  if args.data_dir:
+    stream = batches(args, clip_itm.preset(args.model)["image"]["size"])
+    following = lambda: (x.to(DEVICE, non_blocking=True) for x in next(stream))
+  else:
+    batch = batch_of(args, names)
+    following = lambda: batch
   kernels = [p for p in model.parameters() if p.ndim > 1]
   others = [p for p in model.parameters() if p.ndim <= 1]
   optimizer = torch.optim.AdamW(
@@ -134,7 +207,7 @@ def train_step(args: argparse.Namespace, names: frozenset[str]) -> Form:
     fused="fused" in names,
     foreach="foreach" in names,
   )
-  labels = torch.arange(args.batch)
+  labels = torch.arange(args.batch, device=DEVICE)
 
   def loss_fn(pixels, ids):
     images, texts = embed(model, pixels, ids)
@@ -146,11 +219,13 @@ def train_step(args: argparse.Namespace, names: frozenset[str]) -> Form:
   info = info_of(args, model)
 
   def run():
-    optimizer.zero_grad(set_to_none=True)
-    with autocast(args):
-      loss = loss_fn(pixels, ids)
-    loss.backward()
-    optimizer.step()
-    info["loss"] = loss.item()
+    for _ in range(args.run_steps):
+      pixels, ids = following()
+      optimizer.zero_grad(set_to_none=True)
+      with autocast(args):
+        loss = loss_fn(pixels, ids)
+      loss.backward()
+      optimizer.step()
+    info["loss"] = loss.item()  # waits
 
   return run, info

@@ -8,7 +8,8 @@ topology: v4, v5e, v5p, v6e with the chips along each axis (pip install -e '.[co
 JAX_PLATFORMS=cpu beside it); gpu, the GPUs of this machine; cpu:N host devices. Prints memory,
 FLOPs, bytes and collectives per device of the training step and of what evaluates, and estimates
 how long a step takes: docs/sizing.md says how. sizes: batch size x accumulate, one after another;
-the config's own by default. Nothing of the model's size is allocated.
+the config's own by default. Nothing of the model's size is allocated, unless --measure=STEPS asks
+to run what was compiled for the devices of this machine, and to print its memory and time beside.
 
 Ends with status 1 where a program does not fit, and says which change makes it fit: the first, in
 an order of what they cost in time, that compiled and fitted.
@@ -26,9 +27,9 @@ from collections.abc import Iterator
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import compile_cost
+import compile_measure
 import compile_programs
 import jax
 import topologies
@@ -43,6 +44,7 @@ _SIZES = flags.DEFINE_list("sizes", [], "Batch size x accumulate, e.g. 1024x1,40
 _PROGRAMS = flags.DEFINE_list("programs", [], "Of train, image, text, score, rerank; default all.")
 _HBM = flags.DEFINE_float("hbm", None, "Gigabytes (1e9) that a device has, where it is not known.")
 _SUGGEST = flags.DEFINE_bool("suggest", True, "Look for a change that fits where one does not.")
+_MEASURE = flags.DEFINE_integer("measure", 0, "Training steps to run and time; gpu and cpu:N.")
 _JSON = flags.DEFINE_string("json", "", "File for the numbers, a list with an entry per program.")
 
 MIB = 2**20
@@ -67,6 +69,7 @@ class Report:
   trace_s: float = 0.0
   compile_s: float = 0.0
   cost: compile_cost.Cost | None = None
+  measured: compile_measure.Measured | None = None
   error: str = ""
   change: str = ""  # of the config that it is a report of, where it was looked for
 
@@ -82,9 +85,16 @@ class Report:
 
 
 def compile_one(
-  name: str, programs: compile_programs.Programs, topology: topologies.Topology, hbm: int | None
+  name: str,
+  programs: compile_programs.Programs,
+  topology: topologies.Topology,
+  hbm: int | None,
+  measure: int = 0,
 ) -> Report:
-  """Compiles one of the programs. What does not fit is a report too; other errors are raised."""
+  """Compiles one of the programs. What does not fit is a report too; other errors are raised.
+
+  measure: how many steps to run of a training step that fits.
+  """
   start = time.perf_counter()
   lowered = programs.lower[name]()
   traced = time.perf_counter()
@@ -105,7 +115,10 @@ def compile_one(
     m.generated_code_size_in_bytes,
   )
   cost = compile_cost.of(compiled.as_text(), topology, list(programs.built.mesh.devices.flat))
-  return Report(name, sum(parts), hbm, *parts, traced - start, done - traced, cost)
+  report = Report(name, sum(parts), hbm, *parts, traced - start, done - traced, cost)
+  if measure and name == "train" and report.fits:
+    report.measured = compile_measure.measure(programs, compiled, measure)
+  return report
 
 
 def _needed(message: str) -> float:
@@ -149,15 +162,24 @@ def describe(report: Report, topology: topologies.Topology, config: Any, model_f
       f"operations at the published speeds alone {c.roofline * 1e3:,.2f}"
     )
     if report.program == "train":
-      rate, mfu = speed(c, topology, config.batch_size, model_flops)
-      lines.append(f"    {rate:,.0f} examples/s, MFU {mfu:.1%}")
+      lines.append(f"    {speed(c.seconds, topology, config.batch_size, model_flops)}")
+  if m := report.measured:
+    lines.append(
+      f"    measured {m.seconds * 1e3:,.2f} ms: "
+      f"{speed(m.seconds, topology, config.batch_size, model_flops)}; loss {m.loss:.4f}"
+    )
+    if m.memory:
+      off = report.needed / m.memory - 1
+      lines.append(f"    measured {m.memory / MIB:,.0f} MiB: the estimate is {off:+.1%} off")
   return "\n".join(lines)
 
 
-def speed(cost: Any, topology: topologies.Topology, size: int, model_flops: int):
-  """(examples/s, share of the peak that the model's FLOPs, recomputation left out, are)."""
-  per_device = model_flops / len(topology.devices)
-  return size / cost.seconds, per_device / cost.seconds / topology.chip.peak
+def speed(seconds: float, topology: topologies.Topology, size: int, model_flops: int) -> str:
+  """Of a step. MFU: the share of the peak that the model's FLOPs, recomputation left out, are."""
+  if not topology.chip:
+    return f"{size / seconds:,.0f} examples/s"
+  mfu = model_flops / len(topology.devices) / seconds / topology.chip.peak
+  return f"{size / seconds:,.0f} examples/s, MFU {mfu:.1%}"
 
 
 def describe_topology(topology: topologies.Topology) -> str:
@@ -272,7 +294,12 @@ def as_flags(change: dict[str, Any]) -> str:
 
 
 def check(
-  config: Any, topology: topologies.Topology, names: list[str], hbm: int | None, look: bool
+  config: Any,
+  topology: topologies.Topology,
+  names: list[str],
+  hbm: int | None,
+  look: bool,
+  measure: int = 0,
 ):
   """Compiles and prints. Returns (reports, FLOPs of the model, whether all of them fit)."""
   programs = compile_programs.Programs(config, topology.devices)
@@ -285,7 +312,7 @@ def check(
   model_flops = compile_programs.model_flops(config) if "train" in names else 0
   reports = []
   for name in names:
-    report = compile_one(name, programs, topology, hbm)
+    report = compile_one(name, programs, topology, hbm, measure)
     reports.append(report)
     print(describe(report, topology, config, model_flops), flush=True)
     if report.fits or not look:
@@ -307,6 +334,10 @@ def main(argv: list[str]) -> int:
     raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
   config = config_lib.resolve(_CONFIG.value, overrides)
+  if _TOPOLOGY.value != "gpu" and "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+  if _MEASURE.value and _TOPOLOGY.value.partition(":")[0] not in ("gpu", "cpu"):
+    raise app.UsageError(f"--measure runs on this machine, which has no {_TOPOLOGY.value}")
   try:
     topology = topologies.get(_TOPOLOGY.value)
   except (ValueError, RuntimeError) as e:
@@ -318,7 +349,9 @@ def main(argv: list[str]) -> int:
   for size, accumulate in sizes or [(config.batch_size, config.accumulate)]:
     config.batch_size, config.accumulate = size, accumulate
     try:
-      reports, model_flops, good = check(config, topology, _PROGRAMS.value, hbm, _SUGGEST.value)
+      reports, model_flops, good = check(
+        config, topology, _PROGRAMS.value, hbm, _SUGGEST.value, _MEASURE.value
+      )
     except ValueError as e:
       print(f"  does not run on {topology.name}: {e}", flush=True)
       fits = False

@@ -117,6 +117,11 @@ class _Model:
         out.bytes += copied
         copier = max(copier, now) + self._over(copied, "bandwidth")
         due[op.name] = copier
+      elif op.kind == "fusion-start":  # on GPUs, a slice copied in or out of a loop's arrays
+        moved = self.module.traffic(op, comp)
+        out.bytes += moved
+        copier = max(copier, now) + self._over(moved, "bandwidth")
+        due[op.name] = copier
       elif op.kind.endswith("-done"):
         until = due.get(op.operands[0], 0.0)
         if op.kind.removesuffix("-done") in hlo.COLLECTIVES:

@@ -39,6 +39,8 @@ FREE = frozenset(
 _NAME = re.compile(r"%([\w.\-]+)")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LIBRARY_DOT = r'"lhs_contracting_dimensions":\[([^\]]*)\]'  # of a call of cuBLAS
+_LIBRARY_ATTENTION = r'custom_call_target="__cudnn\$fmha(\w+)"'
+_SCORES = r'"intermediate_tensor_shape":\{.*?"dimensions":\[([^\]]*)\]'  # [B, H, Q, K] of it
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -181,6 +183,11 @@ class Module:
       lhs = comp.operand(op, 0).shapes[0]
       contract = _numbers(op.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
       return 2 * math.prod(op.shapes[0].dims) * math.prod(lhs.dims[i] for i in contract)
+    if op.kind == "custom-call" and (name := op.attribute(_LIBRARY_ATTENTION)):
+      scores = [int(d) for d in re.findall(r"\d+", op.attribute(_SCORES))]
+      # Backward the scores are made again, for the gradients of values, weights, queries and keys.
+      products = 5 if "Backward" in name else 2
+      return products * 2 * math.prod(scores) * comp.operand(op, 0).shapes[0].dims[-1]
     if op.kind == "custom-call" and (dims := op.attribute(_LIBRARY_DOT)):
       lhs = comp.operand(op, 0).shapes[0]
       contract = [int(d) for d in re.findall(r"\d+", dims)]
@@ -194,7 +201,7 @@ class Module:
   def traffic(self, op: Op, comp: Computation) -> int:
     """Bytes that it reads from and writes to HBM; of what is sliced or updated, that part alone."""
     sources = [comp.by_name[n] for n in op.operands if n in comp.by_name]
-    if op.kind == "fusion" and (inner := self.called(op)):
+    if op.kind in ("fusion", "fusion-start") and (inner := self.called(op)):
       return self._fusion_traffic(op, sources, inner)
     out = sum(s.hbm for s in op.shapes)
     if op.kind in ("dynamic-slice", "slice", "gather"):
@@ -215,9 +222,12 @@ class Module:
       total += min(whole, self._read(parameters[i], inner)) if i in parameters else whole
     root = inner.root
     results = [inner.by_name[n] for n in root.operands] if root.kind == "tuple" else [root]
-    if len(results) != len(op.shapes):
-      return total + sum(s.hbm for s in op.shapes)
-    for shape, result in zip(op.shapes, results, strict=True):
+    shapes = op.shapes
+    if op.kind == "fusion-start":  # its own are those of operands and results
+      shapes = tuple(s for r in results for s in r.shapes)
+    if len(results) != len(shapes):
+      return total + sum(s.hbm for s in shapes)
+    for shape, result in zip(shapes, results, strict=True):
       result = _through_bitcasts(result, inner)
       if result.kind == "dynamic-update-slice":
         total += inner.operand(result, 1).bytes if shape.memory == 0 else 0
