@@ -4,7 +4,9 @@ import contextlib
 import logging
 import pathlib
 import shutil
+import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,55 @@ def written(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def copied(written, tmp_path) -> pathlib.Path:
   return pathlib.Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def test_the_next_step_does_not_wait_for_a_copy_on_the_devices(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "_room_for", lambda state: True)
+  with contextlib.closing(opened(tmp_path)) as checkpoints:
+    going, go = threading.Event(), threading.Event()
+    real = checkpoints.writer.save
+
+    def slow(*args, **kw):
+      going.set()
+      assert go.wait(60)
+      real(*args, **kw)
+
+    monkeypatch.setattr(checkpoints.writer, "save", slow)
+    for step in (3, 6):
+      state = state_of(step)
+      checkpoints.save(step, state, META)  # returns, though nothing has been written
+      assert going.wait(60) and not checkpoints.pending.done()
+      for x in jax.tree.leaves(state):
+        x.delete()  # what a step does with the state that it is given
+      go.set()
+      checkpoints.wait()
+      assert same(checkpoints.restore(step, want()), step)
+      going.clear(), go.clear()
+    # A failure is told by the next call, as any other.
+    monkeypatch.setattr(checkpoints.writer, "save", lambda *args, **kw: 1 / 0)
+    checkpoints.save(9, state_of(9), META)
+    with pytest.raises(checkpoint.CheckpointError, match="the latest is of step 6"):
+      checkpoints.wait()
+
+
+@pytest.mark.parametrize(
+  "limit, in_use, peak, fits",
+  [
+    (60_000, 9_000, 20_000, True),
+    (60_000, 9_000, 40_000, False),  # 20 left: not for 8 and for 31 of a step
+    (None, 9_000, 20_000, False),
+  ],
+)
+def test_room_beside_a_step(limit, in_use, peak, fits):
+  stats = {"bytes_in_use": in_use, "peak_bytes_in_use": peak}
+  stats |= {"bytes_limit": limit} if limit else {}
+
+  class Device:
+    memory_stats = staticmethod(lambda: stats)
+
+  device = Device()
+  shard = types.SimpleNamespace(device=device, data=np.zeros(1000))
+  assert checkpoint._room_for([types.SimpleNamespace(addressable_shards=[shard])]) == fits
 
 
 def files_of(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:

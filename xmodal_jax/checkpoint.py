@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -71,7 +72,11 @@ class Checkpoints:
     meta: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
   ) -> None:
-    """Starts to write `state`; metrics are those of an evaluation of this very state."""
+    """Starts to write `state`; metrics are those of an evaluation of this very state.
+
+    Blocks while the state is copied: on the devices where they have room for it beside the next
+    steps, which takes milliseconds, otherwise to the host.
+    """
     self.wait()
     folder = self.steps.folder(step)
     if _together("save", folder.exists)[0]:
@@ -80,6 +85,11 @@ class Checkpoints:
       # Its evaluation was interrupted and has now been done: only the metrics are new, but a
       # checkpoint is written once.
       _first_does("save", lambda: self.steps.make_room(step))
+    # Orbax's barriers are collectives of the devices: those of a thread could meet the next step's
+    # in another order on every process.
+    on_devices = jax.process_count() == 1 and _room_for(state)
+    if on_devices:
+      state = _copy(state)
     items = dict(
       model=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
       train=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -87,9 +97,19 @@ class Checkpoints:
     )
     if metrics:
       items["metrics"] = ocp.args.JsonSave(dict(metrics))
+    held = [ocp.args.Composite(**items)]
+    if on_devices:
+      self.pending = self.pool.submit(self._write, step, held)
+      return
     with self._writing():
-      self.writer.save(folder, args=ocp.args.Composite(**items))
+      self.writer.save(folder, args=held.pop())
     self.pending = self.pool.submit(self._finish, step)
+
+  def _write(self, step: int, held: list[ocp.args.Composite]) -> None:
+    """In the background: Orbax's copy to the host; with what `held` has the copy on the devices
+    goes."""
+    self.writer.save(self.steps.folder(step), args=held.pop())
+    self._finish(step)
 
   def _finish(self, step: int) -> None:
     """In the background: waits for Orbax, then makes the step whole and forgets older ones."""
@@ -297,6 +317,30 @@ class Checkpoints:
       "Put back a copy of a step's folder, with its manifest and named by the step alone. To begin "
       "anew, take another --workdir, or remove this folder"
     )
+
+
+def _room_for(state: Any) -> bool:
+  """Whether every device holds a copy of its part of the state beside a step's temporaries, also
+  where the copy takes the place in which they were before. False where nothing is known (CPU)."""
+  parts: dict[jax.Device, int] = {}
+  for x in jax.tree.leaves(state):
+    for shard in x.addressable_shards:
+      parts[shard.device] = parts.get(shard.device, 0) + shard.data.nbytes
+
+  def fits(device: jax.Device, part: int) -> bool:
+    stats = device.memory_stats() or {}
+    if not {"bytes_limit", "bytes_in_use", "peak_bytes_in_use"} <= stats.keys():
+      return False
+    peak = stats["peak_bytes_in_use"]
+    return stats["bytes_limit"] - peak > part + peak - stats["bytes_in_use"]
+
+  return all(fits(*item) for item in parts.items())
+
+
+def _copy(state: Any) -> Any:
+  """The state in other memory of the same devices: the next step donates its own."""
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings)(state)
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
