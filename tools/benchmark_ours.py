@@ -77,7 +77,7 @@ def inputs(args: argparse.Namespace, size: int, vocab: int) -> dict[str, np.ndar
   }
 
 
-def matmul_peak(dtype: str) -> float:
+def matmul_peak(dtype: str = "float32") -> float:
   """GFLOP/s of a matmul of 2048 x 2048, on an accelerator 8192 x 8192, best of a few: what the
   cores can do now."""
   import jax
