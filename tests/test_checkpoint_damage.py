@@ -70,8 +70,12 @@ def test_the_next_step_does_not_wait_for_a_copy_on_the_devices(tmp_path, monkeyp
       real(*args, **kw)
 
     monkeypatch.setattr(checkpoints.writer, "save", slow)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     for step in (3, 6):
       state = state_of(step)
+      cut = jax.device_put(state.params["w"], rows)
+      assert jnp.copy(cut).sharding == rows  # each device copies its own part
       checkpoints.save(step, state, META)  # returns, though nothing has been written
       assert going.wait(60) and not checkpoints.pending.done()
       for x in jax.tree.leaves(state):
@@ -102,9 +106,9 @@ def test_room_beside_a_step(limit, in_use, peak, fits):
   class Device:
     memory_stats = staticmethod(lambda: stats)
 
-  device = Device()
-  shard = types.SimpleNamespace(device=device, data=np.zeros(1000))
-  assert checkpoint._room_for([types.SimpleNamespace(addressable_shards=[shard])]) == fits
+  halves = types.SimpleNamespace(shard_shape=lambda s: (s[0] // 2,), device_set={Device()})
+  x = types.SimpleNamespace(shape=(2000,), dtype=np.dtype("float64"), sharding=halves)
+  assert checkpoint._room_for([x]) == fits
 
 
 def files_of(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:

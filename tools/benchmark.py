@@ -14,7 +14,8 @@
 Every side runs in a process of its own that stays alive, on the same cores with the same number of
 threads, and on the GPU of the machine where there is one (JAX_PLATFORMS=cpu: not). Sides take turns
 (ours, theirs, ours, ...), so that a busy machine is as busy for both, and the ratio is reported
-pair by pair. The waiting side sleeps; its CPU time is reported to prove it.
+pair by pair. The waiting side sleeps; its CPU time is reported to prove it (that of a DataLoader's
+processes is in neither).
 Of several forms of the other side (attention, memory format, compilation) the fastest counts;
 those of `rerank` are of three kinds (query by query, in batches, on our plan), those of
 `local_scores` too (expanded over all pairs, over a picture's, not expanded), those of
@@ -141,6 +142,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   for name in ("against", "form", "data_dir"):
     setattr(args, name, getattr(args, name, None))
+  args.run_steps = getattr(args, "run_steps", 1)
   if args.command == "ranks":
     args.repeats, args.warmup = 1, 0
   return args

@@ -102,7 +102,7 @@ def about(args: argparse.Namespace, params: Any, flops: int) -> dict[str, Any]:
   device = jax.devices()[0]
   memory = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
   return {
-    "examples": args.batch * getattr(args, "run_steps", 1),
+    "examples": args.batch * args.run_steps,
     "parameters": size_of(params),
     "flops": flops,
     "peak_gflops_per_s": lambda: matmul_peak(args.dtype),
@@ -201,13 +201,12 @@ def stepper(
     batch = sharding.put_batch(inputs(args, size, model["text"]["vocab"]), rows)
     following = lambda: batch
   info = about(args, state.params, flops.count(jax.make_jaxpr(plain)(state, following())))
-  steps = getattr(args, "run_steps", 1)
-  info["flops"] *= steps
+  info["flops"] *= args.run_steps
   held = [state]
   del state
 
   def run():
-    for _ in range(steps):
+    for _ in range(args.run_steps):
       held[0], metrics = train(held[0], following())
     jax.block_until_ready((held[0], metrics))
     info["loss"] = float(metrics["loss"])

@@ -19,8 +19,6 @@ Form = tuple[Callable[[], None], dict[str, Any]]
 # Where our side is too: JAX takes the GPU unless it is told not to.
 _GPU = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
 DEVICE = torch.device("cuda" if _GPU else "cpu")
-# Of a pixel, as CLIP's preprocessing has them.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
@@ -91,7 +89,7 @@ class Pictures(torch.utils.data.Dataset):
 
     self.split = records.open_split(args.data_dir, args.split)
     self.transform, self.tokenize = image.clip_transform(size), text.make_tokenizer("clip_bpe")
-    self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (clip_itm.MEAN, clip_itm.STD))
 
   def __len__(self) -> int:
     return len(self.split)
@@ -168,7 +166,7 @@ def autocast(args: argparse.Namespace):
 def info_of(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
   memory = lambda: torch.cuda.max_memory_allocated() / 1e9 if _GPU else 0.0
   return {
-    "examples": args.batch * getattr(args, "run_steps", 1),
+    "examples": args.batch * args.run_steps,
     "parameters": sum(p.numel() for p in model.parameters()),
     "device": torch.cuda.get_device_name() if _GPU else "cpu",
     "device_gb": memory,

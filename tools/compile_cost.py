@@ -23,7 +23,10 @@ import numpy as np
 import topologies
 
 HOP = 1e-6  # seconds that a message needs for a link, whatever its size
-COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+COPIES = (
+  *("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start"),
+  "fusion-start",  # on GPUs, a slice copied in or out of a loop's arrays
+)
 
 
 @dataclasses.dataclass
@@ -113,14 +116,9 @@ class _Model:
       if op.kind in hlo.FREE:
         continue
       if op.kind in COPIES:
-        copied = next((u.bytes for u in comp.users.get(op.name, ()) if u.kind.endswith("-done")), 0)
+        copied = self._copied(op, comp)
         out.bytes += copied
         copier = max(copier, now) + self._over(copied, "bandwidth")
-        due[op.name] = copier
-      elif op.kind == "fusion-start":  # on GPUs, a slice copied in or out of a loop's arrays
-        moved = self.module.traffic(op, comp)
-        out.bytes += moved
-        copier = max(copier, now) + self._over(moved, "bandwidth")
         due[op.name] = copier
       elif op.kind.endswith("-done"):
         until = due.get(op.operands[0], 0.0)
@@ -166,6 +164,12 @@ class _Model:
     # However well they overlap, operations and copies share one memory.
     out.seconds = max(now, self._over(out.bytes, "bandwidth"))
     return out
+
+  def _copied(self, op: hlo.Op, comp: hlo.Computation) -> int:
+    """Bytes of HBM traffic of what is started here."""
+    if op.kind == "fusion-start":
+      return self.module.traffic(op, comp)
+    return next((u.bytes for u in comp.users.get(op.name, ()) if u.kind.endswith("-done")), 0)
 
   def _over(self, amount: float, speed: str) -> float:
     return amount / getattr(self.chip, speed) if self.chip else 0.0

@@ -9,6 +9,7 @@ import compile_programs
 import jax
 import numpy as np
 
+from xmodal_jax import sharding
 from xmodal_jax import step as step_lib
 
 WARMUP = 3  # steps before those that are timed
@@ -32,6 +33,7 @@ def measure(programs: compile_programs.Programs, compiled: Any, steps: int) -> M
   init = lambda: step_lib.init_state(programs.built.model, programs.tx)
   state = jax.jit(init, out_shardings=programs.shardings)()
   batch = noise(programs.training[1], programs.config.model.text.vocab)
+  batch = sharding.put_batch(batch, programs.built.rows)
   for _ in range(WARMUP):
     state, metrics = compiled(state, batch)
   jax.block_until_ready(state)
@@ -48,8 +50,8 @@ def measure(programs: compile_programs.Programs, compiled: Any, steps: int) -> M
   return Measured(seconds, max(peaks, default=None), loss)
 
 
-def noise(fields: compile_programs.Arrays, vocab: int) -> dict[str, jax.Array]:
-  """A batch of these shapes, on its devices: every picture another one, no words padded."""
+def noise(fields: compile_programs.Arrays, vocab: int) -> dict[str, np.ndarray]:
+  """A batch of these shapes: every picture another one, no words padded."""
   rng = np.random.default_rng(0)
 
   def make(name: str, x: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -61,4 +63,4 @@ def noise(fields: compile_programs.Arrays, vocab: int) -> dict[str, jax.Array]:
       return np.arange(x.shape[0], dtype=x.dtype)
     return rng.integers(0, 256 if x.dtype == np.uint8 else vocab, x.shape, x.dtype)
 
-  return {k: jax.device_put(make(k, x), x.sharding) for k, x in fields.items()}
+  return {k: make(k, x) for k, x in fields.items()}

@@ -88,8 +88,8 @@ class Checkpoints:
     # Orbax's barriers are collectives of the devices: those of a thread could meet the next step's
     # in another order on every process.
     on_devices = jax.process_count() == 1 and _room_for(state)
-    if on_devices:
-      state = _copy(state)
+    if on_devices:  # in other memory: the next step donates its own
+      state = jax.tree.map(jnp.copy, state)
     items = dict(
       model=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
       train=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -322,25 +322,17 @@ class Checkpoints:
 def _room_for(state: Any) -> bool:
   """Whether every device holds a copy of its part of the state beside a step's temporaries, also
   where the copy takes the place in which they were before. False where nothing is known (CPU)."""
-  parts: dict[jax.Device, int] = {}
-  for x in jax.tree.leaves(state):
-    for shard in x.addressable_shards:
-      parts[shard.device] = parts.get(shard.device, 0) + shard.data.nbytes
+  leaves = jax.tree.leaves(state)
+  part = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
-  def fits(device: jax.Device, part: int) -> bool:
+  def fits(device: jax.Device) -> bool:
     stats = device.memory_stats() or {}
     if not {"bytes_limit", "bytes_in_use", "peak_bytes_in_use"} <= stats.keys():
       return False
     peak = stats["peak_bytes_in_use"]
     return stats["bytes_limit"] - peak > part + peak - stats["bytes_in_use"]
 
-  return all(fits(*item) for item in parts.items())
-
-
-def _copy(state: Any) -> Any:
-  """The state in other memory of the same devices: the next step donates its own."""
-  shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings)(state)
+  return all(map(fits, leaves[0].sharding.device_set))
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
