@@ -290,9 +290,11 @@ def test_what_does_not_fit_gets_a_change_that_does():
   assert not report.fits
   assert "train: DOES NOT FIT" in compile_check.describe(report, topology, config, 0)
   # No stack of the toy has a policy, so the first change is parts.
-  change, better, new = compile_check.suggest(config, report, topology)
-  assert list(change) == ["accumulate"] and new.accumulate == change["accumulate"] > 1
-  assert better.fits and better.needed <= report.hbm
+  reports, _, fits = compile_check.check(config, topology, ["train"], report.hbm, True)
+  whole, better = reports
+  assert not fits and not whole.fits and better.fits and better.needed <= report.hbm
+  assert better.accumulate > whole.accumulate == 1
+  assert better.change == f"--config.accumulate={better.accumulate}"
 
 
 def test_measured_stands_beside_the_estimate():

@@ -71,6 +71,7 @@ class Report:
   cost: compile_cost.Cost | None = None
   measured: compile_measure.Measured | None = None
   error: str = ""
+  accumulate: int = 1  # parts of the batch
   change: str = ""  # of the config that it is a report of, where it was looked for
 
   @property
@@ -313,6 +314,7 @@ def check(
   reports = []
   for name in names:
     report = compile_one(name, programs, topology, hbm, measure)
+    report.accumulate = config.accumulate
     reports.append(report)
     print(describe(report, topology, config, model_flops), flush=True)
     if report.fits or not look:
@@ -322,7 +324,7 @@ def check(
       print("    no change that is known here makes it fit: take more or larger chips")
       continue
     change, better, new = found
-    better.change = as_flags(change)
+    better.accumulate, better.change = new.accumulate, as_flags(change)
     reports.append(better)
     print(f"    it fits with {better.change}:")
     print(describe(better, topology, new, model_flops), flush=True)
@@ -358,8 +360,7 @@ def main(argv: list[str]) -> int:
       continue
     fits = fits and good
     about = dict(topology=topology.name, devices=len(topology.devices), batch_size=size)
-    about |= dict(accumulate=accumulate, model_flops=model_flops)
-    about |= dict(peak=topology.chip and topology.chip.peak)
+    about |= dict(model_flops=model_flops, peak=topology.chip and topology.chip.peak)
     entries += [about | r.to_json() for r in reports]
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps(entries, indent=1))
