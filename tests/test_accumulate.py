@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax.extend import core
 
 from xmodal_jax import build, models, sharding
 from xmodal_jax import step as step_lib
@@ -166,6 +167,33 @@ def test_memory_is_that_of_a_part():
   whole, parts = temporaries("zerovl", 1, 128), temporaries("zerovl", 4, 128)
   part = temporaries("zerovl", 1, 32)
   assert parts < 1.5 * part < 0.6 * whole
+
+
+def permuted(jaxpr, times: int = 1) -> int:
+  """Numbers that a device hands on in rings, in all iterations of its loops."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "ppermute":
+      total += times * sum(v.aval.size for v in eqn.outvars)
+    inner = times * eqn.params.get("length", 1)
+    total += sum(permuted(sub, inner) for sub in core.jaxprs_in_params(eqn.params))
+  return total
+
+
+def test_parts_need_no_ring_of_their_own():
+  """TEAM's sampled negatives are fetched for all parts, not again where a part is recomputed."""
+
+  def moved(accumulate):
+    config = tiny.team("unused", batch_size=BATCH, accumulate=accumulate)
+    built = build.Built(config)
+    b = batch(config)
+
+    def loss(params):
+      return nnx.merge(built.graphdef, params, {}).loss(b, jax.random.key(0))[0]
+
+    return permuted(jax.make_jaxpr(jax.grad(loss))(nnx.to_pure_dict(built.params)).jaxpr)
+
+  assert 0 < moved(2) <= moved(1)
 
 
 @pytest.mark.parametrize(

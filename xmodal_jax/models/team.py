@@ -193,21 +193,24 @@ class TEAM(system.System):
 
     def own_picture(part, key):
       """Each picture with its text and the wrong ones: [b, 1 + n, K]."""
-      wrong = part["wrong"]
-      captions = join(part["text"], take(text, wrong)), join(part["mask"], take(mask, wrong))
+      wrong_text, wrong_mask = part["wrong"]
+      captions = join(part["text"], wrong_text), join(part["mask"], wrong_mask)
       return self.matching(part["image"], *captions, key)
 
     def wrong_pictures(part, key):
       """Each text with the wrong pictures: [b, n, K]."""
-      b, n = part["wrong"].shape
-      other = take(tokens_of, part["wrong"])  # [b, n, P, D]
+      b, n = part["wrong"].shape[:2]
       each = lambda x: jnp.repeat(x, n, axis=0)[:, None]  # [b n, 1, ...]
-      other = other.reshape(-1, *other.shape[2:])
-      return self.matching(other, each(part["text"]), each(part["mask"]), key).reshape(b, n, -1)
+      pictures = part["wrong"].reshape(b * n, *part["wrong"].shape[2:])
+      return self.matching(pictures, each(part["text"]), each(part["mask"]), key).reshape(b, n, -1)
 
+    # Fetched before the batch is cut into parts: a part would ask the whole ring once more when it
+    # is computed again for its gradient, and the rows are few next to what the blocks keep.
     rows = dict(text=text, mask=mask)
-    own = self.chunked(own_picture, rows | dict(image=tokens_of, wrong=wrong_texts.index), k_own)
-    other = self.chunked(wrong_pictures, rows | dict(wrong=wrong_images.index), k_wrong)
+    wrong = take(text, wrong_texts.index), take(mask, wrong_texts.index)
+    own = self.chunked(own_picture, rows | dict(image=tokens_of, wrong=wrong), k_own)
+    wrong = take(tokens_of, wrong_images.index)  # [B, n, P, D]
+    other = self.chunked(wrong_pictures, rows | dict(wrong=wrong), k_wrong)
     return own[:, 0], jnp.concatenate([other, own[:, 1:]], axis=1)
 
   def align(self, images, texts, batch, key):
