@@ -290,11 +290,10 @@ def test_what_does_not_fit_gets_a_change_that_does():
   assert not report.fits
   assert "train: DOES NOT FIT" in compile_check.describe(report, topology, config, 0)
   # No stack of the toy has a policy, so the first change is parts.
-  reports, _, fits = compile_check.check(config, topology, ["train"], report.hbm, True)
-  whole, better = reports
-  assert not fits and not whole.fits and better.fits and better.needed <= report.hbm
-  assert better.accumulate > whole.accumulate == 1
-  assert better.change == f"--config.accumulate={better.accumulate}"
+  change, better, new = compile_check.suggest(config, report, topology)
+  assert list(change) == ["accumulate"] and new.accumulate == change["accumulate"] > 1
+  assert better.fits and better.needed <= report.hbm
+  assert (report.accumulate, better.accumulate) == (1, new.accumulate)
 
 
 def test_measured_stands_beside_the_estimate():
@@ -315,7 +314,7 @@ def test_changes_go_from_cheap_to_dear():
   spec = importlib.util.spec_from_file_location("team", ROOT / "configs/team_pretrain.py")
   spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
   config = config_lib.resolve(module.get_config("clip_l14"))
-  report = compile_check.Report("train", needed=2e9, hbm=10**9, arguments=10**8)
+  report = compile_check.Report("train", needed=2e9, hbm=10**9, accumulate=1, arguments=10**8)
   order = [compile_check.as_flags(c) for c in compile_check.changes(config, report, 8)]
   keeps = "dots_with_no_batch_dims_saveable"
   assert order[0] == f"--config.model.matching.remat={keeps} --config.model.text.remat={keeps}"

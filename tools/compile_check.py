@@ -62,6 +62,7 @@ class Report:
   program: str
   needed: float
   hbm: int | None
+  accumulate: int  # parts of the batch
   arguments: int = 0
   outputs: int = 0  # those that do not take the place of arguments
   temporaries: int = 0
@@ -71,7 +72,6 @@ class Report:
   cost: compile_cost.Cost | None = None
   measured: compile_measure.Measured | None = None
   error: str = ""
-  accumulate: int = 1  # parts of the batch
   change: str = ""  # of the config that it is a report of, where it was looked for
 
   @property
@@ -96,6 +96,7 @@ def compile_one(
 
   measure: how many steps to run of a training step that fits.
   """
+  accumulate = programs.config.accumulate
   start = time.perf_counter()
   lowered = programs.lower[name]()
   traced = time.perf_counter()
@@ -105,7 +106,7 @@ def compile_one(
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
     state = _argument_bytes(programs) if name == "train" else 0
-    return Report(name, _needed(str(e)), hbm, state, error=str(e).splitlines()[0])
+    return Report(name, _needed(str(e)), hbm, accumulate, state, error=str(e).splitlines()[0])
   m = compiled.memory_analysis()
   done = time.perf_counter()
   outputs = m.output_size_in_bytes - m.alias_size_in_bytes
@@ -116,7 +117,8 @@ def compile_one(
     m.generated_code_size_in_bytes,
   )
   cost = compile_cost.of(compiled.as_text(), topology, list(programs.built.mesh.devices.flat))
-  report = Report(name, sum(parts), hbm, *parts, traced - start, done - traced, cost)
+  times = traced - start, done - traced
+  report = Report(name, sum(parts), hbm, accumulate, *parts, *times, cost)
   if measure and name == "train" and report.fits:
     report.measured = compile_measure.measure(programs, compiled, measure)
   return report
@@ -314,7 +316,6 @@ def check(
   reports = []
   for name in names:
     report = compile_one(name, programs, topology, hbm, measure)
-    report.accumulate = config.accumulate
     reports.append(report)
     print(describe(report, topology, config, model_flops), flush=True)
     if report.fits or not look:
@@ -324,7 +325,7 @@ def check(
       print("    no change that is known here makes it fit: take more or larger chips")
       continue
     change, better, new = found
-    better.accumulate, better.change = new.accumulate, as_flags(change)
+    better.change = as_flags(change)
     reports.append(better)
     print(f"    it fits with {better.change}:")
     print(describe(better, topology, new, model_flops), flush=True)
