@@ -21,7 +21,7 @@ ViT from scratch for two CPU cores: point --config.data.dir at a prepared Flickr
 import math
 
 from xmodal_jax import config as base
-from xmodal_jax.models import clip_itm
+from xmodal_jax.models import clip
 
 FILES = {
   "rn50": "RN50.pt",
@@ -39,7 +39,7 @@ FILES = {
 def get_config(variant=None):
   variant = variant or "vit_b32"
   c = base.base()
-  c.model.update(clip_itm.preset(variant))
+  c.model.update(clip.preset(variant))
   if variant.startswith("vit_l14"):
     c.model.remat = "nothing_saveable"
   c.data.tfds = "coco_captions"
@@ -65,7 +65,7 @@ def get_config(variant=None):
   half = {
     "dtype": "float16",
     "optim/round_to": "float16",
-    "optim/round_paths": clip_itm.HALF_PATHS,
+    "optim/round_paths": clip.HALF_PATHS,
     "eval/score_dtype": "float16",
   }
   c.recipes.original = original

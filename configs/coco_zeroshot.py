@@ -19,12 +19,12 @@ They were scored in fp16, which ties many captions; float32 (the default here) d
 """
 
 from xmodal_jax import config as base
-from xmodal_jax.models import clip_itm
+from xmodal_jax.models import clip
 
 
 def get_config(variant=None):
   c = base.base()
-  c.model.update(clip_itm.preset(variant or "vit_b32"))
+  c.model.update(clip.preset(variant or "vit_b32"))
   c.data.tfds = "coco_captions"
   c.eval.folds = 5
   return c

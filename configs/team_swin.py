@@ -4,7 +4,8 @@
 """
 
 from xmodal_jax import config as base
-from xmodal_jax.models import swin, team
+from xmodal_jax.models import team
+from xmodal_jax.models.towers import swin
 
 
 def get_config(variant=None):

@@ -9,9 +9,12 @@ import numpy as np
 import tiny
 from flax import nnx
 
-from xmodal_jax import convert, init, optim
-from xmodal_jax import step as step_lib
-from xmodal_jax.models import clip_itm
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import clip as clip_rules
+from xmodal_jax.interop import conversion
+from xmodal_jax.models import clip
+from xmodal_jax.optim import factory, schedules, train_state
+from xmodal_jax.runtime import step as step_lib
 
 
 def config(name: str) -> dict:
@@ -31,27 +34,27 @@ class Golden:
   """graphdef, params, stats of model `name` ("vit", "rn") with the weights of `file`."""
 
   def __init__(self, name: str, file: str = "state_dict.pth", dtype=jnp.float32):
-    build = lambda: clip_itm.build(config(name), dtype=dtype, rngs=nnx.Rngs(0))
+    build = lambda: clip.build(config(name), dtype=dtype, rngs=nnx.Rngs(0))
     self.graphdef, params, stats = step_lib.split(nnx.eval_shape(build))
     path = golden_files.path("clip", name, file)
-    params, stats, _ = init.load(str(path), "clip", params, stats)
+    params, stats, _ = restore.load(str(path), "clip", params, stats)
     self.params, self.stats = jax.tree.map(jnp.asarray, (params, stats))
 
-  def model(self) -> clip_itm.CLIP:
+  def model(self) -> clip.CLIP:
     return nnx.merge(self.graphdef, self.params, self.stats)
 
-  def state(self, tx) -> step_lib.TrainState:
+  def state(self, tx) -> train_state.TrainState:
     # Copies: the step donates its state.
     params, stats = jax.tree.map(jnp.copy, (self.params, self.stats))
-    return step_lib.TrainState(jnp.int32(0), params, stats, tx.init(params))
+    return train_state.TrainState(jnp.int32(0), params, stats, tx.init(params))
 
 
 def to_torch(*trees) -> dict[str, np.ndarray]:
   """Parameters or gradients under the names and layouts of the state dict."""
   leaves = {}
   for tree in trees:
-    leaves |= {k: np.asarray(v) for k, v in init.flat(tree).items()}
-  return dict(convert.arrays(convert.to_torch(leaves, clip_itm.RULES)))
+    leaves |= {k: np.asarray(v) for k, v in restore.flat(tree).items()}
+  return dict(conversion.arrays(conversion.to_torch(leaves, clip_rules.RULES)))
 
 
 def drop_null(key: str, value: np.ndarray) -> np.ndarray:
@@ -81,13 +84,13 @@ def optimizer(train: dict, schedule, params, **changes):
     round_to="",
     round_paths=(),
   )
-  return optim.make_optimizer(tiny.optim(**c | changes), schedule, params)
+  return factory.make_optimizer(tiny.optim(**c | changes), schedule, params)
 
 
-def schedule(train: dict, run: optim.Run):
+def schedule(train: dict, run: schedules.Run):
   warmup = f"{train['warmup']} steps"
   c = tiny.optim(lr=train["lr"], warmup=warmup, end=0.0, schedule="clip_itm")
-  return optim.make_schedule(c, run)
+  return schedules.make_schedule(c, run)
 
 
 def batch(images: np.ndarray, tokens: np.ndarray) -> dict:

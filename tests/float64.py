@@ -10,6 +10,6 @@ import jax.numpy as jnp
 if jax.config.jax_enable_x64:
   jnp.float32 = jnp.float64
 
-  from xmodal_jax import build
+  from xmodal_jax.runtime import setup
 
-  build.compute_dtype = lambda *_: jnp.dtype("float64")
+  setup.compute_dtype = lambda *_: jnp.dtype("float64")

@@ -8,9 +8,12 @@ import numpy as np
 from flax import nnx
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import convert, init, optim, torch_files
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.interop import hat as hat_rules
 from xmodal_jax.models import hat
+from xmodal_jax.optim import factory, schedules
+from xmodal_jax.runtime import step as step_lib
 
 MANIFEST = golden_files.manifest("hat")
 CONFIG, TOLERANCE = MANIFEST["config"], MANIFEST["tolerance"]
@@ -66,13 +69,13 @@ class Golden:
 
     def build():
       model = hat.build(self.config, rngs=nnx.Rngs(0))
-      model.rows = rows
+      model.batch_sharding = rows
       return model
 
     self.graphdef, params, _ = step_lib.split(nnx.eval_shape(build))
-    want = init.flat(nnx.to_pure_dict(params))
-    flat, self.report = convert.to_jax(state_dict(), hat.RULES, want)
-    self.params = init.nested({k: jnp.asarray(v) for k, v in flat.items()})
+    want = restore.flat(nnx.to_pure_dict(params))
+    flat, self.report = conversion.to_jax(state_dict(), hat_rules.RULES, want)
+    self.params = restore.nested({k: jnp.asarray(v) for k, v in flat.items()})
 
   def model(self) -> hat.HAT:
     return nnx.merge(self.graphdef, self.params, {})
@@ -93,8 +96,8 @@ def batch(index: int = 0) -> dict:
 
 
 def to_torch(tree) -> dict[str, np.ndarray]:
-  leaves = {k: np.asarray(v) for k, v in init.flat(tree).items()}
-  return dict(convert.arrays(convert.to_torch(leaves, hat.RULES)))
+  leaves = {k: np.asarray(v) for k, v in restore.flat(tree).items()}
+  return dict(conversion.arrays(conversion.to_torch(leaves, hat_rules.RULES)))
 
 
 def recorded(arrays, prefix: str) -> dict[str, np.ndarray]:
@@ -146,7 +149,7 @@ def optimizer(schedule, params, freeze=(), steps_per_epoch: int = 0):
   with c.ignore_type():
     (c.b1, c.b2), c.eps, c.weight_decay = a["betas"], a["eps"], a["weight_decay"]
     c.freeze = freeze
-  return optim.make_optimizer(c, schedule, params, (), steps_per_epoch)
+  return factory.make_optimizer(c, schedule, params, (), steps_per_epoch)
 
 
 def schedule(epochs: int, steps_per_epoch: int = 1):
@@ -154,5 +157,5 @@ def schedule(epochs: int, steps_per_epoch: int = 1):
   c.lr, c.schedule, c.warmup = CONFIG["learning_rate"], "step", "0 steps"
   c.step_every, c.step_factor = f"{s['step_size']} epochs", s["gamma"]
   size = CONFIG["batch"]
-  run = optim.Run(steps_per_epoch * size, size, f"{epochs} epochs")
-  return optim.make_schedule(c, run)
+  run = schedules.Run(steps_per_epoch * size, size, f"{epochs} epochs")
+  return schedules.make_schedule(c, run)

@@ -20,7 +20,11 @@ import programs
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xmodal_jax import build, checkpoint, evaluate, hosts, logs, sharding, train, workdir
+from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.distributed import processes, sharding
+from xmodal_jax.evaluation import retrieval
+from xmodal_jax.runtime import logs, setup, workdir
+from xmodal_jax.training import loop
 
 JOB, INDEX = json.loads(pathlib.Path(sys.argv[1]).read_text()), int(sys.argv[2])
 FOLDER = pathlib.Path(sys.argv[1]).parent
@@ -80,11 +84,11 @@ def arm(moment: str, what: str, step: int = STEP) -> None:
 
       return train_step
 
-    patch(build.Built, "train_step", make)
+    patch(setup.Built, "train_step", make)
   elif moment == "train":  # while steps are under way
     patch(logs.Clock, "tick", before(what, step))
   elif moment == "eval":  # before pictures and texts are encoded
-    patch(evaluate.Evaluator, "encode", before(what))
+    patch(retrieval.Evaluator, "encode", before(what))
   elif moment == "save":  # while files are written
 
     def make(original):
@@ -97,7 +101,7 @@ def arm(moment: str, what: str, step: int = STEP) -> None:
 
       return save
 
-    patch(checkpoint.Checkpoints, "save", make)
+    patch(checkpointer.Checkpoints, "save", make)
   else:
     raise ValueError(moment)
 
@@ -115,9 +119,9 @@ def one(run: dict) -> dict:
     workdir.check_processes(config, str(folder), "train")
   if barrier := run.get("barrier"):
     if barrier["missing"] != INDEX:
-      hosts.barrier("lunch", barrier["seconds"])
+      processes.barrier("lunch", barrier["seconds"])
     return {}
-  mode = dict(train=train.train, eval=evaluate.evaluate)
+  mode = dict(train=loop.train, eval=retrieval.evaluate)
   results = mode[run.get("mode", "train")](config, str(folder))
   while UNDO:
     UNDO.pop()()
@@ -140,13 +144,13 @@ def checkpoints_of(folder: pathlib.Path) -> list[int]:
 
 
 def main() -> None:
-  hosts.initialize(JOB["address"], JOB["count"], INDEX)
-  with hosts.together(), programs.remembered():
+  processes.initialize(JOB["address"], JOB["count"], INDEX)
+  with processes.together(), programs.remembered():
     logs.setup()
     for run in JOB["runs"]:
       try:
         found = one(run)
-      except hosts.HostsError as e:
+      except processes.HostsError as e:
         found = dict(error=f"HostsError: {e}")
       (FOLDER / f"{run['name']}.{INDEX}.json").write_text(json.dumps(found))
 

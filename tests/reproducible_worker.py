@@ -19,10 +19,12 @@ import optax
 import test_accumulate
 from flax import nnx
 
-from xmodal_jax import build, optim, reproducible, sharding
-from xmodal_jax import step as step_lib
+from xmodal_jax.distributed import sharding
 from xmodal_jax.losses import contrastive
-from xmodal_jax.models import layers, system
+from xmodal_jax.models import base, layers
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import deterministic, setup
+from xmodal_jax.runtime import step as step_lib
 
 BATCH = 16
 
@@ -51,13 +53,15 @@ def run(config, steps: int, devices=None, plain: bool = False):
   """
   with config.unlocked():
     config.reproducible = not plain
-  built = build.Built(config, devices)
-  schedule = optim.make_schedule(config.optim, optim.Run(48, config.batch_size, config.total))
+  built = setup.Built(config, devices)
+  schedule = schedules.make_schedule(
+    config.optim, schedules.Run(48, config.batch_size, config.total)
+  )
   tx = built.optimizer(schedule)
   shardings = built.state_shardings(tx)
   state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
   step = built.train_step(tx, jax.random.key(0), shardings, schedule)
-  return _steps(state, step, built.rows, test_accumulate.batch(config, 64), steps)
+  return _steps(state, step, built.batch_sharding, test_accumulate.batch(config, 64), steps)
 
 
 def _steps(state, step, rows, noise, steps: int):
@@ -69,7 +73,7 @@ def _steps(state, step, rows, noise, steps: int):
   return state, metrics
 
 
-class Toy(system.System):
+class Toy(base.System):
   """What a step has to do with, in a program that compiles in seconds: weights that both sides
   share, dropout, divisions by norms that are used twice, a mask beside the features, all pairs."""
 
@@ -79,7 +83,7 @@ class Toy(system.System):
 
   def _encode(self, x, key):
     x = layers.dropout(jax.nn.gelu(self.wi(x)), 0.1, key)
-    return {"embed": system.l2_normalize(self.wo(x), eps=1e-12), "mask": x[:, 0] > 0}
+    return {"embed": base.l2_normalize(self.wo(x), eps=1e-12), "mask": x[:, 0] > 0}
 
   def encode_image(self, batch, key=None):
     return self._encode(batch["image"], key)
@@ -87,7 +91,7 @@ class Toy(system.System):
   def encode_text(self, batch, key=None):
     return self._encode(batch["text"], key)
 
-  def align(self, images, texts, batch, key):
+  def objective(self, images, texts, batch, key):
     loss, metrics = contrastive.infonce(
       images["embed"], texts["embed"], jnp.float32(10), batch["image_id"], "exclude"
     )
@@ -106,7 +110,7 @@ def toy(steps: int, devices=None):
   shardings = jax.tree.map(lambda _: whole, jax.eval_shape(init))
   state = jax.jit(init, out_shardings=shardings)()
   rows, rng = sharding.batch_sharding(mesh), jax.random.key(0)
-  step = reproducible.make_train_step(graphdef, tx, rng, shardings, schedule, rows, 8)
+  step = deterministic.make_train_step(graphdef, tx, rng, shardings, schedule, rows, 8)
   draw = np.random.default_rng(0)
   noise = {k: draw.standard_normal((64, 24), np.float32) for k in ("image", "text")}
   return _steps(state, step, rows, noise | {"image_id": np.arange(64, dtype=np.int32) // 2}, steps)

@@ -9,10 +9,13 @@ import numpy as np
 from flax import nnx
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import convert, init, optim
-from xmodal_jax import step as step_lib
-from xmodal_jax.losses import tokens
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import conversion
+from xmodal_jax.interop import team as team_rules
+from xmodal_jax.losses import hard_negatives
 from xmodal_jax.models import team
+from xmodal_jax.optim import factory, train_state
+from xmodal_jax.runtime import step as step_lib
 
 MANIFEST = golden_files.manifest("team")
 VARIANTS = list(MANIFEST["variants"])
@@ -59,8 +62,8 @@ class Replay(team.TEAM):
   def negatives(self, images, texts, batch, key):
     found = jnp.ones(batch["neg_image"].shape, bool)
     return (
-      tokens.Negatives(batch["neg_image"], found),
-      tokens.Negatives(batch["neg_text"], found),
+      hard_negatives.Negatives(batch["neg_image"], found),
+      hard_negatives.Negatives(batch["neg_text"], found),
     )
 
 
@@ -68,7 +71,7 @@ class Golden:
   """graphdef and params of a variant with the weights of `file`."""
 
   def __init__(self, name: str, file: str = "epoch0_params.pth", **changes):
-    from xmodal_jax import torch_files
+    from xmodal_jax.interop import torch_files
 
     self.path = golden_files.path("team", name, file)
     state, _ = torch_files.state_dict(self.path)
@@ -77,22 +80,22 @@ class Golden:
     kw = {k: v for k, v in self.config.items() if k != "system"}
     build = lambda: Replay(**kw, rngs=nnx.Rngs(0))
     self.graphdef, params, stats = step_lib.split(nnx.eval_shape(build))
-    self.params, _, _ = init.load(str(self.path), "team", params, stats)
+    self.params, _, _ = restore.load(str(self.path), "team", params, stats)
     self.params = jax.tree.map(jnp.asarray, self.params)
 
   def model(self) -> Replay:
     return nnx.merge(self.graphdef, self.params, {})
 
-  def state(self, tx, **kw) -> step_lib.TrainState:
+  def state(self, tx, **kw) -> train_state.TrainState:
     # Copies: the step donates its state.
     params = jax.tree.map(jnp.copy, self.params)
-    return step_lib.TrainState(jnp.int32(0), params, {}, tx.init(params)).replace(**kw)
+    return train_state.TrainState(jnp.int32(0), params, {}, tx.init(params)).replace(**kw)
 
 
 def to_torch(tree) -> dict[str, np.ndarray]:
   """Parameters or gradients under the names and layouts of the state dict."""
-  leaves = {k: np.asarray(v) for k, v in init.flat(tree).items()}
-  return dict(convert.arrays(convert.to_torch(leaves, team.RULES)))
+  leaves = {k: np.asarray(v) for k, v in restore.flat(tree).items()}
+  return dict(conversion.arrays(conversion.to_torch(leaves, team_rules.RULES)))
 
 
 def drop_null(key: str, value: np.ndarray) -> np.ndarray:
@@ -160,4 +163,5 @@ def optimizer(name: str, schedule, params):
     c.weight_decay, c.grad_clip = number(text, "weight_decay"), number(text, "max_grad_norm")
     c.decay = ((".*", 1.0),)
     c.lr_mult = (*((("^image/", 0.1),) if slow else ()), (".*", 1.0))
-  return optim.make_optimizer(c, schedule, params, team.RULES)
+  tensors = conversion.tensors_of(team_rules.RULES, params)
+  return factory.make_optimizer(c, schedule, params, tensors)

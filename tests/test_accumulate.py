@@ -10,9 +10,10 @@ import tiny
 from flax import nnx
 from jax.extend import core
 
-from xmodal_jax import build, models, sharding
-from xmodal_jax import step as step_lib
-from xmodal_jax.models import layers, system
+from xmodal_jax.distributed import sharding
+from xmodal_jax.models import base, layers, registry
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
 
 BATCH = 64
 DATA = (("data", -1),)
@@ -21,7 +22,7 @@ SYSTEMS |= {"hat": tiny.hat}
 
 
 def test_every_system_is_here():
-  assert SYSTEMS.keys() == models.SYSTEMS.keys()
+  assert SYSTEMS.keys() == registry.SYSTEMS.keys()
 
 
 def without_dropout(section) -> None:
@@ -60,7 +61,7 @@ def gradients(
   if not dropout:
     without_dropout(config.model)
   config.mesh = mesh
-  built = build.Built(config, jax.devices()[:devices])
+  built = setup.Built(config, jax.devices()[:devices])
   rows = sharding.batch_sharding(built.mesh)
   init = lambda: nnx.to_pure_dict(step_lib.split(built.model())[1])
   params = jax.jit(init, out_shardings=built.params_shardings)()
@@ -105,7 +106,7 @@ def test_gradient_is_that_of_the_whole_batch(name, accumulate, devices):
   same(gradients(name, accumulate, devices), gradients(name, 1, 1), tolerance)
 
 
-class Noisy(system.System):
+class Noisy(base.System):
   """One weight matrix with dropout behind it, on either side."""
 
   def __init__(self, weight):
@@ -116,7 +117,7 @@ class Noisy(system.System):
 
   encode_image = encode_text = encode
 
-  def align(self, images, texts, batch, key):
+  def objective(self, images, texts, batch, key):
     return jax.nn.logsumexp(images["embed"] @ texts["embed"].T), {}
 
 
@@ -140,7 +141,7 @@ def test_dropout_is_the_same_in_both_passes():
         model.encode({"x": x[j::n]}, part)["embed"] for j, part in enumerate(jax.random.split(k, n))
       ]
       sides.append({"embed": jnp.stack(parts, 1).reshape(12, -1)})
-    return model.align(*sides, None, None)[0]
+    return model.objective(*sides, None, None)[0]
 
   for f in (lambda f: f(weight), lambda f: jax.grad(f)(weight)):
     np.testing.assert_allclose(f(ours), f(plain), rtol=1e-5)
@@ -152,7 +153,7 @@ def temporaries(name: str, accumulate: int, size: int) -> int:
   """Bytes of temporaries of a training step's loss and gradient."""
   config = SYSTEMS[name]("unused", batch_size=size, accumulate=accumulate)
   config.mesh = (("data", -1),)
-  built = build.Built(config, jax.devices()[:1])
+  built = setup.Built(config, jax.devices()[:1])
   params = nnx.to_pure_dict(built.params)
   b = {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch(config, 8).items()}
 
@@ -185,7 +186,7 @@ def test_parts_need_no_ring_of_their_own():
 
   def moved(accumulate):
     config = tiny.team("unused", batch_size=BATCH, accumulate=accumulate)
-    built = build.Built(config)
+    built = setup.Built(config)
     b = batch(config)
 
     def loss(params):
@@ -207,7 +208,7 @@ def test_parts_need_no_ring_of_their_own():
 def test_parts_that_do_not_divide_the_batch(changes, error):
   config = tiny.config("unused", **dict(batch_size=BATCH) | changes)
   with pytest.raises(ValueError, match=error):
-    build.Built(config)
+    setup.Built(config)
 
 
 def test_batch_norm_sees_the_whole_batch():
@@ -215,4 +216,4 @@ def test_batch_norm_sees_the_whole_batch():
   with config.unlocked():
     config.model.image = dict(kind="resnet", size=32, width=8, depths=(1, 1, 1, 1))
   with pytest.raises(ValueError, match="accumulate is 2, but this model has BatchNorm"):
-    build.Built(config)
+    setup.Built(config)

@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import sharding
-from xmodal_jax.losses import attended
+from xmodal_jax.distributed import sharding
+from xmodal_jax.losses import cross_attention
 
 TOLERANCE = 1e-5  # of cosines and of gradients below 1: float32 sums in another order
 # Of tokens of 16 numbers, Gram matrices; of 4, fewer than tokens, attended vectors.
 FORMS = [(16, 0), (16, 5), (4, 5)]
-CASES = [(direction, *form) for direction in attended.DIRECTIONS for form in FORMS]
+CASES = [(direction, *form) for direction in cross_attention.DIRECTIONS for form in FORMS]
 SHARPNESS = 7.0
 
 
@@ -95,7 +95,7 @@ def close(ours, want) -> None:
 @pytest.mark.parametrize("direction,width,chunk", CASES)
 def test_plain(direction, width, chunk):
   kw = dict(sharpness=SHARPNESS, direction=direction, chunk=chunk)
-  ours = scores, (dv, dt) = graded(functools.partial(attended.attended_scores, **kw), width)
+  ours = scores, (dv, dt) = graded(functools.partial(cross_attention.attended_scores, **kw), width)
   close(ours, defined(direction, width))
   _, _, mask = inputs(width)
   for x in (scores, dv, dt):
@@ -104,14 +104,16 @@ def test_plain(direction, width, chunk):
   np.testing.assert_array_equal(dt[~mask], 0)
 
 
-@pytest.mark.parametrize("direction", attended.DIRECTIONS)
+@pytest.mark.parametrize("direction", cross_attention.DIRECTIONS)
 def test_no_words_at_all(direction):
   """A batch whose captions have no words: scores and gradients are 0, not NaN."""
-  score = lambda v, t, mask: attended.attended_scores(v, t, mask & False, direction=direction)
+  score = lambda v, t, mask: cross_attention.attended_scores(
+    v, t, mask & False, direction=direction
+  )
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), graded(score))
 
 
-@pytest.mark.parametrize("direction", attended.DIRECTIONS)
+@pytest.mark.parametrize("direction", cross_attention.DIRECTIONS)
 def test_aligned(direction):
   """Chosen pairs, some twice, score what they do among all pairs, with the same gradient."""
   v, t, mask = inputs()
@@ -123,8 +125,8 @@ def test_aligned(direction):
   def run(v, t, aligned):
     def f(v, t):
       if aligned:
-        return attended.aligned_scores(v, t[chosen], mask[chosen], SHARPNESS, direction)
-      scores = attended.attended_scores(v, t, mask, SHARPNESS, direction, chunk=5)
+        return cross_attention.aligned_scores(v, t[chosen], mask[chosen], SHARPNESS, direction)
+      scores = cross_attention.attended_scores(v, t, mask, SHARPNESS, direction, chunk=5)
       return jnp.take_along_axis(scores, jnp.asarray(chosen), 1)
 
     scores, back = jax.vjp(f, v, t)
@@ -138,7 +140,7 @@ def test_aligned(direction):
 @pytest.mark.parametrize("direction", ["i2t", "both"])
 def test_eight_devices(direction, monkeypatch):
   """Rows over the devices, texts gathered; no device holds the pictures of another."""
-  monkeypatch.setattr(attended, "CPU_BYTES", 1)  # a tile has one picture of each device
+  monkeypatch.setattr(cross_attention, "CPU_BYTES", 1)  # a tile has one picture of each device
   v, t, mask = inputs(16, 16, 24)
   weight = np.random.default_rng(4).standard_normal((16, 24)).astype(np.float32)
   mesh = sharding.make_mesh((("data", -1),))
@@ -150,8 +152,8 @@ def test_eight_devices(direction, monkeypatch):
     held = gather if sharded else lambda x: x
 
     def f(v, t):
-      kw = dict(chunk=16, rows=rows if sharded else None)
-      scores = attended.attended_scores(v, held(t), held(mask), SHARPNESS, direction, **kw)
+      kw = dict(chunk=16, batch_sharding=rows if sharded else None)
+      scores = cross_attention.attended_scores(v, held(t), held(mask), SHARPNESS, direction, **kw)
       return jax.lax.with_sharding_constraint(scores, rows) if sharded else scores
 
     scores, back = jax.vjp(f, v, t)
@@ -168,12 +170,12 @@ def test_eight_devices(direction, monkeypatch):
   assert not [x for x in gathered if "[16,9,16]" in x.partition(" all-gather(")[0]]
 
 
-@pytest.mark.parametrize("direction", attended.DIRECTIONS)
+@pytest.mark.parametrize("direction", cross_attention.DIRECTIONS)
 def test_memory(direction):
   """Value and gradient hold neither the weights of all pairs nor, far less, attended vectors."""
   images, texts, regions, words, width = 32, 32, 784, 32, 64
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-  total = lambda v, t, mask: attended.attended_scores(v, t, mask, direction=direction).sum()
+  total = lambda v, t, mask: cross_attention.attended_scores(v, t, mask, direction=direction).sum()
   args = shape(images, regions, width), shape(texts, words, width)
   mask = jax.ShapeDtypeStruct((texts, words), bool)
   compiled = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*args, mask).compile()

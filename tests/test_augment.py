@@ -8,8 +8,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from xmodal_jax import config as base
-from xmodal_jax import inputs
-from xmodal_jax.data import augment, auto_augment, image, order
+from xmodal_jax.data import augment, auto_augment, image, inputs, order
 from xmodal_jax.models import zerovl
 
 SIZE = 32

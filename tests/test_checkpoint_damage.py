@@ -15,8 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from xmodal_jax import checkpoint, integrity
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.checkpoints import manifest as manifest_lib
+from xmodal_jax.optim import train_state
 
 # Orbax leaves tasks behind when what it reads is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -25,21 +26,21 @@ META = dict(system="clip", metric="rsum", fingerprint="f", pending=False)
 RSUM = {3: 1.0, 6: 3.0, 9: 2.0}
 
 
-def state_of(step: int) -> step_lib.TrainState:
+def state_of(step: int) -> train_state.TrainState:
   w = jax.random.normal(jax.random.key(step), (40, 50))
-  return step_lib.TrainState(jnp.int32(step), {"w": w}, {}, (jnp.full(3, step), {"mu": w + 1}))
+  return train_state.TrainState(jnp.int32(step), {"w": w}, {}, (jnp.full(3, step), {"mu": w + 1}))
 
 
-def want() -> step_lib.TrainState:
+def want() -> train_state.TrainState:
   state = state_of(0)
-  return checkpoint.abstract_state(state, jax.tree.map(lambda x: x.sharding, state))
+  return checkpointer.abstract_state(state, jax.tree.map(lambda x: x.sharding, state))
 
 
-def opened(workdir, **kw) -> checkpoint.Checkpoints:
-  return checkpoint.Checkpoints(workdir, **dict(keep=3, metric="rsum") | kw)
+def opened(workdir, **kw) -> checkpointer.Checkpoints:
+  return checkpointer.Checkpoints(workdir, **dict(keep=3, metric="rsum") | kw)
 
 
-def same(state: step_lib.TrainState, step: int) -> bool:
+def same(state: train_state.TrainState, step: int) -> bool:
   return jax.tree.all(jax.tree.map(np.array_equal, state, state_of(step)))
 
 
@@ -59,7 +60,7 @@ def copied(written, tmp_path) -> pathlib.Path:
 
 
 def test_the_next_step_does_not_wait_for_a_copy_on_the_devices(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "_room_for", lambda state: True)
+  monkeypatch.setattr(checkpointer, "_room_for", lambda state: True)
   with contextlib.closing(opened(tmp_path)) as checkpoints:
     going, go = threading.Event(), threading.Event()
     real = checkpoints.writer.save
@@ -87,7 +88,7 @@ def test_the_next_step_does_not_wait_for_a_copy_on_the_devices(tmp_path, monkeyp
     # A failure is told by the next call, as any other.
     monkeypatch.setattr(checkpoints.writer, "save", lambda *args, **kw: 1 / 0)
     checkpoints.save(9, state_of(9), META)
-    with pytest.raises(checkpoint.CheckpointError, match="the latest is of step 6"):
+    with pytest.raises(checkpointer.CheckpointError, match="the latest is of step 6"):
       checkpoints.wait()
 
 
@@ -108,7 +109,7 @@ def test_room_beside_a_step(limit, in_use, peak, fits):
 
   halves = types.SimpleNamespace(shard_shape=lambda s: (s[0] // 2,), device_set={Device()})
   x = types.SimpleNamespace(shape=(2000,), dtype=np.dtype("float64"), sharding=halves)
-  assert checkpoint._room_for([x]) == fits
+  assert checkpointer._room_for([x]) == fits
 
 
 def files_of(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:
@@ -183,7 +184,7 @@ def refuse(step, meta):
 @pytest.mark.parametrize("plans", [1 << 20, 0], ids=["first", "while_reading"])
 def test_any_flipped_bit(written, caplog, monkeypatch, plans):
   """Both where files are checked before Orbax sees them, and where it reads damaged ones."""
-  monkeypatch.setattr(checkpoint, "_PLANS", plans)
+  monkeypatch.setattr(checkpointer, "_PLANS", plans)
   assert count_fall_backs(written, caplog, 40, seed=plans) == 40
   assert len(files_of(written, 9)) < 40
 
@@ -192,7 +193,7 @@ def test_any_flipped_bit(written, caplog, monkeypatch, plans):
 def test_thousand_flipped_bits(written, caplog, monkeypatch):
   started = time.monotonic()
   noticed = count_fall_backs(written, caplog, 700, seed=1)
-  monkeypatch.setattr(checkpoint, "_PLANS", 0)
+  monkeypatch.setattr(checkpointer, "_PLANS", 0)
   noticed += count_fall_backs(written, caplog, 300, seed=2)
   print(f"{noticed} of 1,000 flips fell back, in {time.monotonic() - started:.0f} s")
   assert noticed == 1000
@@ -204,7 +205,7 @@ def test_every_file_truncated_or_missing(written, caplog):
     shorter = lambda p: p.write_bytes(p.read_bytes()[: size // 2])
     with changed(path, shorter):
       assert falls_back(written, path, caplog), path
-      if path.name != integrity.MANIFEST:
+      if path.name != manifest_lib.MANIFEST:
         assert f"has {size // 2} bytes, {size} were written" in caplog.text
     with changed(path, pathlib.Path.unlink):
       assert falls_back(written, path, caplog, read_only=bool(i % 2)), path
@@ -216,8 +217,8 @@ def test_what_does_not_belong(written, caplog):
   with changed(path, lambda p: p.write_text("junk")):
     assert falls_back(written, path, caplog)
     assert "train/d/junk is not of this checkpoint" in caplog.text
-  manifest = written / "checkpoints" / "9" / integrity.MANIFEST
-  other = written / "checkpoints" / "6" / integrity.MANIFEST
+  manifest = written / "checkpoints" / "9" / manifest_lib.MANIFEST
+  other = written / "checkpoints" / "6" / manifest_lib.MANIFEST
   with changed(manifest, lambda p: shutil.copy(other, p)):
     assert falls_back(written, manifest, caplog)
     assert "manifest is that of step 6" in caplog.text
@@ -227,7 +228,7 @@ def test_one_step_by_its_number(copied):
   path = files_of(copied, 9)[-1]
   flip(path, 3)
   checkpoints = opened(copied, read_only=True)
-  with pytest.raises(checkpoint.CheckpointError, match=f"step 9 .* is damaged: .*{path.name}"):
+  with pytest.raises(checkpointer.CheckpointError, match=f"step 9 .* is damaged: .*{path.name}"):
     checkpoints.restore(9, want())
   assert same(checkpoints.restore(6, want()), 6)
 
@@ -252,11 +253,11 @@ def test_nothing_intact_is_an_error(copied, caplog):
     flip(files_of(copied, step)[-1], 0)
   name = files_of(copied, 9)[-1].name
   with pytest.raises(
-    checkpoint.CheckpointError, match=f"(?s)no intact .*step 9: .*{name} .*step 3: "
+    checkpointer.CheckpointError, match=f"(?s)no intact .*step 9: .*{name} .*step 3: "
   ):
     opened(copied, read_only=True).restore_best()
   for _ in range(2):  # starting the run again does not start it anew
-    with pytest.raises(checkpoint.CheckpointError, match=r"(?s)no intact .*Put back a copy") as e:
+    with pytest.raises(checkpointer.CheckpointError, match=r"(?s)no intact .*Put back a copy") as e:
       opened(copied).restore_latest(want())
   assert "set aside: 3.damaged, 6.damaged, 9.damaged" in str(e.value)
   shutil.rmtree(copied / "checkpoints")
@@ -318,7 +319,7 @@ def test_killed_while_a_step_is_replaced(copied):
 
 def test_written_before_there_were_manifests(copied, caplog):
   folder = copied / "checkpoints"
-  for path in folder.rglob(integrity.MANIFEST):
+  for path in folder.rglob(manifest_lib.MANIFEST):
     path.unlink()
   (folder / "manifests").unlink()
   reader = opened(copied, read_only=True)
@@ -330,7 +331,7 @@ def test_written_before_there_were_manifests(copied, caplog):
   flip(files_of(copied, 9)[-1], 5)
   assert opened(copied).restore_latest(want())[0] == 6
   # Where only some have none, they are not of an older version.
-  (folder / "6" / integrity.MANIFEST).unlink()
+  (folder / "6" / manifest_lib.MANIFEST).unlink()
   assert opened(copied).restore_latest(want())[0] == 3
 
 
@@ -350,20 +351,20 @@ def test_what_is_kept(tmp_path):
 
 def test_shares_of_several_processes(tmp_path, monkeypatch):
   """A file of many blocks: the processes' shares are the whole, and each finds what is its own."""
-  monkeypatch.setattr(integrity, "BLOCK", 64)
+  monkeypatch.setattr(manifest_lib, "BLOCK", 64)
   data = np.random.default_rng(0).bytes(1000)
   (tmp_path / "a").mkdir()
   (tmp_path / "a" / "large").write_bytes(data)
   (tmp_path / "small").write_bytes(b"")
   tmp_path = epath.Path(tmp_path)
-  files = integrity.sizes(tmp_path)
+  files = manifest_lib.sizes(tmp_path)
   assert files == {"a/large": 1000, "small": 0}
-  parts = [integrity.hashes(tmp_path, files, (i, 3), 2) for i in range(3)]
+  parts = [manifest_lib.hashes(tmp_path, files, (i, 3), 2) for i in range(3)]
   assert sum(len(blocks) for part in parts for blocks in part.values()) == 17
-  integrity.write(tmp_path, 4, files, parts)
-  listed = integrity.read(tmp_path, 4)
-  assert [integrity.content_problems(tmp_path, listed, (i, 3)) for i in range(3)] == [[]] * 3
+  manifest_lib.write(tmp_path, 4, files, parts)
+  listed = manifest_lib.read(tmp_path, 4)
+  assert [manifest_lib.content_problems(tmp_path, listed, (i, 3)) for i in range(3)] == [[]] * 3
   (tmp_path / "a" / "large").write_bytes(data[:700] + b"?" + data[701:])
-  found = [integrity.content_problems(tmp_path, listed, (i, 3)) for i in range(3)]
+  found = [manifest_lib.content_problems(tmp_path, listed, (i, 3)) for i in range(3)]
   assert [len(x) for x in found] == [0, 1, 0]  # block 10
   assert "a/large is not what was written" in found[1][0] and "from 640 on" in found[1][0]

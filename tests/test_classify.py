@@ -10,9 +10,13 @@ import tiny
 from flax import nnx
 from labelled import COUNT, NAMES, weights
 
-from xmodal_jax import build, checkpoint, classify, converted, evaluate, inputs
+from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.data import inputs
 from xmodal_jax.data.tfrecord import DatasetError
-from xmodal_jax.models import system
+from xmodal_jax.evaluation import retrieval, zero_shot
+from xmodal_jax.interop import meta as meta_lib
+from xmodal_jax.models import base
+from xmodal_jax.runtime import setup
 
 TEMPLATES = ("a photo of a {}.", "{} or a {}", "many {}s, drawn")
 
@@ -25,12 +29,12 @@ def config(data: str, **changes):
 
 
 @pytest.fixture(scope="module")
-def model(labelled_data, tmp_path_factory) -> tuple[str, build.Built]:
+def model(labelled_data, tmp_path_factory) -> tuple[str, setup.Built]:
   """A converted directory of a random CLIP, and its shapes."""
-  built = build.Built(config(labelled_data))
+  built = setup.Built(config(labelled_data))
   folder = tmp_path_factory.mktemp("clip") / "model"
-  meta = dict(system="clip", source="drawn", sha256="0", config={}, converter=converted.VERSION)
-  checkpoint.save_model(folder, *weights(built), meta)
+  meta = dict(system="clip", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
+  checkpointer.save_model(folder, *weights(built), meta)
   return str(folder), built
 
 
@@ -42,7 +46,7 @@ def templates(tmp_path) -> str:
 
 
 def test_prompts():
-  assert classify.prompts(["ox", "a {}"], ["{}.", "{} and {}"]) == [
+  assert zero_shot.prompts(["ox", "a {}"], ["{}.", "{} and {}"]) == [
     "ox.", "ox and ox", "a {}.", "a {} and a {}",
   ]  # fmt: skip
 
@@ -51,19 +55,19 @@ def test_classes_by_mean_embeddings(labelled_data, model, templates, tmp_path):
   """Against the definition, in numpy, from features of the evaluator; blocks change nothing."""
   init, built = model
   c = config(labelled_data, init=init, classify__templates=templates)
-  report = classify.classify(c, tmp_path / "a")
+  report = zero_shot.classify(c, tmp_path / "a")
   c.classify.block = 2
-  assert classify.classify(c, tmp_path / "b")["test"] == report["test"]
+  assert zero_shot.classify(c, tmp_path / "b")["test"] == report["test"]
   saved = json.loads((tmp_path / "a" / "results.json").read_text())
   assert saved["test"] == report["test"] and saved["protocol"]["templates"] == list(TEMPLATES)
   assert saved["protocol"]["images"] == COUNT["val"] and saved["protocol"]["classes"] == len(NAMES)
 
   read = inputs.Inputs(c)
-  state, _ = evaluate.load_state(c, built, init)
-  ev = evaluate.Evaluator(c, read, built)
+  state, _ = retrieval.load_state(c, built, init)
+  ev = retrieval.Evaluator(c, read, built)
   images, ids = ev.encode(state, "image", read.images(read.split("test")))
   texts = [t.replace("{}", n) for n in NAMES for t in TEMPLATES]
-  embeds, order = ev.encode(state, "text", classify.text_batches(c, read, texts))
+  embeds, order = ev.encode(state, "text", zero_shot.text_batches(c, read, texts))
   np.testing.assert_array_equal(order, np.arange(len(texts)))
   classes = embeds["embed"].reshape(len(NAMES), len(TEMPLATES), -1).mean(1)
   classes /= np.linalg.norm(classes, axis=1, keepdims=True)
@@ -74,7 +78,7 @@ def test_classes_by_mean_embeddings(labelled_data, model, templates, tmp_path):
   assert 0 < right.mean() < 1 and (first != (images["embed"] @ classes.T).argmax(1)).any()
 
 
-class Levels(system.System):
+class Levels(base.System):
   """Scores of token features; texts have no one vector."""
 
   second_stage = ("tokens",)
@@ -93,12 +97,12 @@ def test_scores_of_templates_are_averaged(block):
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
   images, texts = draw(6, 2, 4), {"levels": draw(5 * 3, 3, 4)}
   label = np.array([0, 1, 2, 3, 4, -1], np.int32)
-  features, count = classify.class_features(texts, 3)
+  features, count = zero_shot.class_features(texts, 3)
   assert features is texts and count == 3
   graphdef, _, _ = nnx.split(Levels(), nnx.Param, nnx.BatchStat)
-  step = classify.make_step(graphdef, Levels.second_stage, 5, 3, None)
+  step = zero_shot.make_step(graphdef, Levels.second_stage, 5, 3, None)
   batch = dict(image=images, label=label, valid=label >= 0, image_id=np.arange(6))
-  out = step({}, {}, batch, classify.blocks(features, block))
+  out = step({}, {}, batch, zero_shot.blocks(features, block))
   scores = np.einsum("ipd,tqd->itpq", images, texts["levels"]).max((2, 3)).reshape(6, 5, 3).mean(-1)
   want = [(row > row[k]).sum() for row, k in zip(scores, label[:5], strict=False)]
   np.testing.assert_array_equal(out["rank"][:5], want)
@@ -112,8 +116,8 @@ def test_text_batches_are_padded():
     seen.extend(texts)
     return np.zeros((len(texts), length), np.int32), np.ones((len(texts), length), bool)
 
-  read = types.SimpleNamespace(tokenizer=tokenizer, rows=lambda size: None)
-  batches = list(classify.text_batches(c, read, [str(i) for i in range(21)]))
+  read = types.SimpleNamespace(tokenizer=tokenizer, local_rows=lambda size: None)
+  batches = list(zero_shot.text_batches(c, read, [str(i) for i in range(21)]))
   assert [b["text_ids"].shape for b in batches] == [(16, 24)] * 2
   assert seen == [str(i) for i in range(21)] + [""] * 11
   assert np.concatenate([b["image_id"] for b in batches]).tolist() == [*range(21)] + [-1] * 11
@@ -125,12 +129,12 @@ def test_names_and_templates_from_files(tmp_path, caplog):
     name, class_names = "val", ("n01", "n02", "n03")
 
   c = config("")
-  assert classify.class_names(c, Split) == ["n01", "n02", "n03"]
-  assert classify.templates(c) == ["a photo of a {}."]
+  assert zero_shot.class_names(c, Split) == ["n01", "n02", "n03"]
+  assert zero_shot.templates(c) == ["a photo of a {}."]
   c.classify.names, c.classify.templates = str(tmp_path / "names"), str(tmp_path / "templates")
   write = lambda name, text: (tmp_path / name).write_bytes(text)
   write("names", "\ufeffcrane\r\n maillot \ncrane\n\n".encode())
-  assert classify.class_names(c, Split) == ["crane", "maillot", "crane"]
+  assert zero_shot.class_names(c, Split) == ["crane", "maillot", "crane"]
   assert "share the names crane" in caplog.text
   for text, message in (
     (b"crane\nox\n", r"has 2 names, split 'val' 3 classes"),
@@ -140,21 +144,21 @@ def test_names_and_templates_from_files(tmp_path, caplog):
   ):
     write("names", text)
     with pytest.raises(DatasetError, match=message):
-      classify.class_names(c, Split)
+      zero_shot.class_names(c, Split)
   write("templates", b"a {}\na photo\n")
   with pytest.raises(DatasetError, match=r"templates:2 is 'a photo'; expected {} where"):
-    classify.templates(c)
+    zero_shot.templates(c)
   (tmp_path / "names").unlink()
   with pytest.raises(DatasetError, match=r"config\.classify\.names: there is no file"):
-    classify.class_names(c, Split)
+    zero_shot.class_names(c, Split)
 
 
 def test_what_cannot_be_classified(labelled_data, tiny_data, tmp_path):
   with pytest.raises(ValueError, match=r"config\.init is empty"):
-    classify.classify(config(labelled_data), tmp_path)
+    zero_shot.classify(config(labelled_data), tmp_path)
   with pytest.raises(DatasetError, match=r"config\.data\.test, has no class names"):
-    classify.classify(config(tiny_data, init="x", data__test="test"), tmp_path)
+    zero_shot.classify(config(tiny_data, init="x", data__test="test"), tmp_path)
   c = config(labelled_data, init="x")
   del c.model.text
   with pytest.raises(ValueError, match="no text tower"):
-    classify.classify(c, tmp_path)
+    zero_shot.classify(c, tmp_path)

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import flops
+from xmodal_jax.runtime import flops as flops_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def test_loop_counts_as_its_unrolled_twin():
   expected = 6 * 2 * 64 * 128 * 128 * 3 - 2 * 64 * 128 * 128
   assert unrolled.flops == expected
   # In the loop the gradient of its input comes with the others.
-  assert looped.flops == expected + 2 * 64 * 128 * 128 == flops.count(jax.make_jaxpr(f)(*args))
+  assert looped.flops == expected + 2 * 64 * 128 * 128 == flops_lib.count(jax.make_jaxpr(f)(*args))
   assert not looped.unknown
   # The loop also writes and reads back what it keeps for the gradient; an operation cut out of a
   # stack counts that cut alone, or it would be six times as much.

@@ -7,15 +7,15 @@ import pytest
 import tiny
 from flax import nnx
 
-from xmodal_jax.losses import contrastive, ranking
-from xmodal_jax.models import clip_itm, system, zerovl
+from xmodal_jax.losses import contrastive, triplet
+from xmodal_jax.models import base, clip, zerovl
 
 B, E = 12, 5
 
 
 def pair(seed: int = 0, rows: int = B):
   rng = np.random.default_rng(seed)
-  make = lambda: system.l2_normalize(jnp.asarray(rng.standard_normal((rows, E)), jnp.float32))
+  make = lambda: base.l2_normalize(jnp.asarray(rng.standard_normal((rows, E)), jnp.float32))
   return make(), make()
 
 
@@ -76,7 +76,7 @@ def test_sigmoid_is_the_loop():
   np.testing.assert_allclose(sum(metrics.values()), loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reduce", ranking.REDUCTIONS)
+@pytest.mark.parametrize("reduce", triplet.REDUCTIONS)
 def test_triplet_is_the_loop(reduce):
   scores = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
   want = 0.0
@@ -84,15 +84,15 @@ def test_triplet_is_the_loop(reduce):
     for i in range(6):
       hinges = [max(0.0, 0.2 + s[i, j] - s[i, i]) for j in range(6) if j != i]
       want += max(hinges) if reduce == "max" else sum(hinges) / (5 if reduce == "mean" else 1)
-  np.testing.assert_allclose(ranking.triplet(jnp.asarray(scores), 0.2, reduce), want, rtol=1e-5)
+  np.testing.assert_allclose(triplet.triplet(jnp.asarray(scores), 0.2, reduce), want, rtol=1e-5)
   with pytest.raises(ValueError, match="reduce is 'least'; there are max, sum, mean"):
-    ranking.triplet(jnp.asarray(scores), 0.2, "least")
+    triplet.triplet(jnp.asarray(scores), 0.2, "least")
 
 
 @pytest.mark.parametrize(
   ("module", "changes"),
   [
-    (clip_itm, dict(loss="sigmoid")),
+    (clip, dict(loss="sigmoid")),
     (zerovl, dict(loss=dict(name="sigmoid"))),
     (zerovl, dict(loss=dict(name="triplet"))),
     (zerovl, dict(loss=dict(name="nce", gather_gradient=False, groups=2))),
@@ -100,11 +100,11 @@ def test_triplet_is_the_loop(reduce):
 )
 def test_objectives_of_the_systems(module, changes):
   """Each has a finite loss and a gradient for both sides."""
-  make, mixup = (tiny.config, {}) if module is clip_itm else (tiny.zerovl, dict(mixup=None))
+  make, mixup = (tiny.config, {}) if module is clip else (tiny.zerovl, dict(mixup=None))
   config = make("unused").model.to_dict() | mixup | changes
   config["text"]["vocab"] = 16
   model = module.build(config, rngs=nnx.Rngs(0))
-  f = lambda a, b: model.align({"embed": a}, {"embed": b}, {}, jax.random.key(0))[0]
+  f = lambda a, b: model.objective({"embed": a}, {"embed": b}, {}, jax.random.key(0))[0]
   loss, grads = jax.value_and_grad(f, argnums=(0, 1))(*pair())
   assert np.isfinite(loss)
   assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)

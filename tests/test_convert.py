@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xmodal_jax import checkpoint, convert, converted, init, torch_files
-from xmodal_jax.convert import Ignore, Rule
-from xmodal_jax.models import clip_itm
+from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.interop import clip as clip_rules
+from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.interop import meta as meta_lib
+from xmodal_jax.interop.conversion import Ignore, Rule
+from xmodal_jax.models import clip
 
 RULES = [
-  Rule("net.{layer}.w", "blocks/w/kernel", convert.linear),
-  Rule("net.{layer}.qkv", ("blocks/q", "blocks/k", "blocks/v"), convert.split(3, convert.linear)),
-  Rule("stage{s}.0.conv", "stage{s}/first", convert.conv),
-  Rule("stage{s}.{layer}.conv", "stage{s}/rest", convert.conv, first=1),
-  Rule("cls", "cls", convert.squeeze(0, 1)),
+  Rule("net.{layer}.w", "blocks/w/kernel", conversion.linear),
+  Rule(
+    "net.{layer}.qkv", ("blocks/q", "blocks/k", "blocks/v"), conversion.split(3, conversion.linear)
+  ),
+  Rule("stage{s}.0.conv", "stage{s}/first", conversion.conv),
+  Rule("stage{s}.{layer}.conv", "stage{s}/rest", conversion.conv, first=1),
+  Rule("cls", "cls", conversion.squeeze(0, 1)),
   Rule("scale", "scale"),
   Ignore("*.count"),
   Ignore("mask", keep=False),
@@ -46,7 +51,7 @@ def abstract(**changes) -> dict[str, types.SimpleNamespace]:
 
 def test_each_value_goes_to_its_place():
   state = small()
-  flat, report = convert.to_jax(state, RULES, abstract())
+  flat, report = conversion.to_jax(state, RULES, abstract())
   assert {k: v.shape for k, v in flat.items()} == {k: v.shape for k, v in abstract().items()}
   for layer in range(2):
     np.testing.assert_array_equal(flat["blocks/w/kernel"][layer], state[f"net.{layer}.w"].T)
@@ -64,10 +69,10 @@ def test_each_value_goes_to_its_place():
 
 def test_the_way_back_is_the_identity():
   state = small()
-  flat, report = convert.to_jax(state, RULES, abstract())
-  back = convert.to_torch(flat, RULES, kept=report.kept, order=report.keys)
+  flat, report = conversion.to_jax(state, RULES, abstract())
+  back = conversion.to_torch(flat, RULES, kept=report.kept, order=report.keys)
   assert list(back) == [k for k in state if k != "mask"]
-  for name, array in convert.arrays(back):
+  for name, array in conversion.arrays(back):
     assert array.shape == back[name].shape == state[name].shape
     assert array.dtype == back[name].dtype == state[name].dtype
     np.testing.assert_array_equal(array, state[name], name)
@@ -77,8 +82,8 @@ def test_all_that_does_not_fit_is_listed_at_once():
   state = small()
   state |= {"new.thing": np.zeros(2), "net.2.w": np.zeros((4, 3)), "cls": np.zeros((1, 1, 6))}
   del state["net.1.qkv"], state["scale"]
-  with pytest.raises(convert.ConversionError) as e:
-    convert.to_jax(state, RULES, abstract(nobody=(3,)))
+  with pytest.raises(conversion.ConversionError) as e:
+    conversion.to_jax(state, RULES, abstract(nobody=(3,)))
   assert e.value.unknown == ["new.thing [2]"]
   assert e.value.extra == ["net.2.w [4, 3]"]
   assert sorted(m.split()[0] for m in e.value.missing) == ["net.1.qkv", "scale"]
@@ -91,50 +96,50 @@ def test_all_that_does_not_fit_is_listed_at_once():
 def test_numbers_are_not_matched_loosely():
   state = small()
   state["net.01.w"] = state.pop("net.1.w")
-  with pytest.raises(convert.ConversionError) as e:
-    convert.to_jax(state, RULES, abstract())
+  with pytest.raises(conversion.ConversionError) as e:
+    conversion.to_jax(state, RULES, abstract())
   assert e.value.unknown == ["net.01.w [4, 3]"] and len(e.value.missing) == 1
 
 
 def test_missing_keys_pass_only_when_named_in_full():
   state = small()
   del state["scale"]
-  with pytest.raises(convert.ConversionError, match="scale"):
-    convert.to_jax(state, RULES, abstract(), allow_missing="scal")
-  flat, report = convert.to_jax(state, RULES, abstract(), allow_missing="scal.")
+  with pytest.raises(conversion.ConversionError, match="scale"):
+    conversion.to_jax(state, RULES, abstract(), allow_missing="scal")
+  flat, report = conversion.to_jax(state, RULES, abstract(), allow_missing="scal.")
   assert "scale" not in flat and report.missing == ["scale"]
 
 
 def test_a_stack_is_never_filled_in_part():
   state = small()
   del state["net.1.w"]
-  with pytest.raises(convert.ConversionError, match="only some of its layers"):
-    convert.to_jax(state, RULES, abstract(), allow_missing=r"net\.1\.w")
+  with pytest.raises(conversion.ConversionError, match="only some of its layers"):
+    conversion.to_jax(state, RULES, abstract(), allow_missing=r"net\.1\.w")
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (6, 5), (6,), (6, 4, 1)])
 def test_misshapen_pieces_of_fused_weights(shape):
   state = small() | {"net.0.qkv": np.zeros(shape, np.float16)}
-  with pytest.raises(convert.ConversionError) as e:
-    convert.to_jax(state, RULES, abstract())
+  with pytest.raises(conversion.ConversionError) as e:
+    conversion.to_jax(state, RULES, abstract())
   assert [m.split()[0] for m in e.value.misshapen] == ["net.0.qkv"]
 
 
 def test_layers_of_two_dtypes_are_refused():
   state = small()
   state["net.1.w"] = state["net.1.w"].astype(np.float32)
-  with pytest.raises(convert.ConversionError, match=r"float32.*beside float16"):
-    convert.to_jax(state, RULES, abstract())
+  with pytest.raises(conversion.ConversionError, match=r"float32.*beside float16"):
+    conversion.to_jax(state, RULES, abstract())
 
 
 def test_shapes_of_the_file_are_kept_on_request():
-  flat, _ = convert.to_jax(small(), RULES, abstract(cls=(9,)), check_shapes=False)
+  flat, _ = conversion.to_jax(small(), RULES, abstract(cls=(9,)), check_shapes=False)
   assert flat["cls"].shape == (5,)
 
 
 def test_a_table_with_two_rules_for_a_key_is_an_error():
   with pytest.raises(ValueError, match="two rules"):
-    convert.plan([Rule("a", "x"), Rule("a", "y")], {"x": (), "y": ()})
+    conversion.plan([Rule("a", "x"), Rule("a", "y")], {"x": (), "y": ()})
 
 
 @pytest.mark.parametrize(
@@ -142,13 +147,13 @@ def test_a_table_with_two_rules_for_a_key_is_an_error():
   [np.array(5), np.arange(600).reshape(1, 600), np.array([[0, -np.inf]], np.float16)],
 )
 def test_buffers_survive_json(array):
-  back = converted.unpack(json.loads(json.dumps(converted.pack(array))))
+  back = meta_lib.unpack(json.loads(json.dumps(meta_lib.pack(array))))
   assert back.dtype == array.dtype and back.shape == array.shape
   assert back.tobytes() == array.tobytes()
 
 
 def test_wrappers_come_back():
-  assert converted.wrap({"a": 1}, ["model", "module."]) == {"model": {"module.a": 1}}
+  assert meta_lib.wrap({"a": 1}, ["model", "module."]) == {"model": {"module.a": 1}}
 
 
 # --- CLIP ---------------------------------------------------------------------------------------
@@ -168,11 +173,11 @@ CONFIGS = {
 
 def clip_state(kind: str) -> dict[str, np.ndarray]:
   """A torch state dict of random values, made from our model by the way back."""
-  module = nnx.eval_shape(lambda: clip_itm.build(CONFIGS[kind], rngs=nnx.Rngs(0)))
-  shapes = init.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
+  module = nnx.eval_shape(lambda: clip.build(CONFIGS[kind], rngs=nnx.Rngs(0)))
+  shapes = restore.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
   rng = np.random.default_rng(1)
   flat = {k: rng.normal(size=v.shape).astype(np.float16) for k, v in shapes.items()}
-  return dict(convert.arrays(convert.to_torch(flat, clip_itm.RULES)))
+  return dict(conversion.arrays(conversion.to_torch(flat, clip_rules.RULES)))
 
 
 @pytest.fixture(scope="module")
@@ -184,21 +189,21 @@ def tool():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_config_is_read_off_the_shapes(kind):
   shapes = {k: v.shape for k, v in clip_state(kind).items()}
-  config = clip_itm.infer_config(shapes)
+  config = clip_rules.infer_config(shapes)
   assert config == CONFIGS[kind]
   size = config["image"]["size"]
-  assert clip_itm.infer_config(shapes, {"input_resolution": size}) == config
-  with pytest.raises(convert.ConversionError, match="input_resolution"):
-    clip_itm.infer_config(shapes, {"input_resolution": size + 1})
+  assert clip_rules.infer_config(shapes, {"input_resolution": size}) == config
+  with pytest.raises(conversion.ConversionError, match="input_resolution"):
+    clip_rules.infer_config(shapes, {"input_resolution": size + 1})
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_where_clip_values_go(kind):
   """A round trip does not see two paths that are swapped, so name some by hand."""
   state = clip_state(kind)
-  module = nnx.eval_shape(lambda: clip_itm.build(CONFIGS[kind], rngs=nnx.Rngs(0)))
-  shapes = init.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
-  ours, _ = convert.to_jax(state, clip_itm.RULES, shapes)
+  module = nnx.eval_shape(lambda: clip.build(CONFIGS[kind], rngs=nnx.Rngs(0)))
+  shapes = restore.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
+  ours, _ = conversion.to_jax(state, clip_rules.RULES, shapes)
   equal = lambda path, value: np.testing.assert_array_equal(ours[path], value, path)
   towers = {"text": "transformer"} | ({"image": "visual.transformer"} if kind == "vit" else {})
   for tower, torch in towers.items():
@@ -243,8 +248,8 @@ def test_where_clip_values_go(kind):
   ],
 )
 def test_other_files_are_named(key, what):
-  with pytest.raises(convert.ConversionError, match=f"not a CLIP state dict .*{what}"):
-    clip_itm.infer_config({key: (3, 3)})
+  with pytest.raises(conversion.ConversionError, match=f"not a CLIP state dict .*{what}"):
+    clip_rules.infer_config({key: (3, 3)})
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -252,14 +257,14 @@ def test_other_files_are_named(key, what):
 def test_the_tool_there_and_back(kind, wrapper, tool, tmp_path, capsys):
   state = clip_state(kind) | {"visual.bn9.num_batches_tracked": np.array(3)}
   source, out, back = tmp_path / "m.pt", tmp_path / "dir", tmp_path / "m.pth"
-  torch_files.write(source, converted.wrap(state, wrapper))
+  torch_files.write(source, meta_lib.wrap(state, wrapper))
   tool(["--system", "clip", "--checkpoint", str(source), "--out", str(out)])
   assert "clip of its own size" in capsys.readouterr().out
-  meta = converted.read_meta(out)
+  meta = meta_lib.read_meta(out)
   assert (meta["system"], meta["source"], meta["wrapper"]) == ("clip", "m.pt", wrapper)
   assert meta["sha256"] == torch_files.sha256(source)
-  tree = checkpoint.load_model(out)
-  stats = {path.rpartition("/")[2] for path in init.flat(tree.get("stats") or {})}
+  tree = checkpointer.load_model(out)
+  stats = {path.rpartition("/")[2] for path in restore.flat(tree.get("stats") or {})}
   assert stats == ({"mean", "var"} if kind == "resnet" else set())
   tool(["--system", "clip", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
   assert back.read_bytes() == source.read_bytes()
@@ -275,7 +280,7 @@ def test_the_tool_lists_what_is_missing(tool, tmp_path):
     tool(args)
   assert not out.exists()
   tool([*args, "--allow-missing", r"visual\.ln_pre\.bias"])
-  assert converted.read_meta(out)["missing"] == ["visual.ln_pre.bias"]
+  assert meta_lib.read_meta(out)["missing"] == ["visual.ln_pre.bias"]
 
 
 def test_the_tool_overwrites_nothing(tool, tmp_path):

@@ -15,8 +15,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xmodal_jax import convert, init, models, torch_files
-from xmodal_jax.models import clip_itm, hat, team, tgdt, zerovl
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import clip as clip_rules
+from xmodal_jax.interop import conversion, tables, torch_files
+from xmodal_jax.interop import hat as hat_rules
+from xmodal_jax.interop import team as team_rules
+from xmodal_jax.interop import tgdt as tgdt_rules
+from xmodal_jax.interop import zerovl as zerovl_rules
+from xmodal_jax.models import clip, hat, team, tgdt, zerovl
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_MEMORY = 2.5  # times the file, interpreter and libraries included
@@ -96,8 +102,8 @@ def tool(system: str, *args: str) -> tuple[str, int]:
 def constants(system: str, keys) -> dict[str, np.ndarray]:
   """Buffers, which are what they have to be and not random bits."""
   out = {}
-  for rule in models.system_module(system).RULES:
-    if isinstance(rule, convert.Constant):
+  for rule in tables.rule_table(system).RULES:
+    if isinstance(rule, conversion.Constant):
       pattern = re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule.torch)))
       for key in keys:
         if m := pattern.fullmatch(key):
@@ -141,7 +147,7 @@ def test_round_trip(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_from_shapes_is_the_preset(name):
-  assert clip_itm.infer_config(shapes_of(name)) == clip_itm.PRESETS[NAMES[name]]
+  assert clip_rules.infer_config(shapes_of(name)) == clip.PRESETS[NAMES[name]]
 
 
 @needs_proc
@@ -159,7 +165,7 @@ def test_team_round_trip(name, prefix, tmp_path):
 def test_team_config_from_shapes_is_the_preset(name):
   variant, count = TEAM[name]
   shapes = shapes_of(name, "team")
-  assert team.infer_config(shapes) == team.PRESETS[variant]
+  assert team_rules.infer_config(shapes) == team.PRESETS[variant]
   assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if "position_ids" not in k) == count
 
 
@@ -179,7 +185,7 @@ def test_zerovl_round_trip(name, prefix, tmp_path):
 def test_zerovl_config_from_shapes_is_that_of_the_presets(name):
   variant, named, count = ZEROVL[name]
   shapes = shapes_of(name, "zerovl")
-  found = zerovl.infer_config(shapes)
+  found = zerovl_rules.infer_config(shapes)
   fit = [k for k, preset in zerovl.PRESETS.items() if preset == preset | found]
   assert fit == (["14m", "100m"] if named else [variant])
   assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if "position_ids" not in k) == count
@@ -196,7 +202,7 @@ def test_tgdt_round_trip(name, tmp_path):
 def test_tgdt_config_from_shapes_is_that_of_the_preset(name):
   variant, count = TGDT[name]
   shapes = shapes_of(name, "tgdt")
-  found, want = tgdt.infer_config(shapes), tgdt.PRESETS[variant]
+  found, want = tgdt_rules.infer_config(shapes), tgdt.PRESETS[variant]
   assert found == want
   if count is not None:
     assert sum(np.prod(s, dtype=int) for k, s in shapes.items() if k not in TIED) == count
@@ -210,7 +216,7 @@ def test_hat_round_trip(tmp_path):
 
 def test_hat_config_from_shapes_is_the_preset():
   shapes = shapes_of("flickr30k", "hat")
-  found, want = hat.infer_config(shapes), hat.PRESETS["swin_b"]
+  found, want = hat_rules.infer_config(shapes), hat.PRESETS["swin_b"]
   assert found == want
   buffers = ("relative_position_index", "attn_mask")
   count = sum(np.prod(s, dtype=int) for k, s in shapes.items() if not k.endswith(buffers))
@@ -236,16 +242,16 @@ def test_files_that_fit_two_presets_have_to_be_named(tmp_path):
 def team_shapes(variant: str) -> dict[str, nnx.Variable]:
   """{path: abstract parameter} of a released TEAM; nothing is allocated."""
   model = nnx.eval_shape(lambda: team.build(team.preset(variant), rngs=nnx.Rngs(0)))
-  return init.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  return restore.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def test_team_optimizer_groups():
   """Of the CLIP config, 314 tensors and then the 296 of the image tower (TEAM spec, 4.1)."""
   keys = shapes_of("team_clipl14", "team")
   want = {k: v.shape for k, v in team_shapes("clip_l14").items()}
-  names = convert.parameter_names(team.RULES, want, keys)
+  names = conversion.parameter_names(team_rules.RULES, want, keys)
   assert names == [k for k in keys if "position_ids" not in k]
-  ours = team.optimizer_names(names, [314, 296])
+  ours = team_rules.optimizer_names(names, [314, 296])
   assert sorted(ours) == sorted(names)
   slow = [n.startswith("image_model.") for n in ours]
   assert slow == [False] * 314 + [True] * 296
@@ -269,7 +275,7 @@ def test_towers_that_team_starts_from(name, kind, variant):
     del want[tower + "proj/kernel"]  # new in TEAM
   # Zeros of no memory on this side, and a byte for each value on ours.
   state = {k: np.broadcast_to(np.int8(0), s) for k, s in shapes_of(name, "team").items()}
-  flat, report = convert.to_jax(state, team.TOWERS["image"], want, check_shapes=False)
+  flat, report = conversion.to_jax(state, team_rules.TOWERS["image"], want, check_shapes=False)
   assert report.dropped == [k for k in state if k.startswith("head.")]
   wrong = {k for k in want if flat[k].shape != want[k].shape}
   assert wrong == ({"image/deit/pos"} if kind == "deit" else set())  # 224 pixels, then 256

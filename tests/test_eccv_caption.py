@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from xmodal_jax import metrics
+from xmodal_jax.evaluation import metrics
 
 
 def test_precision_at_r_by_hand():

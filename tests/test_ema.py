@@ -9,13 +9,17 @@ import optax
 import pytest
 import tiny
 
-from xmodal_jax import build, checkpoint, evaluate, init, optim, train
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.evaluation import retrieval
+from xmodal_jax.optim import factory, train_state, transforms
+from xmodal_jax.runtime import initial_state, setup
+from xmodal_jax.runtime import step as step_lib
+from xmodal_jax.training import loop
 
 
 def test_average_of_what_the_parameters_become():
   """Of the bounded ones, not of the updates; by hand in numpy."""
-  tx = optim.make_optimizer(
+  tx = factory.make_optimizer(
     tiny.optim(ema=0.9, weight_decay=0.0, bounds=(("w", -0.25, 1.0),)),
     lambda step: 0.1,
     params := {"w": jnp.zeros(3)},
@@ -26,31 +30,31 @@ def test_average_of_what_the_parameters_become():
     params = optax.apply_updates(params, updates)
     want = 0.9 * want + 0.1 * np.asarray(params["w"])
   np.testing.assert_allclose(params["w"], [-0.25, 0.4, 0.0], atol=1e-5)
-  whole = step_lib.TrainState(jnp.int32(4), params, {}, state)
-  shown = optim.averaged(whole)
+  whole = train_state.TrainState(jnp.int32(4), params, {}, state)
+  shown = transforms.averaged(whole)
   np.testing.assert_allclose(shown.params["w"], want, rtol=1e-6)
-  back = optim.averaged(shown)
+  back = transforms.averaged(shown)
   assert jax.tree.all(jax.tree.map(lambda a, b: a is b, back, whole))
-  again = optim.restart_average(state, params)[-1].average["w"]
+  again = transforms.restart_average(state, params)[-1].average["w"]
   np.testing.assert_array_equal(again, params["w"])
   assert again is not params["w"]
 
 
 def test_no_average():
-  tx = optim.make_optimizer(tiny.optim(), lambda step: 0.1, params := {"w": jnp.zeros(3)})
-  state = step_lib.TrainState(jnp.int32(0), params, {}, tx.init(params))
-  assert optim.averaged(state) is state
-  assert optim.averaged(evaluated := state.replace(opt_state=None)) is evaluated
+  tx = factory.make_optimizer(tiny.optim(), lambda step: 0.1, params := {"w": jnp.zeros(3)})
+  state = train_state.TrainState(jnp.int32(0), params, {}, tx.init(params))
+  assert transforms.averaged(state) is state
+  assert transforms.averaged(evaluated := state.replace(opt_state=None)) is evaluated
   for decay in (1.0, -0.1, 2):
     with pytest.raises(ValueError, match=r"optim\.ema is .*; a decay is above 0 and below 1"):
-      optim.make_optimizer(tiny.optim(ema=decay), lambda step: 0.1, params)
+      factory.make_optimizer(tiny.optim(ema=decay), lambda step: 0.1, params)
 
 
 def test_average_is_sharded_as_the_parameters():
   mesh = (("data", 2), ("fsdp", 2), ("model", 2))
-  built = build.Built(tiny.config("unused", optim__ema=0.9, mesh=mesh))
+  built = setup.Built(tiny.config("unused", optim__ema=0.9, mesh=mesh))
   shardings = built.state_shardings(built.optimizer(lambda step: 0.1))
-  assert init.flat(shardings.opt_state[-1].average) == init.flat(built.params_shardings)
+  assert restore.flat(shardings.opt_state[-1].average) == restore.flat(built.params_shardings)
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +63,21 @@ def averaged_run(tiny_data, tmp_path_factory):
   c = tiny.config(tiny_data, total="6 steps", optim__ema=0.5, eval__every="3 steps")
   c.checkpoint.every, c.checkpoint.keep = "1 steps", 10
   workdir = tmp_path_factory.mktemp("averaged") / "run"
-  return c, workdir, train.train(c, workdir)
+  return c, workdir, loop.train(c, workdir)
 
 
 def checkpoints_of(workdir):
-  return checkpoint.Checkpoints(workdir, keep=10, metric="rsum", read_only=True)
+  return checkpointer.Checkpoints(workdir, keep=10, metric="rsum", read_only=True)
 
 
 def saved(c, workdir, step) -> tuple[dict, dict]:
   """(averaged parameters, parameters) of a checkpoint."""
-  built = build.Built(c)
+  built = setup.Built(c)
   tx = built.optimizer(lambda step: 0.1)
   shapes = jax.eval_shape(lambda: step_lib.init_state(built.model, tx))
-  want = checkpoint.abstract_state(shapes, built.state_shardings(tx))
+  want = checkpointer.abstract_state(shapes, built.state_shardings(tx))
   state = checkpoints_of(workdir).restore(step, want)
-  return init.flat(state.params), init.flat(optim.averaged(state).params)
+  return restore.flat(state.params), restore.flat(transforms.averaged(state).params)
 
 
 def test_who_reads_a_workdir_gets_the_average(averaged_run):
@@ -84,13 +88,13 @@ def test_who_reads_a_workdir_gets_the_average(averaged_run):
     np.testing.assert_allclose(value, (before[path] + raw[path]) / 2, atol=1e-6, err_msg=path)
   kernel = "image/blocks/q/kernel"
   assert abs(average[kernel] - raw[kernel]).max() > 1e-3
-  built, best = build.Built(c), checkpoints_of(workdir).best()
-  params, _, info = init.load(str(workdir), "clip", built.params, built.stats)
+  built, best = setup.Built(c), checkpoints_of(workdir).best()
+  params, _, info = restore.load(str(workdir), "clip", built.params, built.stats)
   assert info["step"] == best
   want, _ = saved(c, workdir, best)
-  np.testing.assert_array_equal(init.flat(params)[kernel], want[kernel])
+  np.testing.assert_array_equal(restore.flat(params)[kernel], want[kernel])
   again = c.copy_and_resolve_references()
-  assert evaluate.evaluate(again, workdir)["test"] == results["test"]
+  assert retrieval.evaluate(again, workdir)["test"] == results["test"]
 
 
 def test_resumed_run_goes_on_from_the_parameters(averaged_run, tmp_path):
@@ -98,7 +102,7 @@ def test_resumed_run_goes_on_from_the_parameters(averaged_run, tmp_path):
   shutil.copytree(straight, tmp_path / "run")
   for step in (4, 5, 6):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-  train.train(c, tmp_path / "run")
+  loop.train(c, tmp_path / "run")
   for ours, theirs in zip(saved(c, tmp_path / "run", 6), saved(c, straight, 6), strict=True):
     for path, value in theirs.items():
       np.testing.assert_array_equal(ours[path], value, err_msg=path)
@@ -107,12 +111,14 @@ def test_resumed_run_goes_on_from_the_parameters(averaged_run, tmp_path):
 def test_average_starts_from_the_towers_of_files(tiny_data, monkeypatch):
   """Which replace those that the optimizer was initialised with."""
   c = tiny.config(tiny_data, optim__ema=0.5, init_image="a file")
-  built = build.Built(c)
+  built = setup.Built(c)
   path = "image/blocks/q/kernel"
   found = {path: np.full((2, 32, 32), 3, np.float32)}
-  monkeypatch.setattr(init, "load_tower", lambda *args: found)
+  monkeypatch.setattr(restore, "load_tower", lambda *args: found)
   tx = built.optimizer(lambda step: 0.1)
   new = lambda: step_lib.init_state(built.model, tx)
-  state = train.with_towers(c, built, jax.jit(new, out_shardings=built.state_shardings(tx))())
-  average = init.flat(state.opt_state[-1].average)[path]
-  assert (average == 3).all() and average.sharding == init.flat(built.params_shardings)[path]
+  state = initial_state.with_towers(
+    c, built, jax.jit(new, out_shardings=built.state_shardings(tx))()
+  )
+  average = restore.flat(state.opt_state[-1].average)[path]
+  assert (average == 3).all() and average.sharding == restore.flat(built.params_shardings)[path]

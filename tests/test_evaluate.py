@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import tiny
 
-from xmodal_jax import build, evaluate, inputs, metrics, sharding
-from xmodal_jax import report as report_lib
-from xmodal_jax import step as step_lib
-from xmodal_jax.data import pipeline, records
+from xmodal_jax.data import inputs, pipeline, records
+from xmodal_jax.distributed import sharding
+from xmodal_jax.evaluation import metrics, retrieval
+from xmodal_jax.evaluation import report as report_lib
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +28,17 @@ def config(tiny_data):
 
 @pytest.fixture(scope="module")
 def built(config):
-  return build.Built(config)
+  return setup.Built(config)
 
 
 def make_state(built):
   params, stats = jax.jit(lambda: step_lib.split(built.model())[1:])()
   pure = lambda s: jax.tree.map(jnp.asarray, step_lib.nnx.to_pure_dict(s))
-  return step_lib.TrainState(None, pure(params), pure(stats), None)
+  return train_state.TrainState(None, pure(params), pure(stats), None)
 
 
 def evaluator(config, built):
-  return evaluate.Evaluator(config, inputs.Inputs(config), built)
+  return retrieval.Evaluator(config, inputs.Inputs(config), built)
 
 
 def test_scores_do_not_depend_on_blocks(config, built):
@@ -78,7 +81,7 @@ def test_non_finite_embeddings_are_an_error(config, built):
 
 
 def test_positions_without_a_bad_picture():
-  row, kept = evaluate.positions(np.array([0, 2, 3]), np.array([0, 0, 1, 2, 3, 3, 4]))
+  row, kept = retrieval.positions(np.array([0, 2, 3]), np.array([0, 0, 1, 2, 3, 3, 4]))
   np.testing.assert_array_equal(row, [0, 0, 1, 2, 2])
   np.testing.assert_array_equal(kept, [True, True, False, True, True, True, False])
 
@@ -152,7 +155,7 @@ def test_few_blocks_of_texts_are_on_their_way(monkeypatch):
   events, batch = [], {"valid": np.ones(2, bool), "image_id": np.arange(2)}
   evaluator = types.SimpleNamespace(
     config=types.SimpleNamespace(eval=types.SimpleNamespace(block=(2, 4))),
-    rows=rows, whole=None, stop=lambda: False, _check_stop=lambda: None,
+    batch_sharding=rows, whole=None, stop=lambda: False, _check_stop=lambda: None,
     keep=lambda params, stats, batch: (batch, None),
     score=lambda params, stats, images, texts: jnp.full((2, 4), float(texts)),
   )  # fmt: skip
@@ -160,9 +163,9 @@ def test_few_blocks_of_texts_are_on_their_way(monkeypatch):
   heard = lambda parts: events.extend(("scored", float(p[0, 0])) for p in wait(parts))
   monkeypatch.setattr(jax, "block_until_ready", heard)
   send = lambda texts, start, size, to: events.append(("sent", start // 4)) or start // 4
-  monkeypatch.setattr(evaluate, "_block", send)
+  monkeypatch.setattr(retrieval, "_block", send)
   state = types.SimpleNamespace(params=None, stats=None)
-  scores, _ = evaluate.Evaluator.stream(evaluator, state, iter([batch]), {"x": np.zeros(18)})
+  scores, _ = retrieval.Evaluator.stream(evaluator, state, iter([batch]), {"x": np.zeros(18)})
   np.testing.assert_array_equal(scores[0], np.arange(18) // 4)
   for k in range(2, 5):
     assert events.index(("scored", k - 2)) < events.index(("sent", k))

@@ -4,7 +4,7 @@ import golden_files
 import numpy as np
 import pytest
 
-from xmodal_jax import metrics
+from xmodal_jax.evaluation import metrics
 
 # Names of the golden set -> ours.
 RECALLS = {f"{d}_R@{k}": f"{d}_r{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)}

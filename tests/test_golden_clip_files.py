@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xmodal_jax import convert, init, torch_files
-from xmodal_jax.models import clip_itm
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import clip as clip_rules
+from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.models import clip
 
 MODELS = ("vit", "rn")
 
@@ -81,7 +83,7 @@ def test_same_as_torch_load(model, name):
 def test_converts_and_comes_back(model, name):
   manifest = golden_files.manifest("clip")["models"][model]
   state, info = load(model, name)
-  config = clip_itm.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
+  config = clip_rules.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
   image, text = config["image"], config["text"]
   assert config["embed"] == manifest["embed_dim"]
   assert image["size"] == manifest["image_resolution"]
@@ -95,13 +97,13 @@ def test_converts_and_comes_back(model, name):
     manifest["text_layers"],
     manifest["text_heads"],
   )
-  module = nnx.eval_shape(lambda: clip_itm.build(config, rngs=nnx.Rngs(0)))
-  abstract = init.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
-  flat, report = convert.to_jax(state, clip_itm.RULES, abstract)
+  module = nnx.eval_shape(lambda: clip.build(config, rngs=nnx.Rngs(0)))
+  abstract = restore.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
+  flat, report = conversion.to_jax(state, clip_rules.RULES, abstract)
   assert flat.keys() == abstract.keys()
-  back = convert.to_torch(flat, clip_itm.RULES, kept=report.kept, order=report.keys)
+  back = conversion.to_torch(flat, clip_rules.RULES, kept=report.kept, order=report.keys)
   assert list(back) == list(state)
-  for key, array in convert.arrays(back):
+  for key, array in conversion.arrays(back):
     same_bits(array, state[key], key)
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xmodal_jax import metrics, optim, torch_files
-from xmodal_jax import step as step_lib
-from xmodal_jax.models import clip_itm
+from xmodal_jax.evaluation import metrics
+from xmodal_jax.interop import torch_files
+from xmodal_jax.models import clip
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import step as step_lib
 
 MANIFEST = golden_files.manifest("clip")
 TOLERANCE = MANIFEST["tolerance"]
@@ -150,7 +152,7 @@ def run(name, golden, **changes):
   inputs, _ = arrays(name)
   train = MANIFEST["models"][name]["train"]
   length = train["train_length_times_epochs"]
-  schedule = clip_golden.schedule(train, optim.Run(length, length // train["steps"], "1 epoch"))
+  schedule = clip_golden.schedule(train, schedules.Run(length, length // train["steps"], "1 epoch"))
   tx = clip_golden.optimizer(train, schedule, golden.params, **changes)
   step = step_lib.make_train_step(golden.graphdef, tx, jax.random.key(0), None, schedule)
   state, log, states = golden.state(tx), [], []
@@ -166,7 +168,7 @@ def test_learning_rate(name, golden):
   _, want = arrays(name)
   train = MANIFEST["models"][name]["train"]
   length = train["train_length_times_epochs"]
-  schedule = clip_golden.schedule(train, optim.Run(length, length // train["steps"], "1 epoch"))
+  schedule = clip_golden.schedule(train, schedules.Run(length, length // train["steps"], "1 epoch"))
   np.testing.assert_allclose(
     schedule(want["train_fp32/step_arg"], np), want["train_fp32/lr"], **TOLERANCE["lr"]
   )
@@ -246,7 +248,7 @@ def test_half_trajectory(name):
   """fp16 forward and backward, float32 AdamW, weights rounded back to fp16."""
   _, want = arrays(name)
   golden = clip_golden.Golden(name, dtype=jnp.float16)
-  changes = dict(round_to="float16", round_paths=clip_itm.HALF_PATHS)
+  changes = dict(round_to="float16", round_paths=clip.HALF_PATHS)
   log, states, _ = run(name, golden, **changes)
   loss = np.array([m["loss"] for m in log])
   np.testing.assert_allclose(loss, want["train_half/loss"], rtol=0, **TOLERANCE["half_losses"])

@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from xmodal_jax import metrics, optim
-from xmodal_jax import step as step_lib
 from xmodal_jax.data import builder, image, pictures, pipeline, records, sources, text
-from xmodal_jax.models import clip_itm
+from xmodal_jax.evaluation import metrics
+from xmodal_jax.models import clip
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import step as step_lib
 
 MANIFEST = golden_files.manifest("clip")
 PROGRAM, TOLERANCE = MANIFEST["mini_coco"], MANIFEST["tolerance"]
@@ -111,7 +112,9 @@ def train(dataset, tokenizer, kind, **changes):
   dtype = jnp.float16 if kind == "half" else jnp.float32
   file = PROGRAM["model_file"].split("/")[-1]
   golden = clip_golden.Golden(MODEL, file, dtype)
-  run = optim.Run(PROGRAM["train_captions"], PROGRAM["batch_size"], f"{PROGRAM['epochs']} epochs")
+  run = schedules.Run(
+    PROGRAM["train_captions"], PROGRAM["batch_size"], f"{PROGRAM['epochs']} epochs"
+  )
   settings = MANIFEST["models"][MODEL]["train"] | {k: PROGRAM[k] for k in ("lr", "warmup")}
   schedule = clip_golden.schedule(settings, run)
   steps = np.arange(run.total_steps)
@@ -157,6 +160,6 @@ def test_float32_run(dataset, tokenizer):
 
 def test_half_precision_run(dataset, tokenizer):
   want = golden_files.arrays("clip", "mini_coco", "outputs.npz")
-  changes = dict(round_to="float16", round_paths=clip_itm.HALF_PATHS)
+  changes = dict(round_to="float16", round_paths=clip.HALF_PATHS)
   *_, (losses, _, _) = train(dataset, tokenizer, "half", **changes)
   np.testing.assert_allclose(losses, want["half/loss"], rtol=0, **TOLERANCE["half_losses"])

@@ -13,9 +13,8 @@ import tiny
 from PIL import Image
 
 from tools import prepare_data
-from xmodal_jax import inputs
-from xmodal_jax.data import augment, image, records, sources, wordpiece
-from xmodal_jax.models import hat, system
+from xmodal_jax.data import augment, image, inputs, records, sources, wordpiece
+from xmodal_jax.models import base, hat
 
 MANIFEST = golden_files.manifest("hat")
 CONFIG, CROP = MANIFEST["config"], MANIFEST["train_random_resized_crop"]
@@ -26,7 +25,7 @@ MEANING = {k: v["meaning"] for k, v in MANIFEST["arrays"]["preprocess.npz"].item
 TRAINED = [k for k in PICTURES if k.startswith("train_uint8_")]
 
 
-class Pixels(system.System):
+class Pixels(base.System):
   """What every system does with a batch of pictures, with HAT's statistics."""
 
   mean, std = hat.HAT.mean, hat.HAT.std

@@ -11,10 +11,15 @@ import pytest
 import test_golden_hat_data
 from hat_golden import LEVELS, arrays, close_scores
 
-from xmodal_jax import build, convert, converted, evaluate, inputs, metrics, torch_files
 from xmodal_jax import config as config_lib
-from xmodal_jax import step as step_lib
+from xmodal_jax.data import inputs
+from xmodal_jax.evaluation import metrics, retrieval
+from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.interop import hat as hat_rules
+from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.models import hat
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import setup
 
 COLUMNS = ("r1", "r5", "r10")
 
@@ -59,8 +64,8 @@ def evaluator(data_dir, **changes):
   golden = hat_golden.Golden(**changes)
   c.model = golden.config
   c.eval.batch_size, c.eval.block, c.eval.rerank_block = 8, (8, 16), (2, 2)
-  ev = evaluate.Evaluator(c, inputs.Inputs(c), build.Built(c))
-  return ev, step_lib.TrainState(None, golden.params, {}, None)
+  ev = retrieval.Evaluator(c, inputs.Inputs(c), setup.Built(c))
+  return ev, train_state.TrainState(None, golden.params, {}, None)
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
@@ -126,7 +131,7 @@ def test_conversion_both_ways(tmp_path):
   source = golden_files.path("hat", hat_golden.CHECKPOINT)
   out, back = tmp_path / "ours", tmp_path / "back.pth"
   tool(["--system", "hat", "--checkpoint", str(source), "--out", str(out)])
-  meta = converted.read_meta(out)
+  meta = meta_lib.read_meta(out)
   want = hat_golden.config()
   assert meta["config"]["image"]["depths"] == list(want["image"]["depths"])
   assert meta["config"]["image"]["heads"] == list(want["image"]["heads"])
@@ -144,10 +149,10 @@ def test_buffers_are_not_trusted():
   name = next(k for k in state if k.endswith("attn_mask"))
   state[name] = state[name] + 1
   golden = hat_golden.Golden()
-  from xmodal_jax import init
+  from xmodal_jax.checkpoints import restore
 
-  with pytest.raises(convert.ConversionError, match=name):
-    convert.to_jax(state, hat.RULES, init.flat(golden.params))
+  with pytest.raises(conversion.ConversionError, match=name):
+    conversion.to_jax(state, hat_rules.RULES, restore.flat(golden.params))
 
 
 def test_config_of_a_run():

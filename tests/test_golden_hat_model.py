@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from hat_golden import LEVELS, TOLERANCE, arrays, close_features, close_scores, recorded
 
-from xmodal_jax import step as step_lib
-from xmodal_jax.losses import attended, ranking
+from xmodal_jax.losses import cross_attention, triplet
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import step as step_lib
 
 KEY = jax.random.key(0)
 DIRECTIONS = ("i2t", "t2i")
@@ -94,10 +95,10 @@ def test_scores_of_given_tokens(direction):
   for name in names:
     sharpness = float(name.removeprefix(prefix))
     for chunk in (0, 1, 2):
-      ours = attended.attended_scores(v, c, mask, sharpness, direction, chunk)
+      ours = cross_attention.attended_scores(v, c, mask, sharpness, direction, chunk)
       close_scores(ours, s[name], name)
     many = lambda x: jnp.broadcast_to(x, (len(v), *x.shape))
-    pairs = attended.aligned_scores(v, many(c), many(mask), sharpness, direction)
+    pairs = cross_attention.aligned_scores(v, many(c), many(mask), sharpness, direction)
     close_scores(pairs, s[name], name)
 
 
@@ -111,9 +112,11 @@ def test_loss_of_given_tokens(direction):
   sharpness = hat_golden.CONFIG["lambda_softmax"]
 
   def f(images, captions):
-    score = functools.partial(attended.attended_scores, sharpness=sharpness, direction=direction)
+    score = functools.partial(
+      cross_attention.attended_scores, sharpness=sharpness, direction=direction
+    )
     total = sum(score(v, c, mask, chunk=2) for v, c in zip(images, captions, strict=True))
-    return ranking.triplet(total, hat_golden.CONFIG["margin"], "max")
+    return triplet.triplet(total, hat_golden.CONFIG["margin"], "max")
 
   value, (dv, dc) = jax.value_and_grad(f, argnums=(0, 1))(images, captions)
   np.testing.assert_allclose(value, s[f"loss_{direction}"], rtol=TOLERANCE["loss"]["rtol"])
@@ -128,7 +131,7 @@ def stepper(golden, schedule, **kw):
   tx = hat_golden.optimizer(schedule, golden.params, **kw)
   step = step_lib.make_train_step(golden.graphdef, tx, KEY, None, schedule)
   params = jax.tree.map(jnp.copy, golden.params)
-  return step, step_lib.TrainState(jnp.int32(0), params, {}, tx.init(params))
+  return step, train_state.TrainState(jnp.int32(0), params, {}, tx.init(params))
 
 
 @pytest.mark.parametrize("run", ["frozen", "unfrozen"])

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xmodal_jax import convert, init, torch_files
-from xmodal_jax.models import swin, torch_names
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import conversion, torch_files, towers
+from xmodal_jax.models.towers import swin
 
 MANIFEST = golden_files.manifest("hat")
 CONFIG, TOLERANCE = MANIFEST["config"], MANIFEST["tolerance"]
 FEATURES = TOLERANCE["features"]
 TABLES = TOLERANCE["pretrained_tables"]["atol"]
 PREFIX = "vit_model."
-RULES = torch_names.swin(PREFIX, "image")
-PUBLIC = [*torch_names.swin("", "image"), *torch_names.SWIN_REST]
+RULES = towers.swin(PREFIX, "image")
+PUBLIC = [*towers.swin("", "image"), *towers.SWIN_REST]
 
 
 def sizes(config) -> dict:
@@ -53,13 +54,13 @@ def abstract(config):
   """(graphdef, {path: shape}) of a tower under "image"."""
   tower = nnx.eval_shape(lambda: swin.Swin(**config, rngs=nnx.Rngs(0)))
   graphdef, params = nnx.split(tower)
-  return graphdef, init.flat({"image": nnx.to_pure_dict(params)})
+  return graphdef, restore.flat({"image": nnx.to_pure_dict(params)})
 
 
 def read(file: str):
   graphdef, want = abstract(FILES[file])
-  flat, _ = convert.to_jax(state_dict(file), RULES, want)
-  return nnx.merge(graphdef, nnx.State(init.nested(flat)["image"]))
+  flat, _ = conversion.to_jax(state_dict(file), RULES, want)
+  return nnx.merge(graphdef, nnx.State(restore.nested(flat)["image"]))
 
 
 def close_stages(tower, images, recorded):
@@ -94,10 +95,10 @@ def test_stages_of_another_resolution():
 def test_conversion_both_ways(file):
   """Bit for bit, buffers and order included; and from the parameters alone, all keys."""
   state = state_dict(file)
-  flat, report = convert.to_jax(state, RULES, abstract(FILES[file])[1])
+  flat, report = conversion.to_jax(state, RULES, abstract(FILES[file])[1])
   assert not report.kept and not report.dropped and not report.filled
-  back = dict(convert.arrays(convert.to_torch(flat, RULES, order=report.keys)))
-  alone = dict(convert.arrays(convert.to_torch(flat, RULES)))
+  back = dict(conversion.arrays(conversion.to_torch(flat, RULES, order=report.keys)))
+  alone = dict(conversion.arrays(conversion.to_torch(flat, RULES)))
   assert list(back) == list(state) and alone.keys() == state.keys()
   for name, want in state.items():
     for have in (back[name], alone[name]):
@@ -107,7 +108,7 @@ def test_conversion_both_ways(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_config_from_shapes(file):
-  found = swin.infer_config({k: v.shape for k, v in state_dict(file).items()}, PREFIX)
+  found = towers.infer_config({k: v.shape for k, v in state_dict(file).items()}, PREFIX)
   assert found == {k: tuple(v) if isinstance(v, list) else v for k, v in FILES[file].items()
                    if k in found}  # fmt: skip
   assert {"size", "window", "embed", "depths", "heads"} <= found.keys()
@@ -124,13 +125,13 @@ def test_buffers_have_to_be_ours():
   for name in (index, mask):
     changed = state | {name: off(name).astype(state[name].dtype)}
     words = rf"1 not what the model computes:\s+{name}: 1 of \d+ values differ"
-    with pytest.raises(convert.ConversionError, match=words):
-      convert.to_jax(changed, RULES, want)
-  with pytest.raises(convert.ConversionError, match=rf"{mask} \[1, .*\], expected \["):
-    convert.to_jax(state | {mask: state[mask][:1]}, RULES, want)
+    with pytest.raises(conversion.ConversionError, match=words):
+      conversion.to_jax(changed, RULES, want)
+  with pytest.raises(conversion.ConversionError, match=rf"{mask} \[1, .*\], expected \["):
+    conversion.to_jax(state | {mask: state[mask][:1]}, RULES, want)
   plain = mask.replace("blocks.1", "blocks.0")  # never shifted
-  with pytest.raises(convert.ConversionError, match=rf"1 extra:\s+{plain}"):
-    convert.to_jax(state | {plain: state[mask]}, RULES, want)
+  with pytest.raises(conversion.ConversionError, match=rf"1 extra:\s+{plain}"):
+    conversion.to_jax(state | {plain: state[mask]}, RULES, want)
 
 
 def test_buffers_can_be_absent_or_of_half_precision():
@@ -138,8 +139,8 @@ def test_buffers_can_be_absent_or_of_half_precision():
   index, mask = first(state, "relative_position_index"), first(state, "attn_mask")
   del state[index]
   state[mask] = state[mask].astype(np.float16)
-  flat, report = convert.to_jax(state, RULES, want)
-  back = convert.to_torch(flat, RULES, kept=report.kept, order=report.keys)
+  flat, report = conversion.to_jax(state, RULES, want)
+  back = conversion.to_torch(flat, RULES, kept=report.kept, order=report.keys)
   assert list(back) == list(state) and back[mask].make().dtype == np.float16
 
 
@@ -148,11 +149,11 @@ def test_a_public_file():
   config = FILES["hat.pth"]
   state = state_dict("pretrained", "swin_pretrained.pth")
   want = abstract(config)[1]
-  flat, report = convert.to_jax(state, PUBLIC, want, check_shapes=False)
+  flat, report = conversion.to_jax(state, PUBLIC, want, check_shapes=False)
   assert report.dropped and all(k.startswith("head.") for k in report.dropped)
   assert {n.split(".")[0] for n in report.filled} == {"norm_0", "norm_1", "norm_2"}
-  flat = {k: swin.resize_tables(k, v, want[k].shape) for k, v in flat.items()}
-  ours = dict(convert.arrays(convert.to_torch(flat, RULES)))
+  flat = {k: towers.resize_tables(k, v, want[k].shape) for k, v in flat.items()}
+  ours = dict(conversion.arrays(conversion.to_torch(flat, RULES)))
   recorded = golden_files.arrays("hat", "pretrained_outputs.npz")
   fresh = {k.removeprefix("fresh/"): v for k, v in recorded.items() if f"fresh/{PREFIX}" in k}
   assert fresh
@@ -172,7 +173,7 @@ def test_tables_of_other_windows():
   for size, want in adapted.items():
     assert size == 384 or len(want) == (2 * (size // 32) - 1) ** 2
     layers = np.stack([source, 2 * source])  # of a stack, each on its own
-    have = swin.resize_tables("image/stages/0/blocks/table", layers, (2, *want.shape))
+    have = towers.resize_tables("image/stages/0/blocks/table", layers, (2, *want.shape))
     assert have.dtype == source.dtype
     for x, scale in zip(have, (1, 2), strict=True):
       np.testing.assert_allclose(x, scale * want, rtol=0, atol=scale * TABLES, err_msg=str(size))

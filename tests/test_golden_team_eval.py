@@ -15,9 +15,11 @@ from PIL import Image
 from team_golden import VARIANTS, close
 
 from tools import prepare_data
-from xmodal_jax import build, evaluate, inputs, metrics
 from xmodal_jax import config as config_lib
-from xmodal_jax import step as step_lib
+from xmodal_jax.data import inputs
+from xmodal_jax.evaluation import metrics, retrieval
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import setup
 
 TOP = 16  # candidates of the published evaluation
 
@@ -60,10 +62,10 @@ def evaluated(name: str, data_dir: str):
   c.text.clean, c.text.max_words = "albef", 30
   c.eval.batch_size, c.eval.block, c.eval.rerank_block = 8, (8, 32), (2, 4)
   assert (golden.model().top_k_text, golden.model().top_k_image) == (TOP, TOP)
-  built = build.Built(c)
+  built = setup.Built(c)
   read = inputs.Inputs(c)
-  ev = evaluate.Evaluator(c, read, built)
-  state = step_lib.TrainState(None, golden.params, {}, None)
+  ev = retrieval.Evaluator(c, read, built)
+  state = train_state.TrainState(None, golden.params, {}, None)
   split = read.split("test")
   batches = lambda n: -(-n // c.eval.batch_size)
   banks = [ev.bank(batches(n)) for n in (len(split), int(split.captions_per_record.sum()))]

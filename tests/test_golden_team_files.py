@@ -13,9 +13,12 @@ import pytest
 import team_golden
 from flax import nnx
 
-from xmodal_jax import checkpoint, convert, converted, init, torch_files, torch_optim
+from xmodal_jax.checkpoints import checkpointer, restore
 from xmodal_jax.data import image
-from xmodal_jax.models import clip_itm, team
+from xmodal_jax.interop import conversion, meta, optimizer_state, torch_files
+from xmodal_jax.interop import team as team_rules
+from xmodal_jax.models import clip as clip_lib
+from xmodal_jax.models import team
 
 FILES = {
   "vitb16": "epoch0_params.pth",
@@ -35,12 +38,12 @@ def load(name: str):
 
 def abstract(config) -> dict[str, nnx.Variable]:
   model = nnx.eval_shape(lambda: team.build(config, rngs=nnx.Rngs(0)))
-  return init.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  return restore.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 @functools.cache
 def inferred(name: str) -> dict:
-  return team.infer_config({k: v.shape for k, v in load(name)[0].items()})
+  return team_rules.infer_config({k: v.shape for k, v in load(name)[0].items()})
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +80,17 @@ def test_converts_and_comes_back(name, tool, tmp_path, capsys):
   assert ours[positions].dtype == np.int64
   assert ("2 not in the file: logit_scale, logit_scale_team" in said) == chinese
   if chinese:
-    params = checkpoint.load_model(out)["params"]
+    params = checkpointer.load_model(out)["params"]
     want = np.float32(team.TEMPERATURE)
     assert params["logit_scale"] == params["logit_scale_team"] == want
-  config = converted.read_meta(out)["config"]
+  config = meta.read_meta(out)["config"]
   assert config["matching"]["depth"] == (1 if chinese else 2)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_parameters_are_counted(name):
   state, _ = load(name)
-  flat, report = convert.to_jax(state, team.RULES, abstract(inferred(name)))
+  flat, report = conversion.to_jax(state, team_rules.RULES, abstract(inferred(name)))
   count = sum(v.size for k, v in state.items() if not k.endswith("position_ids"))
   assert report.parameters == count
   assert sum(v.size for v in flat.values()) == count + len(report.filled)
@@ -119,7 +122,7 @@ def test_config_from_shapes(name):
 def test_where_values_go(name):
   """A round trip does not see two paths that are swapped, so name some by hand."""
   state = {k: np.asarray(v) for k, v in load(name)[0].items()}
-  flat, _ = convert.to_jax(state, team.RULES, abstract(inferred(name)))
+  flat, _ = conversion.to_jax(state, team_rules.RULES, abstract(inferred(name)))
   equal = lambda ours, value: np.testing.assert_array_equal(flat[ours], value, ours)
   block = "cross_model" if name == "chinese_large" else "team_block_list"
   depth = inferred(name)["matching"]["depth"]
@@ -175,8 +178,8 @@ def test_keys_that_do_not_fit_are_listed(name, tool, tmp_path):
     extra = "image_model.vit.cls_token"
   state |= {extra: np.zeros((1, 1, 3), np.float32), "momentum_encoder.x": np.zeros(3, np.float32)}
   state["image_tensor_fc.bias"] = np.zeros(7, np.float32)
-  with pytest.raises(convert.ConversionError) as e:
-    convert.to_jax(state, team.RULES, want)
+  with pytest.raises(conversion.ConversionError) as e:
+    conversion.to_jax(state, team_rules.RULES, want)
   assert e.value.unknown == ["momentum_encoder.x [3]"]
   assert e.value.extra == [f"{extra} [1, 1, 3]"]
   assert sorted(m.split()[0] for m in e.value.missing) == [
@@ -194,8 +197,8 @@ def test_keys_that_do_not_fit_are_listed(name, tool, tmp_path):
 def test_a_block_under_both_of_its_names():
   state = dict(load("chinese_large")[0])
   state["team_block_list.0.norm1.bias"] = state["cross_model.0.norm1.bias"]
-  with pytest.raises(convert.ConversionError) as e:
-    convert.to_jax(state, team.RULES, abstract(inferred("chinese_large")))
+  with pytest.raises(conversion.ConversionError) as e:
+    conversion.to_jax(state, team_rules.RULES, abstract(inferred("chinese_large")))
   text = str(e.value)
   assert "cross_model.0.norm1.bias" in text and "team_block_list.0.norm1.bias" in text
   assert "norm2" not in text
@@ -207,13 +210,13 @@ def test_one_temperature_without_the_other(name):
   state = {k: v for k, v in load(name)[0].items() if k != "logit_scale_team"}
   state["logit_scale"] = np.float32(1.5)
   if name != "chinese_large":
-    with pytest.raises(convert.ConversionError, match=r"1 missing:\s+logit_scale_team"):
-      convert.to_jax(state, team.RULES, abstract(inferred(name)))
+    with pytest.raises(conversion.ConversionError, match=r"1 missing:\s+logit_scale_team"):
+      conversion.to_jax(state, team_rules.RULES, abstract(inferred(name)))
     return
-  flat, report = convert.to_jax(state, team.RULES, abstract(inferred(name)))
+  flat, report = conversion.to_jax(state, team_rules.RULES, abstract(inferred(name)))
   assert report.filled == ["logit_scale_team"] and report.missing == []
   assert flat["logit_scale"] == 1.5 and flat["logit_scale_team"] == np.float32(team.TEMPERATURE)
-  back = convert.to_torch(flat, team.RULES, kept=report.kept, order=report.keys)
+  back = conversion.to_torch(flat, team_rules.RULES, kept=report.kept, order=report.keys)
   assert list(back) == list(state)
 
 
@@ -230,10 +233,10 @@ def test_files_of_other_systems_are_refused(tool, tmp_path):
     tool(["--system", "team", "--checkpoint", str(file), *out])
   assert not (tmp_path / "dir").exists()
   params = nnx.state(
-    nnx.eval_shape(lambda: clip_itm.build(clip_itm.preset("vit_b32"), rngs=nnx.Rngs(0))), nnx.Param
+    nnx.eval_shape(lambda: clip_lib.build(clip_lib.preset("vit_b32"), rngs=nnx.Rngs(0))), nnx.Param
   )
-  with pytest.raises(convert.ConversionError, match=r"not a CLIP state dict .*TEAM"):
-    init.load(str(path("vitb16")), "clip", params, nnx.State({}))
+  with pytest.raises(conversion.ConversionError, match=r"not a CLIP state dict .*TEAM"):
+    restore.load(str(path("vitb16")), "clip", params, nnx.State({}))
 
 
 def test_a_converted_directory_of_another_system(tool, tmp_path):
@@ -242,8 +245,8 @@ def test_a_converted_directory_of_another_system(tool, tmp_path):
   with pytest.raises(SystemExit, match="holds a team model, not clip"):
     args = ["--checkpoint", str(out), "--out", str(tmp_path / "x.pth")]
     tool(["--system", "clip", "--to", "torch", *args])
-  with pytest.raises(checkpoint.CheckpointError, match="holds a team model"):
-    init.load(str(out), "clip", nnx.State({}), nnx.State({}))
+  with pytest.raises(checkpointer.CheckpointError, match="holds a team model"):
+    restore.load(str(out), "clip", nnx.State({}), nnx.State({}))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -264,7 +267,7 @@ def test_another_resolution():
     size = config["image"]["size"] + 2 * config["image"]["patch"]
     config = config | {"image": config["image"] | {"size": size}}
     model = nnx.eval_shape(lambda c=config: team.build(c, rngs=nnx.Rngs(0)))
-    ours, _, _ = init.load(str(path(name)), "team", nnx.state(model, nnx.Param), nnx.State({}))
+    ours, _, _ = restore.load(str(path(name)), "team", nnx.state(model, nnx.Param), nnx.State({}))
     kind = config["image"]["kind"]
     have = ours["image"][kind]["pos"]
     table = {"deit": "vit.pos_embed", "clip": "vision_transformer.positional_embedding"}[kind]
@@ -272,10 +275,10 @@ def test_another_resolution():
     table = table[0] if kind == "deit" else table
     assert have.shape == (26, table.shape[1]) and len(table) == 10
     np.testing.assert_array_equal(have[0], table[0])
-    with pytest.raises(checkpoint.CheckpointError, match="text/pos"):
+    with pytest.raises(checkpointer.CheckpointError, match="text/pos"):
       text = config["text"] | {"context": config["text"]["context"] + 1}
       other = nnx.eval_shape(lambda c=config | {"text": text}: team.build(c, rngs=nnx.Rngs(0)))
-      init.load(str(path(name)), "team", nnx.state(other, nnx.Param), nnx.State({}))
+      restore.load(str(path(name)), "team", nnx.state(other, nnx.Param), nnx.State({}))
 
 
 # --- CLIP's rounding ----------------------------------------------------------------------------
@@ -304,9 +307,9 @@ def test_rounding_of_a_clip_archive(tmp_path):
   params = nnx.state(model, nnx.Param)
   read = {}
   for half in (True, False):
-    leaves = init.load_tower(str(tmp_path / "clip.pt"), "image", "team", params, half)
+    leaves = restore.load_tower(str(tmp_path / "clip.pt"), "image", "team", params, half)
     assert all(k.startswith("image/clip/") and v.dtype == np.float32 for k, v in leaves.items())
-    back = convert.arrays(convert.to_torch(leaves, team.RULES))
+    back = conversion.arrays(conversion.to_torch(leaves, team_rules.RULES))
     read[half] = {k.removeprefix("image_model."): np.asarray(v) for k, v in back}
   changed = set()
   for name, value in want.items():
@@ -337,8 +340,8 @@ def order(name: str) -> tuple[list[str], list[int]]:
 def test_optimizer_names(name):
   names, sizes = order(name)
   want = {k: v.shape for k, v in abstract(inferred(name)).items()}
-  assert convert.parameter_names(team.RULES, want, load(name)[0]) == names
-  ours = team.optimizer_names(names, sizes)
+  assert conversion.parameter_names(team_rules.RULES, want, load(name)[0]) == names
+  ours = team_rules.optimizer_names(names, sizes)
   if len(sizes) == 1:
     assert ours == names
     return
@@ -364,7 +367,7 @@ def moments_of(state) -> dict[str, dict[str, np.ndarray]]:
 def loaded_moments(name: str, file) -> tuple[dict, int]:
   golden = team_golden.Golden(name)
   tx = team_golden.optimizer(name, None, golden.params)
-  state, step = torch_optim.for_init(str(path(name)), str(file), "team", golden.params, tx)
+  state, step = optimizer_state.for_init(str(path(name)), str(file), "team", golden.params, tx)
   return moments_of(state), step
 
 

@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import optim, torch_files, torch_optim
-from xmodal_jax.convert import Rule
+from xmodal_jax.interop import conversion, optimizer_state, torch_files
+from xmodal_jax.interop.conversion import Rule
+from xmodal_jax.optim import factory, schedules
 
 NAMES = ("weight", "vector", "scalar", "zero_bias", "zero_grad", "low_lr_weight")
 RULES = [Rule(name, name) for name in NAMES]
@@ -36,15 +37,15 @@ def optimizer(schedule, params, **changes):
   c = config_lib.base().optim.to_dict()
   c |= dict(name="lamb", trust="original", b1=0.9, b2=0.999, eps=1e-6, grad_clip=1.0)
   c |= dict(weight_decay=0.01, decay=((".*", 1.0),)) | changes
-  return optim.make_optimizer(c, schedule, params, RULES)
+  return factory.make_optimizer(c, schedule, params, conversion.tensors_of(RULES, params))
 
 
 def test_six_steps_of_two_groups(golden):
   """The scalar, the tensor that starts at zero and the one without a gradient are among them."""
   params = of(golden, "init")
-  run = optim.Run(samples=4, batch_size=1, total="2 epochs")
+  run = schedules.Run(samples=4, batch_size=1, total="2 epochs")
   recipe = dict(schedule="step", lr=0.01, step_every="1 epochs", step_factor=0.1)
-  schedule = optim.make_schedule(tiny.optim(warmup="0 steps", end=0.0, **recipe), run)
+  schedule = schedules.make_schedule(tiny.optim(warmup="0 steps", end=0.0, **recipe), run)
   tx = optimizer(schedule, params, lr_mult=((r"^low_lr", 0.1), (".*", 1.0)))
   state, update = tx.init(params), jax.jit(tx.update)
   for step in range(STEPS):
@@ -81,7 +82,7 @@ def test_optimizer_file_of_the_original():
   params = {name: jax.ShapeDtypeStruct(state[name].shape, jnp.float32) for name in names}
   tx = optax.scale_by_adam()
   rules = [Rule(name, name) for name in names]
-  got, step = torch_optim.optim_state(path, names, rules, jax.eval_shape(tx.init, params))
+  got, step = optimizer_state.optim_state(path, names, rules, jax.eval_shape(tx.init, params))
   entries = torch_files.read(path)["state"]
   assert step == got.count == 3 and len(entries) == len(names)
   for i, name in enumerate(names):
@@ -93,9 +94,9 @@ def test_optimizer_file_of_the_original():
 def test_learning_rates_of_thirty_epochs(variant):
   """One factor 0.1 every ten epochs; the second group, where there is one, at a tenth."""
   want = golden_files.arrays("team", variant, "outputs.npz")["schedule/lr_per_epoch_per_group"]
-  run = optim.Run(samples=5_000_003, batch_size=1920, total="30 epochs")
+  run = schedules.Run(samples=5_000_003, batch_size=1920, total="30 epochs")
   recipe = dict(schedule="step", lr=1e-3, step_every="10 epochs", step_factor=0.1)
-  schedule = optim.make_schedule(tiny.optim(warmup="0 steps", end=0.0, **recipe), run)
+  schedule = schedules.make_schedule(tiny.optim(warmup="0 steps", end=0.0, **recipe), run)
   first = np.arange(30) * run.steps_per_epoch
   multiples = np.array([1.0, 0.1])[: want.shape[1]]
   for steps in (first, first + run.steps_per_epoch - 1):

@@ -13,10 +13,12 @@ import tiny
 from flax import nnx
 from team_golden import GRADIENT, VARIANTS, close, close_to_scale
 
-from xmodal_jax import optim, sharding, torch_optim
-from xmodal_jax import step as step_lib
-from xmodal_jax.losses import tokens
+from xmodal_jax.distributed import sharding
+from xmodal_jax.interop import optimizer_state
+from xmodal_jax.losses import hard_negatives
 from xmodal_jax.models import layers
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import step as step_lib
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +125,9 @@ def program(name, **changes):
     logits = scale * model.score(i, t)
     same = model.same(b)
     probability = lambda s: jnp.where(same[:, None] == same, 0.0, jax.nn.softmax(s, -1))
-    layer = tokens.matching_loss(right, wrong, jnp.ones(wrong.shape[:2], bool), model.scales()[1])
+    layer = hard_negatives.matching_loss(
+      right, wrong, jnp.ones(wrong.shape[:2], bool), model.scales()[1]
+    )
     out = metrics | {
       "loss": loss,
       "loss2": metrics["loss_contrastive"],
@@ -206,11 +210,11 @@ def stepper(name, devices):
     return golden, tx, step_lib.make_train_step(golden.graphdef, tx, KEY, None, schedule), None
   mesh = sharding.make_mesh((("data", -1),), jax.devices()[:devices])
   model = golden.model()
-  model.rows = sharding.batch_sharding(mesh)
+  model.batch_sharding = sharding.batch_sharding(mesh)
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shardings = jax.tree.map(lambda _: whole, golden.state(tx))
   step = step_lib.make_train_step(step_lib.split(model)[0], tx, KEY, shardings, schedule)
-  return golden, tx, step, model.rows
+  return golden, tx, step, model.batch_sharding
 
 
 @pytest.mark.parametrize(("variant", "run", "devices"), TRAJECTORIES)
@@ -222,7 +226,9 @@ def test_trajectories(variant, run, devices):
   state = golden.state(tx)
   if run == "traj_resumed":
     path = golden_files.path("team", name, "epoch0_opt.pth")
-    opt_state, count = torch_optim.for_init(str(golden.path), str(path), "team", golden.params, tx)
+    opt_state, count = optimizer_state.for_init(
+      str(golden.path), str(path), "team", golden.params, tx
+    )
     assert count == 3
     state = state.replace(opt_state=opt_state)
   if run == "traj_hi_lr":
@@ -280,7 +286,7 @@ def test_two_processes(name, golden):
     b[side] = jnp.asarray(np.concatenate(index), jnp.int32)
   mesh = sharding.make_mesh((("data", -1),), jax.devices()[: len(ranks)])
   model = golden.model()
-  model.rows = sharding.batch_sharding(mesh)
+  model.batch_sharding = sharding.batch_sharding(mesh)
   graphdef, params, _ = step_lib.split(model)
 
   @jax.jit
@@ -288,7 +294,7 @@ def test_two_processes(name, golden):
     loss_fn = lambda p: nnx.merge(graphdef, p, {}).loss(b, jax.random.key(0))
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
-  (loss, metrics), grads = run(nnx.to_pure_dict(params), jax.device_put(b, model.rows))
+  (loss, metrics), grads = run(nnx.to_pure_dict(params), jax.device_put(b, model.batch_sharding))
   mean = lambda key: np.mean([want[f"world2/{r}/{key}"] for r in ranks])
   close(loss, mean("loss"), "loss")
   close(metrics["loss_contrastive"], mean("loss2"), "loss2")
@@ -305,7 +311,7 @@ def test_schedule(name):
   rates = want["schedule/lr_per_epoch_per_group"]
   c = tiny.optim(lr=rates[0].max(), warmup="0 steps", end=0.0, schedule="step")
   c |= dict(step_every="10 epochs", step_factor=0.1)
-  run = optim.Run(7 * 5, 5, f"{len(rates)} epochs")
-  schedule = optim.make_schedule(c, run)
+  run = schedules.Run(7 * 5, 5, f"{len(rates)} epochs")
+  schedule = schedules.make_schedule(c, run)
   ours = schedule(np.arange(run.total_steps), np).reshape(len(rates), -1)
   np.testing.assert_allclose(ours, np.broadcast_to(rates[:, :1], ours.shape), rtol=1e-12)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xmodal_jax import positions
 from xmodal_jax.data import augment, image
-from xmodal_jax.models import system
+from xmodal_jax.models import base
+from xmodal_jax.models.layers import positions
 
 MANIFEST = golden_files.manifest("team")
 
 
-class Pixels(system.System):
+class Pixels(base.System):
   """What every system of the family does with a batch of pictures."""
 
   mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -9,7 +9,7 @@ import pytest
 import tgdt_golden
 from tgdt_golden import GLOBAL, LOCAL, UNIT, outputs
 
-from xmodal_jax import metrics
+from xmodal_jax.evaluation import metrics
 from xmodal_jax.losses import local
 
 PER_IMAGE = 5

@@ -9,9 +9,12 @@ import pytest
 import tgdt_golden
 from flax import nnx
 
-from xmodal_jax import convert, converted, init, torch_files
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.interop import meta as meta_lib
+from xmodal_jax.interop import tgdt as tgdt_rules
 from xmodal_jax.models import tgdt
+from xmodal_jax.runtime import step as step_lib
 
 TIED = "img_txt_enc.txt_enc.word_embeddings.weight"
 
@@ -34,7 +37,7 @@ def test_conversion_both_ways(tool, tmp_path):
   source = golden_files.path("tgdt", tgdt_golden.CHECKPOINT)
   out, back = tmp_path / "ours", tmp_path / "back.pth"
   tool(["--system", "tgdt", "--checkpoint", str(source), "--out", str(out)])
-  meta = converted.read_meta(out)
+  meta = meta_lib.read_meta(out)
   assert meta["wrapper"] == ["model"] and meta["format"] == "legacy"
   tool(["--system", "tgdt", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
   same_tensors(back, source)
@@ -55,7 +58,7 @@ def test_layouts_of_the_first_stage(shared, tool, tmp_path):
   source, out, back = tmp_path / "a.pth", tmp_path / "out", tmp_path / "b.pth"
   torch_files.write(source, state)
   tool(["--system", "tgdt", "--checkpoint", str(source), "--out", str(out)])
-  config = converted.read_meta(out)["config"]
+  config = meta_lib.read_meta(out)["config"]
   assert config["upper"] == {} and config["shared"] == shared
   tool(["--system", "tgdt", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
   same_tensors(back, source)
@@ -66,14 +69,14 @@ def test_tied_tensors_have_to_agree():
   params = step_lib.split(
     nnx.eval_shape(lambda: tgdt.build(tgdt_golden.config(), rngs=nnx.Rngs(0)))
   )[1]
-  want = init.flat(nnx.to_pure_dict(params))
+  want = restore.flat(nnx.to_pure_dict(params))
   state[TIED] = state[TIED] + 1
-  with pytest.raises(convert.ConversionError, match=r"1 tied and different:\s+" + TIED):
-    convert.to_jax(state, tgdt.RULES, want)
+  with pytest.raises(conversion.ConversionError, match=r"1 tied and different:\s+" + TIED):
+    conversion.to_jax(state, tgdt_rules.RULES, want)
   del state[TIED]  # newer programs may leave it out
-  flat, _ = convert.to_jax(state, tgdt.RULES, want)
-  assert TIED not in convert.to_torch(flat, tgdt.RULES, order=list(state))
-  assert TIED in convert.to_torch(flat, tgdt.RULES)
+  flat, _ = conversion.to_jax(state, tgdt_rules.RULES, want)
+  assert TIED not in conversion.to_torch(flat, tgdt_rules.RULES, order=list(state))
+  assert TIED in conversion.to_torch(flat, tgdt_rules.RULES)
 
 
 def test_missing_parts_are_named():
@@ -81,17 +84,17 @@ def test_missing_parts_are_named():
   params = step_lib.split(
     nnx.eval_shape(lambda: tgdt.build(tgdt_golden.config(), rngs=nnx.Rngs(0)))
   )[1]
-  with pytest.raises(convert.ConversionError) as e:
-    convert.to_jax(state, tgdt.RULES, init.flat(nnx.to_pure_dict(params)))
+  with pytest.raises(conversion.ConversionError) as e:
+    conversion.to_jax(state, tgdt_rules.RULES, restore.flat(nnx.to_pure_dict(params)))
   assert "img_txt_enc.cap_proj.weight -> text_proj/kernel" in str(e.value)
   assert "transformer_encoder_img.layers.0.norm1.weight" in str(e.value)
-  with pytest.raises(convert.ConversionError, match=r"not a TGDT state dict .*OpenAI CLIP"):
-    tgdt.infer_config({"visual.conv1.weight": (8, 3, 4, 4)})
+  with pytest.raises(conversion.ConversionError, match=r"not a TGDT state dict .*OpenAI CLIP"):
+    tgdt_rules.infer_config({"visual.conv1.weight": (8, 3, 4, 4)})
 
 
 def test_config_from_shapes():
   state = tgdt_golden.state_dict()
-  found = tgdt.infer_config({k: v.shape for k, v in state.items()})
+  found = tgdt_rules.infer_config({k: v.shape for k, v in state.items()})
   want = tgdt_golden.config()
   found["text"].pop("heads")  # one to 64 wide: no file tells
   for part in ("image", "text", "lower", "upper"):
@@ -102,11 +105,11 @@ def test_config_from_shapes():
 def test_order_of_the_optimizer():
   state = tgdt_golden.state_dict()
   golden = tgdt_golden.Golden()
-  shapes = {k: v.shape for k, v in init.flat(golden.params).items()}
-  names = convert.parameter_names(tgdt.RULES, shapes, state)
+  shapes = {k: v.shape for k, v in restore.flat(golden.params).items()}
+  names = conversion.parameter_names(tgdt_rules.RULES, shapes, state)
   want = tgdt_golden.goldens()["optimizer_param_order"]
-  assert tgdt.optimizer_names(names, [len(g) for g in want]) == [n for g in want for n in g]
-  assert tgdt.optimizer_names(names, [len(want[0])]) == want[0]
+  assert tgdt_rules.optimizer_names(names, [len(g) for g in want]) == [n for g in want for n in g]
+  assert tgdt_rules.optimizer_names(names, [len(want[0])]) == want[0]
 
 
 def test_public_bert(tmp_path):
@@ -114,7 +117,7 @@ def test_public_bert(tmp_path):
   section = tgdt_golden.config()
   params = step_lib.split(nnx.eval_shape(lambda: tgdt.build(section, rngs=nnx.Rngs(0))))[1]
   file = golden_files.path("tgdt", "bert_pretrained.pth")
-  leaves = init.load_tower(str(file), "text", "tgdt", params)
+  leaves = restore.load_tower(str(file), "text", "tgdt", params)
   state, _ = torch_files.state_dict(file)
   name = next(k for k in state if k.endswith("layer.1.output.dense.weight"))
   np.testing.assert_array_equal(leaves["text/blocks/wo/kernel"][1], state[name].read().T)

@@ -9,7 +9,7 @@ import golden_files
 import numpy as np
 import pytest
 
-from xmodal_jax import metrics, relevance, rerank
+from xmodal_jax.evaluation import metrics, ndcg, rerank
 
 MANIFEST = golden_files.manifest("tgdt")
 inputs = functools.partial(golden_files.arrays, "tgdt", "inputs.npz")
@@ -44,7 +44,7 @@ SYNTHETIC = [
 GRADES = {
   name.split()[-1]: n
   for n, name in enumerate(MANIFEST["metric_columns"])
-  if name.startswith(f"NDCG@{relevance.DEPTH}")
+  if name.startswith(f"NDCG@{ndcg.DEPTH}")
 }
 
 
@@ -132,7 +132,7 @@ def ndcg_bounds(side: Side, method: str, tied: float) -> list[np.ndarray]:
   scores, grades = (np.take_along_axis(x, order, 1) for x in (side.scores, side.grades[method]))
   with np.errstate(invalid="ignore"):  # what is outside a shortlist is one run
     run = np.cumsum(np.pad(scores[:, :-1] - scores[:, 1:] >= tied, [(0, 0), (1, 0)]), axis=1)
-  gain, depth = np.exp2(grades.astype(np.float64)) - 1, min(relevance.DEPTH, scores.shape[1])
+  gain, depth = np.exp2(grades.astype(np.float64)) - 1, min(ndcg.DEPTH, scores.shape[1])
   total = lambda x: x[:, :depth] @ (1 / np.log2(np.arange(depth) + 2))
   ideal = np.maximum(total(-np.sort(-gain, axis=1)), 1e-30)
   best_last, best_first = (
@@ -174,10 +174,10 @@ def check(case: Case, stage: str, ranks: dict, numbers: dict) -> None:
     if same:
       assert {k: summary[f"{name}_{k}"] for k in want} == pytest.approx(want, abs=1e-9)
     for method, column in GRADES.items():
-      gains = relevance.ndcg(side.ranked, side.grades[method])
+      gains = ndcg.ndcg(side.ranked, side.grades[method])
       low, high = ndcg_bounds(side, method, TIED[stage])
       assert ((low - 1e-9 <= gains) & (gains <= high + 1e-9)).all()
-      mean = relevance.means(method, gains, gains, published=True)[f"{name}_ndcg_{method}"]
+      mean = ndcg.means(method, gains, gains, published=True)[f"{name}_ndcg_{method}"]
       some = max(np.count_nonzero(low), 1)
       slack = ((high - low).sum() + np.count_nonzero(high) - np.count_nonzero(low)) / some
       assert mean == pytest.approx(numbers[name][column], abs=NDCG_ATOL + slack)
@@ -286,6 +286,6 @@ def test_rouge_l():
     for image in annotations["images"]
     if image["split"] == "val"
   ]
-  ours = relevance.rouge_l(captions)
+  ours = ndcg.rouge_l(captions)
   assert ours.dtype == np.float32
   np.testing.assert_array_equal(ours, outputs()["rougeL_val"])

@@ -11,9 +11,10 @@ import tgdt_golden
 from flax import nnx
 from tgdt_golden import GLOBAL, LOCAL, LOSS, RTOL, UNIT, after, close_gradients, outputs
 
-from xmodal_jax import step as step_lib
-from xmodal_jax import torch_optim
-from xmodal_jax.losses import local, ranking
+from xmodal_jax.interop import optimizer_state
+from xmodal_jax.losses import local, triplet
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import step as step_lib
 
 KEY = jax.random.key(0)
 
@@ -220,7 +221,7 @@ def test_local_loss(reduce):
 
   def f(v, t):
     scores = 10 * local.local_scores(v, vm, t, tm, image_zero=~vm.all(1), chunk=4)
-    return ranking.triplet(scores, tgdt_golden.TRAINING["margin"], reduce)
+    return triplet.triplet(scores, tgdt_golden.TRAINING["margin"], reduce)
 
   value, (dv, dt) = jax.value_and_grad(f, argnums=(0, 1))(v, t)
   want = outputs()
@@ -229,15 +230,15 @@ def test_local_loss(reduce):
   close_gradients({"v": dv, "t": dt}, {"v": images[:, 1:], "t": texts[:, 1 : t.shape[1] + 1]})
 
 
-@pytest.mark.parametrize("measure", ranking.MEASURES)
+@pytest.mark.parametrize("measure", triplet.MEASURES)
 @pytest.mark.parametrize("reduce", ["max", "sum"])
 def test_global_loss(measure, reduce):
   x, want = tgdt_golden.inputs(), outputs()
-  score, prefix = ranking.MEASURES[measure], f"synloss_global_{measure}_{reduce}"
+  score, prefix = triplet.MEASURES[measure], f"synloss_global_{measure}_{reduce}"
 
   def f(v, t):
-    inter = ranking.triplet(score(v, t), tgdt_golden.TRAINING["margin"], reduce)
-    intra = ranking.consistency(score(v, v), score(t, t))
+    inter = triplet.triplet(score(v, t), tgdt_golden.TRAINING["margin"], reduce)
+    intra = triplet.consistency(score(v, v), score(t, t))
     return inter + intra, (inter, intra)
 
   pair = (jnp.asarray(x[f"synloss_{side}_global"]) for side in ("img", "txt"))
@@ -272,8 +273,8 @@ def test_trajectories(run):
   opt_state = tx.init(params)
   if resumed:
     path = str(golden_files.path("tgdt", tgdt_golden.CHECKPOINT))
-    opt_state, count = torch_optim.for_init(path, path, "tgdt", golden.params, tx)
-  state = step_lib.TrainState(jnp.int32(count), params, {}, opt_state)
+    opt_state, count = optimizer_state.for_init(path, path, "tgdt", golden.params, tx)
+  state = train_state.TrainState(jnp.int32(count), params, {}, opt_state)
   for k, index in enumerate(record["batches"]):
     state, metrics = step(state, tgdt_golden.rows("train", index))
     for ours, theirs in (("loss_matching", "matching_loss"), ("loss_alignment", "alignment_loss")):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tools import prepare_data
 from xmodal_jax.data import image, records, wordpiece
-from xmodal_jax.models import system
+from xmodal_jax.models import base
 
 MANIFEST = golden_files.manifest("zerovl")
 CONFIG = MANIFEST["config"]
@@ -73,7 +73,7 @@ def test_pixels(split, norm):
   want = golden_files.arrays("zerovl", "outputs.npz")[f"disk_eval/{norm}/pixels_first4"]
   transform = image.Transform(CONFIG["eval_resize"], CONFIG["eval_crop"], "exact", "bilinear")
 
-  class Pixels(system.System):
+  class Pixels(base.System):
     mean, std = NORMS[norm]
 
   decoded = [image.load(r.image, transform) for r, _ in by_row(split)[: len(want)]]

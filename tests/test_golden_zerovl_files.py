@@ -12,20 +12,17 @@ import zerovl_golden
 from flax import nnx
 from zerovl_golden import EMBEDDING, close, recorded
 
-from xmodal_jax import (
-  build,
-  checkpoint,
-  convert,
-  converted,
-  evaluate,
-  init,
-  inputs,
-  metrics,
-  torch_files,
-)
 from xmodal_jax import config as config_lib
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.data import inputs
+from xmodal_jax.evaluation import metrics, retrieval
+from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.interop import meta as meta_lib
+from xmodal_jax.interop import zerovl as zerovl_rules
 from xmodal_jax.models import zerovl
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
 
 # File -> (what wraps the weights, whether the temperature is a parameter).
 FILES = {
@@ -55,7 +52,7 @@ def test_conversion_both_ways(name, tool, tmp_path):
   source = golden_files.path("zerovl", name)
   out, back = tmp_path / "ours", tmp_path / "back.pth"
   tool(["--system", "zerovl", "--checkpoint", str(source), "--out", str(out)])
-  meta = converted.read_meta(out)
+  meta = meta_lib.read_meta(out)
   assert tuple(meta["wrapper"]) == FILES[name]
   tool(["--system", "zerovl", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
   theirs, info = torch_files.state_dict(source)
@@ -77,14 +74,14 @@ def test_layouts_hold_the_same_weights():
 def test_config_from_shapes():
   """All but heads, which no file tells: one to 64 wide."""
   state = zerovl_golden.state_dict("ckpt_init.pth")
-  found = zerovl.infer_config({k: v.shape for k, v in state.items()})
+  found = zerovl_rules.infer_config({k: v.shape for k, v in state.items()})
   want = zerovl_golden.config()
   for side in ("image", "text"):
     assert found[side].pop("heads") == 1
     assert found[side].items() <= want[side].items()
   assert found["embed"] == want["embed"] and found["learn_temperature"]
   state = zerovl_golden.state_dict("ckpt_linear_init.pth")
-  found = zerovl.infer_config({k: v.shape for k, v in state.items()})
+  found = zerovl_rules.infer_config({k: v.shape for k, v in state.items()})
   assert found["classes"] == zerovl_golden.MANIFEST["linear_probe_config"]["classes"]
   assert "text" not in found
 
@@ -98,7 +95,7 @@ def test_positions_of_another_resolution():
   section = zerovl_golden.config()
   section["image"] |= dict(size=zerovl_golden.CONFIG["pos_embed_big_image"])
   path = str(golden_files.path("zerovl", "ckpt_init.pth"))
-  params, _, _ = init.load(path, "zerovl", *abstract(section))
+  params, _, _ = restore.load(path, "zerovl", *abstract(section))
   close(params["image"]["pos"], want[0], EMBEDDING)
 
 
@@ -106,15 +103,15 @@ def test_temperature_that_is_in_no_file():
   """A file of a run with a constant temperature starts one that learns it, not the reverse."""
   section = zerovl_golden.config(learn=False)
   path = str(golden_files.path("zerovl", "ckpt_init.pth"))
-  with pytest.raises(convert.ConversionError, match=r"extra:\s+loss.temperature"):
-    init.load(path, "zerovl", *abstract(section))
+  with pytest.raises(conversion.ConversionError, match=r"extra:\s+loss.temperature"):
+    restore.load(path, "zerovl", *abstract(section))
   state = dict(zerovl_golden.state_dict("ckpt_init.pth"))
   del state["loss.temperature"]
-  want = init.flat(nnx.to_pure_dict(abstract(zerovl_golden.config())[0]))
-  flat, report = convert.to_jax(state, zerovl.RULES, want)
+  want = restore.flat(nnx.to_pure_dict(abstract(zerovl_golden.config())[0]))
+  flat, report = conversion.to_jax(state, zerovl_rules.RULES, want)
   assert report.filled == ["loss.temperature"]
   assert flat["temperature"] == np.float32(zerovl.TEMPERATURE)
-  assert "loss.temperature" not in convert.to_torch(flat, zerovl.RULES, order=list(state))
+  assert "loss.temperature" not in conversion.to_torch(flat, zerovl_rules.RULES, order=list(state))
 
 
 @pytest.mark.parametrize(
@@ -151,18 +148,18 @@ def test_directory_knows_how_pixels_were_normalised(tmp_path):
   """The two released models differ in nothing else."""
   path = str(golden_files.path("zerovl", "ckpt_init.pth"))
   section = zerovl_golden.config()
-  params, stats, _ = init.load(path, "zerovl", *abstract(section))
-  report = convert.Report([], {}, [], [], 0)
+  params, stats, _ = restore.load(path, "zerovl", *abstract(section))
+  report = conversion.Report([], {}, [], [], 0)
   info = dict(format="zip", wrapper=(), scalars={})
-  meta = converted.meta(
+  meta = meta_lib.meta(
     system="zerovl", variant="100m", config=section | zerovl.HALF, source="a.pth", sha256="",
     info=info, report=report,
   )  # fmt: skip
-  checkpoint.save_model(tmp_path / "out", params, stats, meta)
-  load = lambda model: init.load(str(tmp_path / "out"), "zerovl", *abstract(section), model)
+  checkpointer.save_model(tmp_path / "out", params, stats, meta)
+  load = lambda model: restore.load(str(tmp_path / "out"), "zerovl", *abstract(section), model)
   load(section | zerovl.HALF)
   with pytest.raises(
-    checkpoint.CheckpointError, match=r"of mean \[0.5, 0.5, 0.5\], config.model.mean"
+    checkpointer.CheckpointError, match=r"of mean \[0.5, 0.5, 0.5\], config.model.mean"
   ):
     load(section | zerovl.IMAGENET)
 
@@ -183,8 +180,8 @@ def test_public_files_of_one_tower(side, tmp_path):
     tower |= {"bert.pooler.dense.weight": extra}
   torch_files.write(tmp_path / "tower.bin", tower)
   params, _ = abstract(section)
-  leaves = init.load_tower(str(tmp_path / "tower.bin"), side, "zerovl", params)
-  want = {k for k in init.flat(nnx.to_pure_dict(params)) if k.startswith(f"{side}/")}
+  leaves = restore.load_tower(str(tmp_path / "tower.bin"), side, "zerovl", params)
+  want = {k for k in restore.flat(nnx.to_pure_dict(params)) if k.startswith(f"{side}/")}
   assert leaves.keys() == want
   if side == "image":
     table = zerovl_golden.outputs()["pos_embed/interpolated"][0]
@@ -241,10 +238,10 @@ def test_from_files_to_recalls(norm, tmp_path):
   c.text.tokenizer, c.text.vocab = "bert", str(golden_files.path("zerovl", "vocab.txt"))
   c.text.length = zerovl_golden.CONFIG["max_length"]
   c.eval.batch_size, c.eval.block = 8, (8, 32)
-  built = build.Built(c)
+  built = setup.Built(c)
   read = inputs.Inputs(c)
-  ev = evaluate.Evaluator(c, read, built)
-  state = step_lib.TrainState(None, golden.params, {}, None)
+  ev = retrieval.Evaluator(c, read, built)
+  state = train_state.TrainState(None, golden.params, {}, None)
   split = read.split("test")
   texts, _ = ev.encode(state, "text", read.texts(split))
   ours = texts["embed"][np.argsort(split.caption_positions)]

@@ -23,10 +23,12 @@ from zerovl_golden import (
 )
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import optim, sharding, torch_optim
-from xmodal_jax import step as step_lib
-from xmodal_jax.losses import classification, contrastive, ranking
+from xmodal_jax.distributed import sharding
+from xmodal_jax.interop import optimizer_state
+from xmodal_jax.losses import classification, contrastive, triplet
 from xmodal_jax.models import zerovl
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import step as step_lib
 
 SUB = CONFIG["dga_sub_batch"]
 ALPHA = CONFIG["mixup_alpha_explicit"]
@@ -224,7 +226,7 @@ def test_trajectories(run):
   state = golden.state(tx)
   if run == "resume":
     file = str(golden_files.path("zerovl", "ckpt_nce_step5.pth"))
-    opt_state, count = torch_optim.for_init(file, file, "zerovl", golden.params, tx)
+    opt_state, count = optimizer_state.for_init(file, file, "zerovl", golden.params, tx)
     assert count == len(want["traj_nce/loss"])
     state = state.replace(opt_state=opt_state, step=jnp.int32(count))
   mixed = recorded(want, run).get("mixup")
@@ -340,7 +342,7 @@ def test_triplet(reduce):
   def f(a, b):
     scores = a @ b.T
     each = [(s >= jnp.diagonal(s)[:, None]).sum(1) == 1 for s in (scores, scores.T)]
-    loss = ranking.triplet(scores, CONFIG["triplet_margin"], reduce)
+    loss = triplet.triplet(scores, CONFIG["triplet_margin"], reduce)
     return loss, jnp.stack([x.mean() for x in each])
 
   (value, accuracy), grads = value_and_grads(f)
@@ -349,12 +351,12 @@ def test_triplet(reduce):
 
 def test_triplet_across_processes():
   a, b = (jnp.asarray(zerovl_golden.inputs()[f"loss/feat{k}"]) for k in (1, 2))
-  alone = ranking.triplet_across(a, b, 1, CONFIG["triplet_margin"])
+  alone = triplet.triplet_across(a, b, 1, CONFIG["triplet_margin"])
   close(alone[0], zerovl_golden.outputs()["loss/triplet_global_world1/value"], LOSS)
   want = golden_files.arrays("zerovl", "outputs_two_ranks.npz")
   for reduce in ("max", "mean"):
     f = functools.partial(
-      ranking.triplet_across, shards=RANKS, margin=CONFIG["triplet_margin"], reduce=reduce
+      triplet.triplet_across, shards=RANKS, margin=CONFIG["triplet_margin"], reduce=reduce
     )
     have = recorded(want, f"w2_triplet_{reduce}")
     close(f(a, b), have["value_per_rank"], LOSS)
@@ -407,5 +409,5 @@ def test_schedules(name):
     c.milestones = tuple(f"{n} steps" for n in options.get("milestone_steps", ()))
   c.step_factor = options.get("gamma", 0.1)
   total = options.get("num_training_steps", len(want))
-  schedule = optim.make_schedule(c, optim.Run(BATCH, BATCH, f"{total} steps"))
+  schedule = schedules.make_schedule(c, schedules.Run(BATCH, BATCH, f"{total} steps"))
   np.testing.assert_allclose([schedule(s, np) for s in range(len(want))], want, atol=1e-12)

@@ -14,10 +14,12 @@ import zerovl_golden
 from flax import nnx
 from zerovl_golden import EMBEDDING, FINAL, LOSS, MANIFEST, close, close_gradients, recorded
 
-from xmodal_jax import build, init, logistic, metrics, optim, probe
 from xmodal_jax import config as config_lib
-from xmodal_jax import step as step_lib
-from xmodal_jax.classify import class_ranks
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.evaluation import lbfgs, linear_probe, metrics
+from xmodal_jax.evaluation.zero_shot import class_ranks
+from xmodal_jax.optim import schedules, train_state, transforms
+from xmodal_jax.runtime import setup
 
 PROBE = MANIFEST["linear_probe_config"]
 
@@ -45,9 +47,9 @@ def loaded(file: str):
   c.model.update(
     dict(system="zerovl", image=zerovl_golden.image_config(), classes=PROBE["classes"])
   )
-  built = build.Built(c)
+  built = setup.Built(c)
   path = str(golden_files.path("zerovl", file))
-  params, stats, _ = init.load(path, "zerovl", built.params, built.stats)
+  params, stats, _ = restore.load(path, "zerovl", built.params, built.stats)
   return nnx.merge(built.graphdef, params, stats), params
 
 
@@ -94,14 +96,14 @@ def test_features():
 def test_steps():
   """Loss, accuracies, gradients, learning rate and weights of every recorded step."""
   p, want = section(), outputs()
-  schedule = probe.make_schedule(p, optim.Run(p.batch_size, p.batch_size, p.total))
-  tx = probe.make_optimizer(p, schedule)
+  schedule = linear_probe.make_schedule(p, schedules.Run(p.batch_size, p.batch_size, p.total))
+  tx = linear_probe.make_optimizer(p, schedule)
   params = classifier("init")
-  state = step_lib.TrainState(jnp.int32(0), params, {}, tx.init(params))
-  update = jax.jit(functools.partial(probe.update, tx, schedule))
+  state = train_state.TrainState(jnp.int32(0), params, {}, tx.init(params))
+  update = jax.jit(functools.partial(linear_probe.update, tx, schedule))
   for step, label in enumerate(inputs()["label"]):
     x, label = features(step), jnp.asarray(label, jnp.int32)
-    grads = jax.grad(lambda q: probe.loss(q, x, label)[0])(state.params)
+    grads = jax.grad(lambda q: linear_probe.loss(q, x, label)[0])(state.params)
     got = {f"grad_{k}": v for k, v in torch_names(grads).items()}
     close_gradients(got, {k: want[f"step{step}/{k}"] for k in got})
     state, out = update(state, x, label)
@@ -112,7 +114,7 @@ def test_steps():
     for name, value in torch_names(state.params).items():
       close(value, want[f"step{step}/classifier.{name}"], FINAL, f"step {step}, {name}")
   label = jnp.asarray(inputs()["label"][0], jnp.int32)
-  logits = logistic.logits(state.params, features(0))
+  logits = lbfgs.logits(state.params, features(0))
   close(logits, want["final/logits"], EMBEDDING)
   report = metrics.accuracy(np.asarray(class_ranks(logits, label)), np.asarray(label))
   close([report["top1"], report["top5"]], want["final/acc"], 1e-3)
@@ -121,9 +123,9 @@ def test_steps():
 def test_schedule_of_the_released_recipe():
   """config.probe on ImageNet-1K: 78 steps an epoch, 779 of 7020 steps of warm-up from 0."""
   p = config_lib.base().probe
-  run = optim.Run(1281167, p.batch_size, p.total)
+  run = schedules.Run(1281167, p.batch_size, p.total)
   assert (run.steps_per_epoch, run.total_steps) == (78, 7020)
-  lr = probe.make_schedule(p, run)
+  lr = linear_probe.make_schedule(p, run)
   half = (1 + np.cos(np.pi * (3000 - 779) / (7020 - 779))) / 2
   got = [lr(s, xp=np) for s in (0, 1, 778, 779, 3000)]
   np.testing.assert_allclose(got, p.lr * np.array([0, 1 / 779, 778 / 779, 1, half]), rtol=1e-12)
@@ -144,7 +146,7 @@ def test_lars_cases(case):
   tree = lambda arrays: dict(zip(names, map(jnp.asarray, [*arrays, arrays[0]]), strict=True))
   params = tree(start)
   adapted = {name: name != "excluded" for name in names}
-  tx = optim.lars(optax.constant_schedule(rate), adapted=adapted, **options)
+  tx = transforms.lars(optax.constant_schedule(rate), adapted=adapted, **options)
   state, update = tx.init(params), jax.jit(tx.update)
   for step, g in enumerate(grads):
     updates, state = update(tree(g), state, params)

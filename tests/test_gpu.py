@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from xmodal_jax.models import layers
+from xmodal_jax.models.layers import attention as attention_lib
 
 
 @pytest.fixture(autouse=True)
 def gpu():
-  if not layers._has_cudnn():
+  if not attention_lib._has_cudnn():
     pytest.skip("needs an NVIDIA GPU, and JAX_PLATFORMS=cuda,cpu")
 
 
@@ -31,9 +32,9 @@ def test_flash_attention_is_as_near_as_the_plain_form(lengths, causal):
 
   with jax.default_device(jax.devices("cpu")[0]):
     on_host = jax.device_put(x, jax.devices("cpu")[0])
-    exact = jax.jit(functools.partial(both, layers._attention_einsum))(*on_host)
-  plain = jax.jit(functools.partial(both, layers._attention_einsum))(*half)
-  compiled = jax.jit(functools.partial(both, layers.attention)).lower(*half).compile()
+    exact = jax.jit(functools.partial(both, attention_lib._attention_einsum))(*on_host)
+  plain = jax.jit(functools.partial(both, attention_lib._attention_einsum))(*half)
+  compiled = jax.jit(functools.partial(both, layers.dot_product_attention)).lower(*half).compile()
   assert "__cudnn$fmha" in compiled.as_text()
   flash = compiled(*half)
   for a, b, want in zip(*(jax.device_get(y) for y in (flash, plain, exact)), strict=True):
@@ -43,4 +44,5 @@ def test_flash_attention_is_as_near_as_the_plain_form(lengths, causal):
 
 def test_float32_is_left_to_the_plain_form():
   x = jnp.ones((2, 5, 3, 64))
-  assert "__cudnn$fmha" not in jax.jit(layers.attention).lower(x, x, x).compile().as_text()
+  program = jax.jit(layers.dot_product_attention).lower(x, x, x).compile()
+  assert "__cudnn$fmha" not in program.as_text()

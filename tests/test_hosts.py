@@ -23,8 +23,12 @@ import pytest
 import tiny
 from test_train import lines
 
-from xmodal_jax import build, checkpoint, hosts, init, sharding, train
+from xmodal_jax.checkpoints import checkpointer, restore
 from xmodal_jax.data import shapes
+from xmodal_jax.distributed import processes as processes_lib
+from xmodal_jax.distributed import sharding
+from xmodal_jax.runtime import setup
+from xmodal_jax.training import loop
 
 WORKER = pathlib.Path(__file__).parent / "hosts_worker.py"
 SYSTEMS = ("config", "team", "zerovl", "tgdt", "hat")  # as tiny.py calls them
@@ -112,8 +116,8 @@ def found(folder: pathlib.Path, name: str, count: int = 2) -> list[dict]:
 
 
 def params(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-  saved = checkpoint.Checkpoints(folder, keep=2, metric="rsum", read_only=True)
-  return init.flat(saved.restore_model(step)["params"])
+  saved = checkpointer.Checkpoints(folder, keep=2, metric="rsum", read_only=True)
+  return restore.flat(saved.restore_model(step)["params"])
 
 
 def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None = None) -> None:
@@ -134,9 +138,9 @@ def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None 
 def straight(config, folder: pathlib.Path, devices: int) -> dict:
   """The same run in this process alone."""
   with pytest.MonkeyPatch.context() as patch, programs.remembered():
-    built = functools.partial(build.Built, devices=jax.devices()[:devices])
-    patch.setattr(train.build_lib, "Built", built)
-    return train.train(config, folder)
+    built = functools.partial(setup.Built, devices=jax.devices()[:devices])
+    patch.setattr(loop.setup, "Built", built)
+    return loop.train(config, folder)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +188,7 @@ def test_one_is_asked_to_stop_and_all_do(runs_of_two, moment):
   rows = lines(folder / moment)
   assert rows[-1]["step"] == stopped
   # An evaluation that was not finished will be made up for.
-  pending = checkpoint.Checkpoints(folder / moment, keep=2, metric="rsum", read_only=True)
+  pending = checkpointer.Checkpoints(folder / moment, keep=2, metric="rsum", read_only=True)
   assert pending.meta(stopped)["pending"] == (moment == "eval")
 
 
@@ -277,14 +281,16 @@ def test_a_batch_that_does_not_divide():
 )
 def test_half_an_address(given, message):
   with pytest.raises(ValueError, match=message):
-    hosts.initialize(**given)
+    processes_lib.initialize(**given)
 
 
 def test_one_process_needs_nobody():
-  hosts.initialize()
-  hosts.barrier("alone")
-  hosts.agree("alone", 1)
-  assert hosts.gather("alone", (1, "a")) == [[1, "a"]] and hosts.first("alone", 2) == 2
+  processes_lib.initialize()
+  processes_lib.barrier("alone")
+  processes_lib.agree("alone", 1)
+  assert (
+    processes_lib.gather("alone", (1, "a")) == [[1, "a"]] and processes_lib.first("alone", 2) == 2
+  )
   answers = iter([False, True, False])
-  vote = hosts.Vote(lambda: next(answers))
+  vote = processes_lib.Vote(lambda: next(answers))
   assert [vote() for _ in range(4)] == [False, True, True, True]

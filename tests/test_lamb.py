@@ -9,8 +9,12 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import convert, init, models, optim, sharding
-from xmodal_jax.convert import Rule, linear, split
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.distributed import sharding
+from xmodal_jax.interop import conversion, tables
+from xmodal_jax.interop.conversion import Rule, linear, split
+from xmodal_jax.models import registry
+from xmodal_jax.optim import factory, schedules
 
 DEPTH, DIM = 3, 8
 RULES = [
@@ -40,7 +44,9 @@ def draw(seed: int) -> dict:
 def make(params, rules=RULES, lr=0.1, **changes):
   c = config_lib.base().optim.to_dict()
   c |= dict(name="lamb", b1=0.9, b2=0.999, weight_decay=0.01, decay=((".*", 1.0),)) | changes
-  return optim.make_optimizer(c, optax.constant_schedule(lr), params, rules)
+  return factory.make_optimizer(
+    c, optax.constant_schedule(lr), params, conversion.tensors_of(rules, params)
+  )
 
 
 def run(tx, params, steps=4):
@@ -56,7 +62,8 @@ def run(tx, params, steps=4):
 def plain(steps=4, *, lr=0.1, clip=1.0, decay=lambda name: 0.01, mult=lambda name: 1.0):
   """The original's loop, a tensor at a time, in float64: spec of TEAM, 4.1."""
   tensors = lambda tree: {
-    k: np.array(v, np.float64) for k, v in convert.arrays(convert.to_torch(init.flat(tree), RULES))
+    k: np.array(v, np.float64)
+    for k, v in conversion.arrays(conversion.to_torch(restore.flat(tree), RULES))
   }
   p = tensors(draw(0))
   m, v = ({k: np.zeros_like(x) for k, x in p.items()} for _ in range(2))
@@ -75,7 +82,7 @@ def plain(steps=4, *, lr=0.1, clip=1.0, decay=lambda name: 0.01, mult=lambda nam
 
 
 def as_torch(params):
-  return dict(convert.arrays(convert.to_torch(init.flat(params), RULES)))
+  return dict(conversion.arrays(conversion.to_torch(restore.flat(params), RULES)))
 
 
 def compare(ours, theirs, tolerance):
@@ -103,16 +110,16 @@ def test_original_without_decay_has_no_ratio_and_the_multiple_comes_last():
 
 
 def test_groups_of_both_forms():
-  shapes = {k: x.shape for k, x in init.flat(draw(0)).items()}
-  groups = dict(convert.tensors(RULES, shapes))
+  shapes = {k: x.shape for k, x in restore.flat(draw(0)).items()}
+  groups = dict(conversion.tensors(RULES, shapes))
   assert groups[tuple(f"blocks/{x}/kernel" for x in "qkv")] is True
   assert groups[("blocks/gate",)] is True and groups[("scale",)] is False
   assert sum(len(paths) for paths in groups) == len(shapes)
-  with pytest.raises(convert.ConversionError) as e:
-    convert.tensors(RULES[:-1], shapes)
+  with pytest.raises(conversion.ConversionError) as e:
+    conversion.tensors(RULES[:-1], shapes)
   assert e.value.parameters_without_a_rule == ["scale"]
   with pytest.raises(ValueError, match="blocks/q/kernel into more than one"):
-    convert.tensors([*RULES, Rule("blocks.{layer}.q", "blocks/q/kernel")], shapes)
+    conversion.tensors([*RULES, Rule("blocks.{layer}.q", "blocks/q/kernel")], shapes)
   with pytest.raises(ValueError, match=r"differs between blocks/q/kernel, blocks/k/kernel"):
     make(draw(0), trust="original", decay=(FROZEN, (".*", 1.0)))
   with pytest.raises(ValueError, match="there are optax, original"):
@@ -130,9 +137,9 @@ def unstacked(tree):
 @pytest.mark.parametrize("decay", [((".*", 1.0),), NO_BIAS])
 def test_optax_form_is_that_of_optax_stacked_or_not(decay):
   params, grads = unstacked(draw(0)), [unstacked(draw(10 + i)) for i in range(3)]
-  paths = init.flat(params)
+  paths = restore.flat(params)
   tx = make(params, [Rule(path, path) for path in paths], decay=decay)
-  masked = optim.per_param("decay", decay, params)
+  masked = factory.per_param("decay", decay, params)
   mask = jax.tree.map(bool, masked)
   theirs = optax.lamb(0.1, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, mask=mask)
   layered = draw(0)
@@ -144,10 +151,10 @@ def test_optax_form_is_that_of_optax_stacked_or_not(decay):
     w, b = theirs.update(g, states[1], other)
     s, c = stacked.update(draw(10 + step), states[2], layered)
     states = a, b, c
-    compare(init.flat(u), init.flat(w), 5e-7)  # sums of another order: the last bits
+    compare(restore.flat(u), restore.flat(w), 5e-7)  # sums of another order: the last bits
     params, other = optax.apply_updates(params, u), optax.apply_updates(other, w)
     layered = optax.apply_updates(layered, s)
-  compare(init.flat(unstacked(layered)), init.flat(params), 1e-6)
+  compare(restore.flat(unstacked(layered)), restore.flat(params), 1e-6)
 
 
 def test_zero_tensors_take_the_plain_step():
@@ -178,24 +185,26 @@ def test_eight_devices_are_one(trust):
   update = jax.jit(tx.update, out_shardings=(place, opt_place))
   updates, state = update(put(draw(1), place), state, start)
   want, _ = tx.update(draw(1), tx.init(params), params)
-  compare(init.flat(jax.device_get(updates)), init.flat(want), 1e-5)
+  compare(restore.flat(jax.device_get(updates)), restore.flat(want), 1e-5)
   assert updates["blocks"]["wi"]["kernel"].sharding.spec == P(None, "fsdp", "model")
 
 
 @pytest.mark.parametrize("variant", ["vit_b32", "rn50", "tiny"])
 def test_rules_and_axes_agree_on_what_is_stacked(variant):
   """Leading dimensions without a name in the metadata are layers, and so say the torch rules."""
-  from xmodal_jax import build
+  from xmodal_jax.runtime import setup
 
   config = config_lib.base()
-  module = models.system_module("clip")
+  module = registry.system_module("clip")
   config.model.update(module.preset(variant))
-  built = build.Built(config)
+  built = setup.Built(config)
   leaves, _ = jax.tree_util.tree_flatten_with_path(
     built.params, is_leaf=lambda v: hasattr(v, "get_metadata")
   )
-  variables = {optim.path_of(k): v for k, v in leaves}
-  groups = convert.tensors(module.RULES, {k: v.shape for k, v in variables.items()})
+  variables = {factory.path_of(k): v for k, v in leaves}
+  groups = conversion.tensors(
+    tables.rule_table("clip").RULES, {k: v.shape for k, v in variables.items()}
+  )
   for paths, stacked in groups:
     for path in paths:
       named = len(variables[path].get_metadata().get("axes", ()))
@@ -220,13 +229,13 @@ def test_one_update_compiles_without_a_loop_over_layers():
 
 
 def test_step_schedule():
-  run = optim.Run(samples=1000, batch_size=96, total="30 epochs")  # 10 steps in an epoch
+  run = schedules.Run(samples=1000, batch_size=96, total="30 epochs")  # 10 steps in an epoch
   c = tiny.optim(lr=0.5, warmup="5 steps", end=0.0, schedule="step", step_every="2.5 epochs")
-  schedule = optim.make_schedule(c | dict(step_factor=0.1), run)
+  schedule = schedules.make_schedule(c | dict(step_factor=0.1), run)
   steps = np.array([0, 4, 5, 24, 25, 49, 50, 299])
   want = 0.5 * np.array([0.2, 1, 1, 1, 0.1, 0.1, 0.01, 1e-11])
   np.testing.assert_allclose(schedule(steps, np), want, rtol=1e-12)
   np.testing.assert_allclose(jax.jit(schedule)(steps), want, rtol=1e-5)
   assert float(jax.jit(schedule)(25)) == pytest.approx(0.05)
   with pytest.raises(ValueError, match=r"optim\.step_every='0\.01 epochs' are 0 steps"):
-    optim.make_schedule(c | dict(step_every="0.01 epochs", step_factor=0.1), run)
+    schedules.make_schedule(c | dict(step_every="0.01 epochs", step_factor=0.1), run)

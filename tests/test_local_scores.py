@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import sharding
+from xmodal_jax.distributed import sharding
 from xmodal_jax.losses import local
 
 TOLERANCE = 1e-5  # of scores of up to 10 words: float32 sums in another order

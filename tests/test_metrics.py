@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from xmodal_jax import metrics
+from xmodal_jax.evaluation import metrics
 
 
 def sorted_ranks(scores, caption_image):
@@ -156,6 +156,9 @@ def test_wrong_caption_image_raises(image, message):
 
 
 def test_import_is_light():
-  code = "import sys, xmodal_jax.metrics; print({'jax', 'tensorflow', 'torch'} & set(sys.modules))"
+  code = (
+    "import sys, xmodal_jax.evaluation.metrics; "
+    "print({'jax', 'tensorflow', 'torch'} & set(sys.modules))"
+  )
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert out.stdout.strip() == "set()"

@@ -13,9 +13,23 @@ import pytest
 import tiny
 from test_pipeline import FakeSplit, assert_same, join, stream, take
 
-from xmodal_jax import build, inputs, optim, sharding, train, workdir
-from xmodal_jax.data import builder, image, mix, order, pictures, pipeline, records, shapes, sources
+from xmodal_jax.data import (
+  builder,
+  image,
+  inputs,
+  mix,
+  order,
+  pictures,
+  pipeline,
+  records,
+  shapes,
+  sources,
+)
 from xmodal_jax.data.tfrecord import DatasetError
+from xmodal_jax.distributed import sharding
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import setup, workdir
+from xmodal_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH = 8
@@ -295,15 +309,15 @@ def test_an_epoch_of_a_run_is_the_sum_of_whole_batches(two_sets, tmp_path):
   assert inputs.Inputs(config(two_sets, **changes)).steps_per_epoch() == 4
   # Rounded, so many epochs are no step of 4 and one of 5.
   with pytest.raises(ValueError, match=r"80 samples .* are 0 steps"):
-    train.train(config(two_sets, total="0.11 epochs", **changes), tmp_path)
-  assert optim.Run(80, 16, "3 epochs").total_steps == 15
-  assert optim.Run(80, 16, "3 epochs", 4).total_steps == 12
+    loop.train(config(two_sets, total="0.11 epochs", **changes), tmp_path)
+  assert schedules.Run(80, 16, "3 epochs").total_steps == 15
+  assert schedules.Run(80, 16, "3 epochs", 4).total_steps == 12
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_loss_takes_such_batches(two_sets, accumulate):
   c = config(two_sets, batch_size=16, accumulate=accumulate)
-  built = build.Built(c)
+  built = setup.Built(c)
   batch = sharding.put_batch(first(1, inputs.Inputs(c))[0], sharding.batch_sharding(built.mesh))
   assert batch["dataset"].shape == (16,)
   loss = lambda batch: built.model().loss(batch, jax.random.key(0))[0]

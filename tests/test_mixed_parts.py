@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from test_configs import get_config
 
-from xmodal_jax import build, inputs, optim, sharding
 from xmodal_jax import config as config_lib
-from xmodal_jax import step as step_lib
+from xmodal_jax.data import inputs
+from xmodal_jax.distributed import sharding
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 MIXED = ["hat_clip_vit", "team_swin"]
@@ -29,9 +32,9 @@ def read(name, tiny_data):
 def test_a_few_steps_lower_the_loss(name, tiny_data):
   config = read(name, tiny_data)
   config.batch_size, config.optim.warmup = 16, "1 steps"
-  built = build.Built(config, jax.devices()[:1])
-  run = optim.Run(1600, 16, "1 epochs")
-  schedule = optim.make_schedule(config.optim, run)
+  built = setup.Built(config, jax.devices()[:1])
+  run = schedules.Run(1600, 16, "1 epochs")
+  schedule = schedules.make_schedule(config.optim, run)
   tx = built.optimizer(schedule, run.steps_per_epoch)
   shardings = built.state_shardings(tx)
   state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import flops, logs, sharding
+from xmodal_jax.distributed import sharding
 from xmodal_jax.losses import contrastive
 from xmodal_jax.models import layers
+from xmodal_jax.models.layers import attention as attention_lib
+from xmodal_jax.runtime import flops, logs
 
 RULES = {"vocab": "model", "heads": "model", "mlp": "model", "embed": "fsdp"}
 
@@ -38,7 +40,7 @@ def test_flops_count_layers_of_a_scan():
   )
   jaxpr = jax.make_jaxpr(jax.jit(conv))(jnp.zeros((2, 4, 4, 3)), jnp.zeros((3, 3, 3, 7)))
   assert flops.count(jaxpr) == 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3)
-  attention = jax.make_jaxpr(layers.attention)(*[jnp.zeros((2, 5, 3, 4))] * 3)
+  attention = jax.make_jaxpr(layers.dot_product_attention)(*[jnp.zeros((2, 5, 3, 4))] * 3)
   assert flops.count(attention) == 2 * 2 * (2 * 3 * 5 * 5 * 4)
 
 
@@ -66,9 +68,9 @@ def test_infonce_is_the_mean_of_two_cross_entropies():
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_forms_agree(causal):
   q, k, v = (jax.random.normal(key, (2, 7, 3, 4)) for key in jax.random.split(jax.random.key(1), 3))
-  plain = lambda *x: layers._attention_einsum(*x, causal=causal)
+  plain = lambda *x: attention_lib._attention_einsum(*x, causal=causal)
   library = lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal)
-  chosen = lambda *x: layers.attention(*x, causal=causal)
+  chosen = lambda *x: layers.dot_product_attention(*x, causal=causal)
   for f in (library, chosen):
     np.testing.assert_allclose(f(q, k, v), plain(q, k, v), atol=1e-5)
     grad = lambda g: jax.grad(lambda x: (g(*x) ** 2).sum())((q, k, v))
@@ -121,7 +123,7 @@ def test_progress_line():
 def test_resnet_recomputes_to_the_same():
   from flax import nnx
 
-  from xmodal_jax.models import resnet
+  from xmodal_jax.models.towers import resnet
 
   def loss_and_stats(remat):
     tower = dict(size=32, width=4, depths=(1, 2, 1, 1), embed=8, remat=remat)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from xmodal_jax import positions
-from xmodal_jax.models import clip_itm
+from xmodal_jax.interop import clip as clip_rules
+from xmodal_jax.models import clip
+from xmodal_jax.models.layers import positions
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 16), (7, 12), (3, 5), (4, 2), (5, 5)])
@@ -29,8 +30,8 @@ def test_only_square_grids():
 
 def test_system_resizes_image_positions_only():
   table = np.zeros((17, 4), np.float32)
-  assert clip_itm.resize("image/pos", table, (26, 4)).shape == (26, 4)
-  assert clip_itm.resize("text/pos", table, (26, 4)) is table
+  assert clip_rules.resize("image/pos", table, (26, 4)).shape == (26, 4)
+  assert clip_rules.resize("text/pos", table, (26, 4)) is table
 
 
 def test_file_of_another_resolution_through_init():
@@ -38,16 +39,16 @@ def test_file_of_another_resolution_through_init():
   import golden_files
   from flax import nnx
 
-  from xmodal_jax import init
-  from xmodal_jax import step as step_lib
+  from xmodal_jax.checkpoints import restore
+  from xmodal_jax.runtime import step as step_lib
 
   config = clip_golden.config("vit")
   patch, old = config["image"]["patch"], config["image"]["size"]
   config["image"]["size"] = old + 2 * patch
-  build = lambda: clip_itm.build(config, rngs=nnx.Rngs(0))
+  build = lambda: clip.build(config, rngs=nnx.Rngs(0))
   _, params, stats = step_lib.split(nnx.eval_shape(build))
   path = str(golden_files.path("clip", "vit", "released_style.pt"))
-  ours, _, _ = init.load(path, "clip", params, stats)
+  ours, _, _ = restore.load(path, "clip", params, stats)
   file = clip_golden.Golden("vit", "released_style.pt").params["image"]["pos"]
   want = positions.resize_table(np.asarray(file), (old // patch + 2) ** 2 + 1)
   np.testing.assert_array_equal(ours["image"]["pos"], want)

@@ -16,9 +16,12 @@ from flax import nnx
 from jax.extend import core
 from test_accumulate import SYSTEMS, batch
 
-from xmodal_jax import build, optim, sharding
-from xmodal_jax import step as step_lib
+from xmodal_jax.distributed import sharding
 from xmodal_jax.models import layers
+from xmodal_jax.models.layers import attention as attention_lib
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
 
 PACKAGE = pathlib.Path(step_lib.__file__).parent
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -109,7 +112,7 @@ def built(case: str):
     for key, value in changes.items():
       config.model[key] = value
   config.mesh = (("data", -1),)
-  return config, build.Built(config, jax.devices()[:1])
+  return config, setup.Built(config, jax.devices()[:1])
 
 
 def shapes(config):
@@ -125,7 +128,7 @@ def floats(tree) -> set:
 @pytest.mark.parametrize("case", CASES)
 def test_train_step(case):
   config, b = built(case)
-  schedule = optim.make_schedule(config.optim, optim.Run(48, 16, config.total))
+  schedule = schedules.make_schedule(config.optim, schedules.Run(48, 16, config.total))
   seen = []
 
   def look(grads, state, params=None):
@@ -172,9 +175,9 @@ def test_embed_and_score(case):
 
 
 def test_every_system_is_here():
-  from xmodal_jax import models
+  from xmodal_jax.models import registry
 
-  assert {name for name, _ in CASES.values()} == models.SYSTEMS.keys()
+  assert {name for name, _ in CASES.values()} == registry.SYSTEMS.keys()
 
 
 def attention(q, k, v, logits=F32, weights=F32):
@@ -220,7 +223,7 @@ def test_a_system_with_a_mistake_is_found(monkeypatch):
   """Logits in bfloat16 in one function of the towers."""
   config, b = built("clip")
   half = lambda q, k, v, mask=None, *, causal=False, **_: attention(q, k, v, BF16, BF16)
-  monkeypatch.setattr(layers, "_attention_einsum", half)
+  monkeypatch.setattr(attention_lib, "_attention_einsum", half)
 
   def encode(params, stats, batch):
     return nnx.merge(b.graphdef, params, stats).encode_image(batch)

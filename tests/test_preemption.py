@@ -11,7 +11,7 @@ import time
 import tiny
 from test_train import lines
 
-from xmodal_jax import train
+from xmodal_jax.training import loop
 
 CONFIG = """
 import sys
@@ -68,7 +68,7 @@ def test_terminated_and_killed(tiny_data, tmp_path):
 
   straight = tmp_path / "straight"
   changes = dict(total="24 steps", checkpoint__every="4 steps", eval__every="8 steps")
-  train.train(tiny.config(tiny_data, **changes), straight)
+  loop.train(tiny.config(tiny_data, **changes), straight)
   assert lines(folder) == lines(straight)
   results = [json.loads((f / "results.json").read_text())["test"] for f in (folder, straight)]
   assert results[0] == results[1]

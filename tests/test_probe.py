@@ -14,23 +14,16 @@ import tiny
 from flax import nnx
 from labelled import COUNT, NAMES, weights, write
 
-from xmodal_jax import (
-  build,
-  checkpoint,
-  converted,
-  features,
-  init,
-  inputs,
-  logistic,
-  metrics,
-  probe,
-  train,
-)
-from xmodal_jax import step as step_lib
-from xmodal_jax.classify import class_ranks, report
-from xmodal_jax.data import pipeline
+from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.data import inputs, pipeline
 from xmodal_jax.data.tfrecord import DatasetError
+from xmodal_jax.evaluation import features, lbfgs, linear_probe, metrics
+from xmodal_jax.evaluation.zero_shot import class_ranks, report
+from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.models import team
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import preemption, setup
+from xmodal_jax.runtime import step as step_lib
 
 
 def config(data: str, source: pathlib.Path | str = "", **changes):
@@ -52,9 +45,9 @@ STEPS = 3 * (COUNT["train"] // 16)
 def tower(labelled_data, tmp_path_factory) -> pathlib.Path:
   """A converted directory of a random tower."""
   folder = tmp_path_factory.mktemp("tower") / "model"
-  params, stats = weights(build.Built(config(labelled_data)))
-  meta = dict(system="zerovl", source="drawn", sha256="0", config={}, converter=converted.VERSION)
-  checkpoint.save_model(folder, params, stats, meta)
+  params, stats = weights(setup.Built(config(labelled_data)))
+  meta = dict(system="zerovl", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
+  checkpointer.save_model(folder, params, stats, meta)
   return folder
 
 
@@ -62,7 +55,7 @@ def tower(labelled_data, tmp_path_factory) -> pathlib.Path:
 def cached(labelled_data, tower, tmp_path_factory) -> pathlib.Path:
   """The workdir of a probe."""
   folder = tmp_path_factory.mktemp("cached")
-  probe.linear_probe(config(labelled_data, tower), folder)
+  linear_probe.linear_probe(config(labelled_data, tower), folder)
   return folder
 
 
@@ -73,7 +66,7 @@ def lines(folder, kind):
 
 
 def classifier(folder):
-  with np.load(folder / probe.CLASSIFIER) as f:
+  with np.load(folder / linear_probe.CLASSIFIER) as f:
     return dict(f)
 
 
@@ -104,11 +97,11 @@ def test_workdir(cached):
 
 def test_evaluated_again(labelled_data, tower, cached, tmp_path, monkeypatch):
   """The classifier by its file, elsewhere; and the same command, which computes nothing anew."""
-  file = str(cached / probe.CLASSIFIER)
+  file = str(cached / linear_probe.CLASSIFIER)
   given = config(labelled_data, tower, probe__classifier=file)
-  assert probe.linear_probe(given, tmp_path)["test"] == results(cached)["test"]
+  assert linear_probe.linear_probe(given, tmp_path)["test"] == results(cached)["test"]
   monkeypatch.setattr(pipeline, "eval_images", None)
-  again = probe.linear_probe(config(labelled_data, tower), cached)
+  again = linear_probe.linear_probe(config(labelled_data, tower), cached)
   assert again == results(cached)
 
 
@@ -128,10 +121,10 @@ def run_in_parts(c, folder, questions) -> list[int | None]:
   saved = []
   for n in questions:
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train, "Preemption", functools.partial(StopAfter, n))
-      assert probe.linear_probe(c, folder) is None
-    saved.append(checkpoint.Checkpoints(folder, keep=1, metric="", read_only=True).latest())
-  probe.linear_probe(c, folder)
+      patch.setattr(preemption, "Preemption", functools.partial(StopAfter, n))
+      assert linear_probe.linear_probe(c, folder) is None
+    saved.append(checkpointer.Checkpoints(folder, keep=1, metric="", read_only=True).latest())
+  linear_probe.linear_probe(c, folder)
   return saved
 
 
@@ -155,19 +148,19 @@ def test_streamed(labelled_data, tower, cached, tmp_path):
   same(tmp_path / "plain", cached, 1e-5)
   assert len(list((tmp_path / "plain").glob("features-*.npz"))) == 1
   changed = config(labelled_data, tower, probe__augment=True, data__crop="random")
-  probe.linear_probe(changed, tmp_path / "changed")
+  linear_probe.linear_probe(changed, tmp_path / "changed")
   with pytest.raises(AssertionError):
     same(tmp_path / "changed", cached, 1e-3)
 
 
 def test_device_count_changes_nothing(labelled_data, tower, cached, tmp_path, monkeypatch):
-  monkeypatch.setattr(build, "Built", functools.partial(build.Built, devices=jax.devices()[:1]))
-  probe.linear_probe(config(labelled_data, tower), tmp_path)
+  monkeypatch.setattr(setup, "Built", functools.partial(setup.Built, devices=jax.devices()[:1]))
+  linear_probe.linear_probe(config(labelled_data, tower), tmp_path)
   same(tmp_path, cached, 1e-5)
 
 
 def test_first_classifier_is_uniform():
-  draw = lambda seed: probe.init_classifier(jax.random.key(seed), 400, 300)
+  draw = lambda seed: linear_probe.init_classifier(jax.random.key(seed), 400, 300)
   for value in draw(1).values():
     assert np.abs(value).max() <= 400**-0.5
     assert np.std(value) == pytest.approx(400**-0.5 / 3**0.5, rel=0.1)
@@ -180,7 +173,7 @@ def test_first_classifier_is_uniform():
 def test_features_are_those_of_the_model(labelled_data, tower, tmp_path):
   def extract(c):
     read = inputs.Inputs(c)
-    of = features.Tower(c, build.Built(c))
+    of = features.Tower(c, setup.Built(c))
     return of.extract(read, "val", tmp_path, lambda: False), next(read.images(read.split("val")))
 
   c = config(labelled_data, tower)
@@ -188,8 +181,10 @@ def test_features_are_those_of_the_model(labelled_data, tower, tmp_path):
   assert found.features.shape == (COUNT["val"], 32) and found.features.dtype == np.float32
   want = [(COUNT["train"] + i) % len(NAMES) for i in range(COUNT["val"])]
   np.testing.assert_array_equal(found.label, want)
-  built = build.Built(c)
-  model = nnx.merge(built.graphdef, *init.load(str(tower), "zerovl", built.params, built.stats)[:2])
+  built = setup.Built(c)
+  model = nnx.merge(
+    built.graphdef, *restore.load(str(tower), "zerovl", built.params, built.stats)[:2]
+  )
 
   @jax.jit
   def direct(image):
@@ -210,7 +205,7 @@ def test_towers_give_their_vectors():
   image = jnp.asarray(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), np.uint8))
   c = tiny.config("")
   c.model.image = dict(kind="resnet", size=32, width=16, depths=(1, 1, 1, 1))
-  built = build.Built(c)
+  built = setup.Built(c)
   abstract = lambda: nnx.merge(built.graphdef, *weights(built)).probe_features({"image": image})
   assert jax.eval_shape(abstract).shape == (2, 16)  # the attention pool's
 
@@ -222,7 +217,7 @@ def test_towers_give_their_vectors():
 
   for c in (tiny.config(""), tiny.team("")):
     c.model.image.size, c.model.image.patch, c.model.image.depth = 32, 16, 1
-    built = build.Built(c)
+    built = setup.Built(c)
     got, tokens = jax.jit(lambda p, s: both(nnx.merge(built.graphdef, p, s)))(*weights(built))
     assert got.shape == (2, 32) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, tokens[:, 0], rtol=0, atol=1e-5)
@@ -244,7 +239,7 @@ def test_ranks_and_ties():
 
 def test_scorer_leaves_out_padding_and_collapsed_is_chance(labelled_data):
   c = config(labelled_data)
-  mesh, rng = build.Built(c).mesh, np.random.default_rng(0)
+  mesh, rng = setup.Built(c).mesh, np.random.default_rng(0)
   label = np.arange(40, dtype=np.int32) % 20
   x = rng.standard_normal((40, 8)).astype(np.float32)
   kernel = rng.standard_normal((8, 20)).astype(np.float32)
@@ -272,9 +267,9 @@ def test_regression_is_at_its_minimum():
   (x, label), classes, l2 = regression(), 4, 2.0
   weight = (np.arange(len(label)) % 6 != 0).astype(np.float32)
   part = lambda a: jnp.asarray(a.reshape(4, -1, *a.shape[1:]))
-  fit = logistic.make_fit(classes, 200, None)
+  fit = lbfgs.make_fit(classes, 200, None)
   params, facts = fit(part(x), part(label), part(weight), l2)
-  assert facts["gradient"] <= logistic.TOLERANCE and facts["steps"] < 60
+  assert facts["gradient"] <= lbfgs.TOLERANCE and facts["steps"] < 60
 
   rows, y = x[weight > 0].astype(np.float64), np.eye(classes)[label[weight > 0]]
   rows = np.concatenate([rows, np.ones((len(rows), 1))], 1)  # the bias is the last row
@@ -298,9 +293,9 @@ def test_search_finds_the_best_strength():
     asked.append(l2)
     return -abs(np.log10(l2 / peak))
 
-  assert logistic.search(score) == pytest.approx(10**1.375) and len(asked) == len(set(asked)) == 15
-  assert logistic.search(lambda l2: 50.0) == 1e6  # all alike: the strongest
-  assert logistic.search(functools.partial(score, peak=1e-9)) == 1e-6
+  assert lbfgs.search(score) == pytest.approx(10**1.375) and len(asked) == len(set(asked)) == 15
+  assert lbfgs.search(lambda l2: 50.0) == 1e6  # all alike: the strongest
+  assert lbfgs.search(functools.partial(score, peak=1e-9)) == 1e-6
 
 
 def test_regression_from_the_workdir(labelled_data, tower, cached, tmp_path, monkeypatch):
@@ -309,7 +304,7 @@ def test_regression_from_the_workdir(labelled_data, tower, cached, tmp_path, mon
     (tmp_path / file.name).write_bytes(file.read_bytes())
   monkeypatch.setattr(pipeline, "eval_images", None)
   c = config(labelled_data, tower, probe__optim="lbfgs", probe__holdout=0.3)
-  found = probe.linear_probe(c, tmp_path)
+  found = linear_probe.linear_probe(c, tmp_path)
   assert found["test"]["top1"] > 90 and found["protocol"]["train_images"] == COUNT["train"]
   assert len(lines(tmp_path, "val")) == 15
   best = max(lines(tmp_path, "val"), key=lambda r: (r["top1"], r["l2"]))
@@ -331,10 +326,10 @@ def test_what_a_regression_learns_from(labelled_data, monkeypatch):
     params = {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5).at[0].set(float(l2) == 1)}
     return params, {"steps": jnp.int32(1), "gradient": jnp.float32(0)}
 
-  monkeypatch.setattr(logistic, "make_fit", lambda *a: fit)
+  monkeypatch.setattr(lbfgs, "make_fit", lambda *a: fit)
   writer = types.SimpleNamespace(scalars=lambda step, kind, values: tries.append(values["l2"]))
   c = config(labelled_data, probe__optim="lbfgs")
-  run = lambda: probe._regress(c, build.Built(c), parts.__getitem__, writer, lambda: False)
+  run = lambda: linear_probe._regress(c, setup.Built(c), parts.__getitem__, writer, lambda: False)
   *_, facts = run()
   assert len(tries) == len(seen) - 1 and facts["train_images"] == 28 and facts["l2"] == seen[-1][0]
   for l2, x, label in seen[:-1]:
@@ -357,7 +352,7 @@ def test_what_a_regression_learns_from(labelled_data, monkeypatch):
 
 def test_errors(labelled_data, tower, tiny_data, tmp_path):
   def run(data=labelled_data, **kw):
-    probe.linear_probe(config(data, tower, **kw), tmp_path / str(sorted(kw)))
+    linear_probe.linear_probe(config(data, tower, **kw), tmp_path / str(sorted(kw)))
 
   with pytest.raises(ValueError, match=r"config\.probe\.optim is 'sgd'; there are lars, lbfgs"):
     run(probe__optim="sgd")
@@ -369,24 +364,24 @@ def test_errors(labelled_data, tower, tiny_data, tmp_path):
     run(tiny_data)
   with pytest.raises(ValueError, match=r"70 pictures in batches of config\.probe\.batch_size=128"):
     run(probe__batch_size=128, probe__augment=True)
-  with pytest.raises(train.NonFiniteLossError, match=r"lower config\.probe\.lr"):
+  with pytest.raises(step_lib.NonFiniteLossError, match=r"lower config\.probe\.lr"):
     run(probe__lr=1e30, probe__eta=1e10)
 
 
 def test_classifier_that_does_not_fit(labelled_data, tower, tmp_path):
   found = features.Features(types.SimpleNamespace(class_names=NAMES), np.zeros((1, 4)), np.zeros(1))
   of = types.SimpleNamespace(state=types.SimpleNamespace(params={}))
-  given = lambda source: probe._given(source, of, found)
-  with pytest.raises(checkpoint.CheckpointError, match=r"config\.model has no classifier"):
+  given = lambda source: linear_probe._given(source, of, found)
+  with pytest.raises(checkpointer.CheckpointError, match=r"config\.model has no classifier"):
     given("model")
-  with pytest.raises(checkpoint.CheckpointError, match="there is no file"):
+  with pytest.raises(checkpointer.CheckpointError, match="there is no file"):
     given(str(tmp_path / "absent.npz"))
   file = tmp_path / "other.npz"
   np.savez(file, kernel=np.zeros((4, 2)), bias=np.zeros(2), class_names=["a", "b"])
-  with pytest.raises(checkpoint.CheckpointError, match="is of 2 classes, first a, b; expected"):
+  with pytest.raises(checkpointer.CheckpointError, match="is of 2 classes, first a, b; expected"):
     given(str(file))
   np.savez(file, kernel=np.zeros((3, 5)), bias=np.zeros(5), class_names=NAMES)
-  with pytest.raises(checkpoint.CheckpointError, match=r"a kernel of \(3, 5\), but .* \(4, 5\)"):
+  with pytest.raises(checkpointer.CheckpointError, match=r"a kernel of \(3, 5\), but .* \(4, 5\)"):
     given(str(file))
 
 
@@ -395,30 +390,30 @@ def test_unlabelled_pictures_are_an_error(tower, tmp_path):
   for augment in (False, True):
     c = config(data, tower, probe__augment=augment)
     with pytest.raises(DatasetError, match=r"1 of \d+ pictures of split 'train' have no label"):
-      probe.linear_probe(c, tmp_path / f"run{augment}")
+      linear_probe.linear_probe(c, tmp_path / f"run{augment}")
 
 
 def test_workdir_of_a_training_run_is_refused(labelled_data, tower, tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, metric="rsum")
-  state = step_lib.TrainState(jnp.int32(0), {"kernel": jnp.zeros(1)}, {}, ())
+  checkpoints = checkpointer.Checkpoints(tmp_path, keep=1, metric="rsum")
+  state = train_state.TrainState(jnp.int32(0), {"kernel": jnp.zeros(1)}, {}, ())
   checkpoints.save(1, state, dict(system="clip", metric="rsum"))
   checkpoints.close()
-  with pytest.raises(checkpoint.CheckpointError, match=r"training run of clip.*config\.init"):
-    probe.linear_probe(config(labelled_data, tower), tmp_path)
+  with pytest.raises(checkpointer.CheckpointError, match=r"training run of clip.*config\.init"):
+    linear_probe.linear_probe(config(labelled_data, tower), tmp_path)
 
 
 def test_going_on_with_something_else():
   meta = dict(fingerprint="data", source={"sha256": "0"})
   saved = types.SimpleNamespace(restore_latest=lambda want, check: check(4, meta))
   new = lambda: jnp.zeros(1)
-  with pytest.raises(checkpoint.CheckpointError, match="the model changed since step 4"):
-    probe._first_state(new, saved, meta | {"source": {"sha256": "1"}}, None)
-  with pytest.raises(checkpoint.CheckpointError, match="the training data changed since step 4"):
-    probe._first_state(new, saved, meta | {"fingerprint": "other"}, None)
+  with pytest.raises(checkpointer.CheckpointError, match="the model changed since step 4"):
+    linear_probe._first_state(new, saved, meta | {"source": {"sha256": "1"}}, None)
+  with pytest.raises(checkpointer.CheckpointError, match="the training data changed since step 4"):
+    linear_probe._first_state(new, saved, meta | {"fingerprint": "other"}, None)
 
 
 def test_random_tower_is_said_to_be_one(labelled_data, caplog):
   c = config(labelled_data)
   with caplog.at_level(logging.WARNING):
-    of = features.Tower(c, build.Built(c))
+    of = features.Tower(c, setup.Built(c))
   assert "config.init is empty" in caplog.text and of.source["kind"] == "random weights"

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 from test_configs import ROOT, get_config
 
-from xmodal_jax import train
 from xmodal_jax.data import records
+from xmodal_jax.training import loop
 
 
 def test_coco_photographs(shared_data, tmp_path):
@@ -21,7 +21,7 @@ def test_coco_photographs(shared_data, tmp_path):
   c.model.image.depth = c.model.text.depth = 1
   c.batch_size, c.total, c.log_every = 32, "4 steps", 2
   c.eval.every, c.optim.warmup, c.eval.batch_size = "4 steps", "1 steps", 16
-  results = train.train(c, tmp_path / "run")
+  results = loop.train(c, tmp_path / "run")
   assert results["protocol"]["images"] == 22 and results["protocol"]["captions"] == 110
   assert np.isfinite(results["test"]["rsum"])
   split = records.open_split(tmp_path / "coco_mini", "train+restval")

@@ -7,8 +7,10 @@ import pytest
 import tiny
 from etils import epath
 
-from xmodal_jax import build, evaluate, inputs, metrics, relevance
-from xmodal_jax import report as report_lib
+from xmodal_jax.data import inputs
+from xmodal_jax.evaluation import metrics, ndcg, retrieval
+from xmodal_jax.evaluation import report as report_lib
+from xmodal_jax.runtime import setup
 
 
 def plain_ndcg(scores, grades, depth):
@@ -24,30 +26,30 @@ def plain_ndcg(scores, grades, depth):
 
 @pytest.mark.parametrize(("depth", "block"), [(25, 2**24), (25, 100), (3, 70), (80, 1)])
 def test_ndcg_is_the_definition(depth, block, monkeypatch):
-  monkeypatch.setattr(relevance, "_ELEMENTS", block)
+  monkeypatch.setattr(ndcg, "_ELEMENTS", block)
   rng = np.random.default_rng(0)
   scores = rng.integers(0, 9, (11, 40)).astype(np.float32)  # ties everywhere
   grades = rng.random((11, 40), np.float32) * (rng.random((11, 40)) < 0.3)
   grades[4] = 0
   before = scores.copy(), grades.copy()
-  ours = relevance.ndcg(scores, grades, depth)
+  ours = ndcg.ndcg(scores, grades, depth)
   np.testing.assert_allclose(ours, plain_ndcg(scores, grades, depth), rtol=1e-12)
   assert ours[4] == 0
-  turned = relevance.ndcg(np.asfortranarray(scores), grades.T.copy().T, depth)
+  turned = ndcg.ndcg(np.asfortranarray(scores), grades.T.copy().T, depth)
   np.testing.assert_array_equal(turned, ours)
   np.testing.assert_array_equal((scores, grades), before)  # nothing is sorted in place
-  np.testing.assert_allclose(relevance.ndcg(grades, grades, depth)[[0, 4]], [1, 0])
+  np.testing.assert_allclose(ndcg.ndcg(grades, grades, depth)[[0, 4]], [1, 0])
   with pytest.raises(ValueError, match=r"\(11, 40\) do not fit relevances \(11, 39\)"):
-    relevance.ndcg(scores, grades[:, 1:])
+    ndcg.ndcg(scores, grades[:, 1:])
 
 
 def test_means_over_all_and_over_what_is_not_zero():
   i2t, t2i = np.array([0, 0.5, 0.25, 0]), np.array([0, 1.0])
-  ours = relevance.means("x", i2t, t2i)
+  ours = ndcg.means("x", i2t, t2i)
   assert ours == {"i2t_ndcg_x": 0.1875, "t2i_ndcg_x": 0.5, "ndcg_x": 0.6875}
-  ours = relevance.means("x", i2t, t2i, published=True)
+  ours = ndcg.means("x", i2t, t2i, published=True)
   assert ours == {"i2t_ndcg_x": 0.375, "t2i_ndcg_x": 0.5, "ndcg_x": 0.875}
-  assert relevance.means("x", 0 * i2t, t2i, published=True)["i2t_ndcg_x"] == 0
+  assert ndcg.means("x", 0 * i2t, t2i, published=True)["i2t_ndcg_x"] == 0
 
 
 def plain_rouge(candidate, references):
@@ -70,55 +72,55 @@ def plain_rouge(candidate, references):
 def test_rouge_l_is_the_definition(longest, monkeypatch):
   """Every width of integers, one and several of them, blocks that do not divide."""
   for name, value in (("_ROWS", 10), ("_LANES", 3), ("_REFERENCES", 4)):
-    monkeypatch.setattr(relevance, name, value)
+    monkeypatch.setattr(ndcg, name, value)
   rng = np.random.default_rng(longest)
   few = max(2, longest // 8)  # different words: many matches, and carries from word to word
   sentence = lambda n: " ".join(rng.choice([f"w{i}" for i in range(few)], n))
   lengths = [1, longest, longest, *rng.integers(1, longest + 1, 10 if longest < 100 else 3)]
   flat = [sentence(n) for n in rng.permutation(lengths)]
   captions = [flat[:1], flat[1:4], flat[4:]]
-  ours = relevance.rouge_l(captions)
+  ours = ndcg.rouge_l(captions)
   want = [[plain_rouge(c, references) for references in captions] for c in flat]
   np.testing.assert_array_equal(ours, np.array(want, np.float32))
 
 
 def test_rouge_l_words():
   captions = [["A dog  runs", "a cat"], ["The end."], ["", "the END"]]
-  ours = relevance.rouge_l(captions)
+  ours = ndcg.rouge_l(captions)
   np.testing.assert_array_equal(ours[[0, 1, 2, 3, 4], [0, 0, 1, 2, 2]], 1)
   assert ours[2, 2] == np.float32(plain_rouge("the end.", ["", "the end"]))  # "end." is no "end"
   assert ours[0, 2] == np.float32(plain_rouge("a dog  runs", ["", "the end"])) > 0  # "" is a word
   assert ours[4, 0] == 0
   with pytest.raises(ValueError, match="1 of 2 pictures have no caption"):
-    relevance.rouge_l([["a"], []])
+    ndcg.rouge_l([["a"], []])
 
 
 def test_files(tmp_path):
   folder = epath.Path(tmp_path)
   values = np.random.default_rng(0).random((6, 4)).astype(np.float32)
   path = folder / "below" / "f30k-test-spice.npy"
-  relevance.write(path, iter((values[:4], values[4:])))
+  ndcg.write(path, iter((values[:4], values[4:])))
   assert path.read_bytes() == values.tobytes()
   assert [p.name for p in path.parent.iterdir()] == [path.name]
-  read = relevance.read(path, 6, 4)
+  read = ndcg.read(path, 6, 4)
   assert isinstance(read, np.memmap)
   np.testing.assert_array_equal(read, values)
   # Nothing is written into a mapped file, and nothing has to be.
-  np.testing.assert_allclose(relevance.ndcg(np.asarray(read), read), 1)
-  np.testing.assert_allclose(relevance.ndcg(np.asarray(read).T, read.T), 1)
-  assert relevance.find(path.parent, "test", "spice") == path
-  assert relevance.find(path.parent, "test", "rougeL") is None
+  np.testing.assert_allclose(ndcg.ndcg(np.asarray(read), read), 1)
+  np.testing.assert_allclose(ndcg.ndcg(np.asarray(read).T, read.T), 1)
+  assert ndcg.find(path.parent, "test", "spice") == path
+  assert ndcg.find(path.parent, "test", "rougeL") is None
   with pytest.raises(ValueError, match=r"f30k-test-spice.npy has 96 bytes; 6 captions x 5 .* 120:"):
-    relevance.read(path, 6, 5)
+    ndcg.read(path, 6, 5)
   values[1, 2], values[3, 0], values[5, 1] = -1, -1, np.nan
-  relevance.write(path, iter((values,)))
+  ndcg.write(path, iter((values,)))
   with pytest.raises(ValueError, match=r"spice.npy: 3 of 24 relevances .* 2 of them -1"):
-    relevance.read(path, 6, 4)
+    ndcg.read(path, 6, 4)
   with pytest.raises(FileNotFoundError, match=r"none: no such folder; .* \*-test-spice.npy"):
-    relevance.find(folder / "none", "test", "spice")
+    ndcg.find(folder / "none", "test", "spice")
   (path.parent / "coco-test-spice.npy").write_bytes(b"")
   with pytest.raises(ValueError, match=r"coco-test-spice.npy, f30k-test-spice.npy"):
-    relevance.find(path.parent, "test", "spice")
+    ndcg.find(path.parent, "test", "spice")
 
 
 def test_published_ranks():
@@ -135,7 +137,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def built(tiny_data):
-  return {name: build.Built(getattr(tiny, name)(tiny_data)) for name in ("config", "team")}
+  return {name: setup.Built(getattr(tiny, name)(tiny_data)) for name in ("config", "team")}
 
 
 OWNER = np.repeat(np.arange(12), 5)
@@ -143,11 +145,11 @@ OWNER = np.repeat(np.arange(12), 5)
 
 def evaluator(config, built, scores, second=None):
   """An evaluator for which a model has given these scores [12, 60] of its stages."""
-  ev = evaluate.Evaluator(config, inputs.Inputs(config), built)
+  ev = retrieval.Evaluator(config, inputs.Inputs(config), built)
   ids = {"image": np.arange(12), "text": OWNER}
   ev.encode = lambda state, side, batches, bank: ({}, ids[side])
   ev.scores = lambda *_: scores
-  places = types.SimpleNamespace(rows=2 * np.arange(60))  # every other row of a bank is filling
+  places = types.SimpleNamespace(places=2 * np.arange(60))  # every other row of a bank is filling
   ev.bank = lambda steps: places if ev.second else None
   ev.reranker.scores = lambda _, images, texts, picture, caption, stop: second[
     picture // 2, caption // 2
@@ -159,22 +161,22 @@ def test_report_of_one_stage(tiny_data, built, home, monkeypatch):
   config = tiny.config(tiny_data, eval__ndcg="rougeL", eval__folds=3, eval__protocol="original")
   scores = np.random.default_rng(0).random((12, 60), np.float32)
   ev = evaluator(config, built["config"], scores)
-  evaluate.check_splits(config, ev.inputs)
+  retrieval.check_splits(config, ev.inputs)
   assert not home.exists()  # nothing is computed before it is needed
   out = ev(None, "test")
-  graded = relevance.rouge_l([record.captions for record in ev.inputs.split("test")])
+  graded = ndcg.rouge_l([record.captions for record in ev.inputs.split("test")])
   (file,) = (home / "relevances").iterdir()
   assert file.read_bytes() == graded.tobytes()
-  assert out["i2t_ndcg_rougeL"] == pytest.approx(relevance.ndcg(scores, graded.T).mean())
-  assert out["t2i_ndcg_rougeL"] == pytest.approx(relevance.ndcg(scores.T, graded).mean())
+  assert out["i2t_ndcg_rougeL"] == pytest.approx(ndcg.ndcg(scores, graded.T).mean())
+  assert out["t2i_ndcg_rougeL"] == pytest.approx(ndcg.ndcg(scores.T, graded).mean())
   parts = [(slice(4 * n, 4 * n + 4), slice(20 * n, 20 * n + 20)) for n in range(3)]
-  want = np.mean([relevance.ndcg(scores[i, t].T, graded[t, i]).mean() for i, t in parts])
+  want = np.mean([ndcg.ndcg(scores[i, t].T, graded[t, i]).mean() for i, t in parts])
   assert out["folds3_t2i_ndcg_rougeL"] == pytest.approx(want)
   assert out["published_folds3_rsum"] == pytest.approx(6 * out["folds3_rsum"])
   same = ("rsum", "i2t_r1", "t2i_meanr", "folds3_i2t_medr", "t2i_ndcg_rougeL")
   assert all(out[f"published_{k}"] == out[k] for k in same)
   assert len([k for k in out if k.startswith("published_")]) * 2 == len(out)
-  monkeypatch.setattr(relevance, "rouge_l_rows", None)  # what was computed is read again
+  monkeypatch.setattr(ndcg, "rouge_l_rows", None)  # what was computed is read again
   assert ev(None, "test") == out
   plain = evaluator(tiny.config(tiny_data, eval__folds=3), built["config"], scores)(None, "test")
   folds = metrics.folds(scores, OWNER, 3)
@@ -189,14 +191,14 @@ def test_given_relevances(tiny_data, home, tmp_path):
   read = inputs.Inputs(config)
   rank = lambda part: metrics.Ranked(scores, scores, np.repeat(np.arange(12), 5))
   with pytest.raises(FileNotFoundError, match=r"names spice.* has no \*-(test|val)-spice.npy"):
-    evaluate.check_splits(config, read)
+    retrieval.check_splits(config, read)
   for method in ("spice", "rougeL"):
     given[method] = rng.random((60, 12), np.float32)
-    relevance.write(epath.Path(tmp_path / f"tiny-test-{method}.npy"), iter((given[method],)))
+    ndcg.write(epath.Path(tmp_path / f"tiny-test-{method}.npy"), iter((given[method],)))
   graded = report_lib.grades(config, read, "test")
   out = report_lib.report(config, read.split("test"), "test", rank, graded)
   for method, values in given.items():
-    assert out[f"i2t_ndcg_{method}"] == pytest.approx(relevance.ndcg(scores, values.T).mean())
+    assert out[f"i2t_ndcg_{method}"] == pytest.approx(ndcg.ndcg(scores, values.T).mean())
   assert not home.exists()  # ROUGE-L is not computed where there is a file
   fewer = lambda part: metrics.Ranked(scores[:11, :55], scores[:11, :55], np.repeat(range(11), 5))
   with pytest.raises(ValueError, match=r"\(60, 12\) for \(55, 11\) .* some could not be read"):
@@ -225,7 +227,7 @@ def test_report_of_two_stages(tiny_data, built, home):
   out = ev(None, "test")
   top_text, top_image, mix = ev.second
   assert (top_text, top_image, mix) == (4, 3, 0)
-  graded = relevance.rouge_l([record.captions for record in ev.inputs.split("test")])
+  graded = ndcg.rouge_l([record.captions for record in ev.inputs.split("test")])
   reports = []
   for size in (12, 6):
     for start in range(0, 12, size):
@@ -245,13 +247,13 @@ def test_report_of_two_stages(tiny_data, built, home):
         theirs.append(np.where(hits[:, :k].any(1), hits.argmax(1), 0))
         grades = graded[part[::-1]]
         place = -np.argsort(order, axis=1).astype(np.float32)
-        gains.append(relevance.ndcg(place, grades.T if len(first) == size else grades))
+        gains.append(ndcg.ndcg(place, grades.T if len(first) == size else grades))
       reports.append(
         (
           {f"{d}_r1": 100 * np.mean(r == 0) for d, r in zip(("i2t", "t2i"), right, strict=True)}
-          | relevance.means("rougeL", *gains),
+          | ndcg.means("rougeL", *gains),
           {f"{d}_r1": 100 * np.mean(r == 0) for d, r in zip(("i2t", "t2i"), theirs, strict=True)}
-          | relevance.means("rougeL", *gains, published=True),
+          | ndcg.means("rougeL", *gains, published=True),
         )
       )
   (right, theirs), *folds = reports
@@ -264,25 +266,25 @@ def test_report_of_two_stages(tiny_data, built, home):
   assert out["published_folds2_rsum"] == pytest.approx(36 * out["published_folds2_mean_r"])
   first = {k.removeprefix("first_"): v for k, v in out.items() if k.startswith("first_")}
   assert {k: first[k] for k in metrics.summarise(scores, OWNER)} == metrics.summarise(scores, OWNER)
-  assert first["i2t_ndcg_rougeL"] == pytest.approx(relevance.ndcg(scores, graded.T).mean())
+  assert first["i2t_ndcg_rougeL"] == pytest.approx(ndcg.ndcg(scores, graded.T).mean())
   assert not any(k.startswith("published") for k in first)
 
 
 def test_table(monkeypatch):
   rows = []
-  monkeypatch.setattr(evaluate.logging, "info", lambda _, text: rows.extend(text.split("\n")))
+  monkeypatch.setattr(retrieval.logging, "info", lambda _, text: rows.extend(text.split("\n")))
   rng = np.random.default_rng(0)
   scores, graded = rng.random((6, 12), np.float32), rng.random((12, 6), np.float32)
   report = metrics.summarise(scores, np.repeat(np.arange(6), 2))
-  evaluate.log_table("val", report)
+  retrieval.log_table("val", report)
   assert rows[0] == "val" and "NDCG" not in rows[1] and len(rows) == 6
   assert rows[-1].split()[::2] == ["mean_r", "mean_r1"]
   rows.clear()
-  gains = relevance.ndcg(scores, graded.T), relevance.ndcg(scores.T, graded)
-  report |= relevance.means("rougeL", *gains)
+  gains = ndcg.ndcg(scores, graded.T), ndcg.ndcg(scores.T, graded)
+  report |= ndcg.means("rougeL", *gains)
   every = report | {f"first_{k}": v for k, v in report.items()}
   every |= {f"published_{k}": v for k, v in report.items()} | {"folds5_ndcg_rougeL": 0.12345}
-  evaluate.log_table("test", every)
+  retrieval.log_table("test", every)
   titles = [row for row in rows if row.startswith("test")]
   assert titles == ["test, first stage", "test, second stage", "test, published protocol"]
   assert rows[1].endswith("NDCG rougeL") and rows[2].endswith(f"{gains[0].mean():.4f}")

@@ -16,8 +16,10 @@ import test_accumulate
 import test_train
 import tiny
 
-from xmodal_jax import build, checkpoint, sharding, train
-from xmodal_jax import config as config_lib
+from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.distributed import sharding
+from xmodal_jax.runtime import preemption, setup, workdir
+from xmodal_jax.training import loop
 
 SYSTEMS = test_accumulate.SYSTEMS
 # These programs take long to compile, and with the random bits of dropout longer.
@@ -134,9 +136,9 @@ def test_resume_on_another_number_of_devices(tiny_data, tmp_path, monkeypatch):
     folder = tmp_path / folder
     chosen = jax.devices()[:devices]
     monkeypatch.setattr(sharding, "make_mesh", lambda axes, _=None: make(axes, chosen))
-    monkeypatch.setattr(train, "Preemption", lambda: test_train.StopAfter(folder, stop_after))
-    train.train(tiny.config(tiny_data, **changes), folder)
-    read = checkpoint.Checkpoints(folder, keep=2, metric="rsum", read_only=True)
+    monkeypatch.setattr(preemption, "Preemption", lambda: test_train.StopAfter(folder, stop_after))
+    loop.train(tiny.config(tiny_data, **changes), folder)
+    read = checkpointer.Checkpoints(folder, keep=2, metric="rsum", read_only=True)
     return read.latest(), worker.digest(read.restore_model(read.latest())), folder
 
   assert run("moved", 8, stop_after=2)[0] == 2
@@ -159,7 +161,7 @@ def test_resume_on_another_number_of_devices(tiny_data, tmp_path, monkeypatch):
 )
 def test_what_cannot_be_reproduced(changes, error):
   with pytest.raises(ValueError, match=error):
-    build.Built(tiny.config("unused", reproducible=True, **changes))
+    setup.Built(tiny.config("unused", reproducible=True, **changes))
 
 
 def test_batch_norm_sees_the_whole_batch():
@@ -167,11 +169,11 @@ def test_batch_norm_sees_the_whole_batch():
   with c.unlocked():
     c.model.image = dict(kind="resnet", size=32, width=8, depths=(1, 1, 1, 1))
   with pytest.raises(ValueError, match="reproducible is set, but this model has BatchNorm"):
-    build.Built(c)
+    setup.Built(c)
 
 
 def test_tiles_may_not_change_at_a_resume():
-  flat = lambda **changes: config_lib.flatten(tiny.config("unused", **changes))
+  flat = lambda **changes: workdir.flatten(tiny.config("unused", **changes))
   for reproducible, expected in ((False, []), (True, ["loss_chunk: 0 -> 8"])):
     old, new = (flat(reproducible=reproducible, loss_chunk=n) for n in (0, 8))
-    assert config_lib.difference(old, new) == expected
+    assert workdir.difference(old, new) == expected

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from xmodal_jax import build, evaluate, inputs, metrics, rerank, sharding
-from xmodal_jax import step as step_lib
+from xmodal_jax.data import inputs
+from xmodal_jax.distributed import sharding
+from xmodal_jax.evaluation import metrics, rerank, retrieval
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
 
 
 def test_top_is_the_stable_order():
@@ -67,11 +71,11 @@ def test_merged_directions():
 
 
 def run(config, devices=8):
-  built = build.Built(config, jax.devices()[:devices])
+  built = setup.Built(config, jax.devices()[:devices])
   params = jax.jit(lambda: step_lib.nnx.to_pure_dict(step_lib.split(built.model())[1]))()
-  state = step_lib.TrainState(None, jax.tree.map(np.asarray, params), {}, None)
+  state = train_state.TrainState(None, jax.tree.map(np.asarray, params), {}, None)
   read = inputs.Inputs(config)
-  ev = evaluate.Evaluator(config, read, built)
+  ev = retrieval.Evaluator(config, read, built)
   return ev, state, ev.inputs.split("test")
 
 
@@ -89,7 +93,7 @@ def second_scores(config, devices=8):
 def test_scores_against_the_plain_loop_on_any_devices(tiny_data):
   config = tiny.team(tiny_data)
   _, (by_image, by_text), (ev, state, split) = second_scores(config)
-  model = step_lib.nnx.merge(build.Built(config).graphdef, state.params, {})
+  model = step_lib.nnx.merge(setup.Built(config).graphdef, state.params, {})
   rows = lambda batches, encode: [
     {k: np.asarray(v)[i] for k, v in f.items()}
     for b in batches
@@ -158,7 +162,7 @@ def test_bank_keeps_the_rows_of_its_device():
     bank.add(batch, np.arange(8) != 7)
   assert bank.leaves["tokens"].dtype == jnp.bfloat16 and bank.leaves["mask"].dtype == bool
   assert bank.leaves["tokens"].addressable_shards[0].data.shape == (3, 2, 2)
-  np.testing.assert_array_equal(bank.rows, [i for i in range(24) if i % 8 != 7])
+  np.testing.assert_array_equal(bank.places, [i for i in range(24) if i % 8 != 7])
   places = np.array([3, 17, 3, 22])
   np.testing.assert_array_equal(bank.block(places)["tokens"], x.reshape(24, 2)[places])
 

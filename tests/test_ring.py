@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmodal_jax import sharding
-from xmodal_jax.losses import attended, contrastive, local, ranking, ring, tokens
-from xmodal_jax.losses.ring import Ring
+from xmodal_jax.distributed import sharding
+from xmodal_jax.losses import contrastive, cross_attention, hard_negatives, local, triplet
+from xmodal_jax.losses.pairwise import ring
+from xmodal_jax.losses.pairwise.ring import Ring
 
 B, E, R, W = 16, 6, 4, 5
 
@@ -60,7 +61,7 @@ def local_score(images, texts):
 
 def attended_score(images, texts):
   (regions, _), (words, word_mask) = images, texts
-  return attended.attended_scores(regions, words, word_mask, chunk=2)
+  return cross_attention.attended_scores(regions, words, word_mask, chunk=2)
 
 
 def _infonce(same_image):
@@ -86,15 +87,15 @@ def _sigmoid(x, how):
 def _hinges(reduce, score=None):
   def loss(x, how):
     if score is None:
-      return ranking.hinges(ranking.cosine, x["images"], x["texts"], 0.2, reduce, how)
+      return triplet.hinges(triplet.cosine, x["images"], x["texts"], 0.2, reduce, how)
     sides = (x["regions"], x["region_mask"]), (x["words"], x["word_mask"])
-    return ranking.hinges(score, *sides, 0.2, reduce, how)
+    return triplet.hinges(score, *sides, 0.2, reduce, how)
 
   return loss
 
 
 def _intra(x, how):
-  return ranking.intra(ranking.dot, x["images"], x["texts"], 0.3, how), {}
+  return triplet.intra(triplet.dot, x["images"], x["texts"], 0.3, how), {}
 
 
 LOSSES = {f"infonce_{same}": _infonce(same) for same in contrastive.SAME_IMAGE}
@@ -108,7 +109,7 @@ LOSSES |= {
   "hinges_local": _hinges("max", local_score),
   "hinges_attended": _hinges("max", attended_score),
 }
-LOSSES |= {f"hinges_{reduce}": _hinges(reduce) for reduce in ranking.REDUCTIONS}
+LOSSES |= {f"hinges_{reduce}": _hinges(reduce) for reduce in triplet.REDUCTIONS}
 
 
 def run(name: str, how: Ring | None):
@@ -116,8 +117,8 @@ def run(name: str, how: Ring | None):
   arrays = features() | {"scale": np.float32(8), "bias": np.float32(-3)}
   floats = {k: v for k, v in arrays.items() if v.dtype == np.float32}
   rest = {k: v for k, v in arrays.items() if k not in floats}
-  if how is not None and how.rows is not None:
-    put = lambda x: jax.device_put(x, how.rows) if x.ndim else x
+  if how is not None and how.batch_sharding is not None:
+    put = lambda x: jax.device_put(x, how.batch_sharding) if x.ndim else x
     floats, rest = jax.tree.map(put, (floats, rest))
   loss = lambda floats, rest: LOSSES[name](floats | rest, how)
   with jax.default_matmul_precision("highest"):
@@ -153,7 +154,7 @@ def test_ring_is_the_plain_form(name, how):
 def test_sampled_negatives_are_the_same(n, how):
   x, keys = features(), jax.random.split(jax.random.key(3))
   draw = lambda how: jax.jit(
-    lambda v, t, same: tokens.sample_both(v, t, jnp.float32(5), same, n, keys, how)
+    lambda v, t, same: hard_negatives.sample_both(v, t, jnp.float32(5), same, n, keys, how)
   )(x["images"], x["texts"], x["ids"])
   jax.tree.map(np.testing.assert_array_equal, draw(RINGS[how]()), draw(None))
 
@@ -163,20 +164,20 @@ def test_more_negatives_than_rows():
   x, keys = features(), jax.random.split(jax.random.key(3))
   same = jnp.arange(4, dtype=jnp.int32) // 2
   pair, scale = (x["images"][:4], x["texts"][:4]), jnp.float32(5)
-  drawn = tokens.sample_both(*pair, scale, same, 3, keys, Ring(1))
+  drawn = hard_negatives.sample_both(*pair, scale, same, 3, keys, Ring(1))
   assert all(side.found.sum(1).tolist() == [2] * 4 for side in drawn)
   assert all((side.index[:, 2] == jnp.arange(4)).all() for side in drawn)
   jax.tree.map(
-    np.testing.assert_array_equal, drawn, tokens.sample_both(*pair, scale, same, 3, keys)
+    np.testing.assert_array_equal, drawn, hard_negatives.sample_both(*pair, scale, same, 3, keys)
   )
 
 
 def test_noise_is_gumbels_and_of_the_pair_alone():
   words = jax.random.bits(jax.random.key(0), (2,), jnp.uint32)
-  noise = np.asarray(tokens.noise(words, jnp.arange(300), jnp.arange(400)))
-  part = tokens.noise(words, jnp.arange(100, 200), jnp.arange(7, 9))
+  noise = np.asarray(hard_negatives.noise(words, jnp.arange(300), jnp.arange(400)))
+  part = hard_negatives.noise(words, jnp.arange(100, 200), jnp.arange(7, 9))
   np.testing.assert_allclose(noise[100:200, 7:9], part, rtol=1e-6)
-  other = tokens.noise(words + 1, jnp.arange(300), jnp.arange(400))
+  other = hard_negatives.noise(words + 1, jnp.arange(300), jnp.arange(400))
   assert abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 0.02
   # P(noise < x) = exp(-exp(-x)), and no number comes twice more often than 32 bits let it.
   levels = np.array([-1.5, -0.5, 0.5, 2.0, 5.0])
@@ -191,7 +192,7 @@ def test_collapsed_model_is_not_accurate(how):
   how = RINGS[how]()
   for loss in (
     lambda x: contrastive.infonce(x, x, jnp.float32(7), ring=how),
-    lambda x: ranking.hinges(ranking.dot, x, x, ring=how),
+    lambda x: triplet.hinges(triplet.dot, x, x, ring=how),
   ):
     _, metrics = jax.jit(loss)(same)
     assert metrics["accuracy_i2t"] == metrics["accuracy_t2i"] == 0

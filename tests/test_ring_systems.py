@@ -10,7 +10,7 @@ import tiny
 from flax import nnx
 from test_accumulate import BATCH, SYSTEMS, batch, gradients, same, without_dropout
 
-from xmodal_jax import build
+from xmodal_jax.runtime import setup
 
 HAT = {"hat": 3e-5}  # tolerance as in test_accumulate
 SMALL = 16
@@ -22,7 +22,7 @@ def objective(name: str, devices: int, loss_chunk: int):
   config = SYSTEMS[name]("unused", batch_size=SMALL, loss_chunk=loss_chunk)
   without_dropout(config.model)
   config.mesh = (("data", -1),)
-  built = build.Built(config, jax.devices()[:devices])
+  built = setup.Built(config, jax.devices()[:devices])
   rng = np.random.default_rng(0)
 
   def filled(x):
@@ -48,11 +48,11 @@ def objective(name: str, devices: int, loss_chunk: int):
     def loss_fn(params, moving):
       model = merge(params)
       sides = (side | part for side, part in zip(features, moving, strict=True))
-      return model.align(*sides, model.prepare(b, key), key)
+      return model.objective(*sides, model.prepare(b, key), key)
 
     return jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(params, moving)
 
-  rows = jax.device_put((tuple(map(floats, features)), features, b), built.system.rows)
+  rows = jax.device_put((tuple(map(floats, features)), features, b), built.system.batch_sharding)
   with jax.default_matmul_precision("highest"):
     return jax.device_get(run(params, *rows))
 
@@ -79,7 +79,7 @@ def test_ring_trains_the_same(name):
 def test_tiles_that_do_not_divide_the_batch():
   config = tiny.config("unused", batch_size=BATCH, loss_chunk=3)
   with pytest.raises(ValueError, match=r"loss_chunk is 3.*config\.batch_size=64 over 8"):
-    build.Built(config, jax.devices())
+    setup.Built(config, jax.devices())
   config.loss_chunk = 4
-  system = build.Built(config, jax.devices()).system
-  assert system.ring.chunk == 4 and system.ring.rows == system.rows
+  system = setup.Built(config, jax.devices()).system
+  assert system.ring.chunk == 4 and system.ring.batch_sharding == system.batch_sharding

@@ -12,8 +12,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from test_accumulate import SYSTEMS, batch, gradients, same
 
-from xmodal_jax import build, init, optim, sharding
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.distributed import sharding
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
 
 AXES = ("data", "fsdp", "model")
 STEPS = 3
@@ -42,8 +45,8 @@ def fields(config) -> dict:
 def run(name: str, sizes: tuple[int, int, int]):
   """(losses of a few steps, parameters, the compiled program's text, the sharded state)."""
   config = with_mesh(name, sizes)
-  built = build.Built(config, jax.devices()[: math.prod(sizes)])
-  schedule = optim.make_schedule(config.optim, optim.Run(48, 16, config.total))
+  built = setup.Built(config, jax.devices()[: math.prod(sizes)])
+  schedule = schedules.make_schedule(config.optim, schedules.Run(48, 16, config.total))
   tx = built.optimizer(schedule)
   shardings = built.state_shardings(tx)
   state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
@@ -54,7 +57,7 @@ def run(name: str, sizes: tuple[int, int, int]):
   for _ in range(STEPS):
     state, metrics = program(state, rows)
     losses.append(float(metrics["loss"]))
-  return losses, init.flat(jax.device_get(state.params)), program.as_text(), state
+  return losses, restore.flat(jax.device_get(state.params)), program.as_text(), state
 
 
 MESHES = [("clip", (2, 2, 2)), ("clip", (1, 1, 8)), ("team", (2, 2, 2))]
@@ -122,12 +125,12 @@ def test_the_state_is_born_sharded():
 def spec_of(params: nnx.State, mesh, **kw) -> dict:
   rules = {"vocab": "model", "heads": "model", "mlp": "model", "embed": "fsdp"}
   places = sharding.param_shardings(params, mesh, rules | kw.pop("rules", {}), **kw)
-  return {k: v.spec for k, v in init.flat(places).items()}
+  return {k: v.spec for k, v in restore.flat(places).items()}
 
 
 def test_heads_are_not_cut_and_what_does_not_divide_is_listed_once(caplog):
   """Two heads of 16 on four devices: their matrices stay whole, the MLP's do not."""
-  built = build.Built(with_mesh("clip", (1, 1, 1)), jax.devices()[:1])
+  built = setup.Built(with_mesh("clip", (1, 1, 1)), jax.devices()[:1])
   mesh = sharding.make_mesh((("data", 1), ("fsdp", 2), ("model", 4)))
   with caplog.at_level(logging.WARNING, logger="absl"):
     specs = spec_of(built.params, mesh, min_size=64)
@@ -143,7 +146,7 @@ def test_heads_are_not_cut_and_what_does_not_divide_is_listed_once(caplog):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_parameter_has_names_for_its_axes(name):
   """All but the layers that lead; a name is one that the rules know."""
-  built = build.Built(SYSTEMS[name]("unused"), jax.devices()[:1])
+  built = setup.Built(SYSTEMS[name]("unused"), jax.devices()[:1])
   is_variable = lambda v: isinstance(v, nnx.Variable)
   known = {*built.config.rules, None}
   for path, v in jax.tree_util.tree_leaves_with_path(built.params, is_leaf=is_variable):

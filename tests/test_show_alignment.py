@@ -13,9 +13,12 @@ import tiny
 from flax import nnx
 from PIL import Image
 
-from xmodal_jax import alignment, build, checkpoint, converted
 from xmodal_jax import config as config_lib
+from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import image, records, shapes
+from xmodal_jax.interop import meta as meta_lib
+from xmodal_jax.runtime import setup
+from xmodal_jax.visual import alignment
 
 GRID = alignment.Places(alignment.patches(2, 2), 1, (2, 2))
 
@@ -136,11 +139,11 @@ def get_config(variant=None):
 """
   (folder / "small.py").write_text(code)
   config = tiny.team(tiny_data, model__text__context=48, text__length=48)
-  built = build.Built(config_lib.resolve(config))
+  built = setup.Built(config_lib.resolve(config))
   params = nnx.to_pure_dict(nnx.state(built.model(), nnx.Param))
   meta = dict(system="team", source="none", sha256="", config={}, ignored={})
-  meta |= dict(converter=converted.VERSION)
-  checkpoint.save_model(folder / "model", params, {}, meta)
+  meta |= dict(converter=meta_lib.VERSION)
+  checkpointer.save_model(folder / "model", params, {}, meta)
   return ["--config", f"{folder}/small.py:team", "--init", f"{folder}/model"]
 
 

@@ -11,8 +11,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import convert, init, positions, sharding
-from xmodal_jax.models import layers, swin, torch_names
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.distributed import sharding
+from xmodal_jax.interop import conversion, towers
+from xmodal_jax.models import layers
+from xmodal_jax.models.layers import positions
+from xmodal_jax.models.towers import swin
 
 # Odd and even depths, one and several windows.
 TINY = dict(size=16, patch=2, window=4, embed=8, depths=(3, 2), heads=(1, 2))
@@ -23,8 +27,8 @@ def weights(**config) -> dict:
   """Parameters of a tower, large enough that all of them matter."""
   rng, (_, params) = np.random.default_rng(0), abstract(**config)
   draw = lambda path, v: rng.normal(path.endswith("scale"), 0.2, v.shape).astype(np.float32)
-  flat = init.flat(nnx.to_pure_dict(params))
-  return init.nested({path: jnp.asarray(draw(path, v)) for path, v in flat.items()})
+  flat = restore.flat(nnx.to_pure_dict(params))
+  return restore.nested({path: jnp.asarray(draw(path, v)) for path, v in flat.items()})
 
 
 def tower(**changes) -> swin.Swin:
@@ -161,7 +165,7 @@ def test_eight_devices_are_one():
   config = TINY | dict(depths=(1, 1))
   graphdef, params = abstract(**config, drop_path=0.5)
   places = sharding.param_shardings(params, mesh, rules, min_size=0)
-  flat = init.flat(places)
+  flat = restore.flat(places)
   assert flat["stages/1/blocks/table"].spec == P(None, None, "model")
   assert flat["stages/1/blocks/q/kernel"].spec == P(None, "fsdp", "model")
   params, x = weights(**config), images(8)
@@ -199,15 +203,15 @@ def test_published_sizes(name):
   stages = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p)(x), params, x)
   grid, width = config["size"] // 4, config["embed"]
   assert [s.shape for s in stages] == [(2, (grid >> i) ** 2, width << i) for i in range(4)]
-  leaves = init.flat({"image": nnx.to_pure_dict(params)})
+  leaves = restore.flat({"image": nnx.to_pure_dict(params)})
   tables = [leaves[f"image/stages/{i}/blocks/table"].shape for i in range(4)]
   rows = (2 * config["window"] - 1) ** 2
   assert tables == [(config["depths"][i], rows, config["heads"][i]) for i in range(4)]
   if name == "base":
     assert sum(math.prod(v.shape) for v in leaves.values()) == 86_745_016
   blank = {k: np.broadcast_to(np.int8(0), v.shape) for k, v in leaves.items()}
-  state = convert.to_torch(blank, torch_names.swin("", "image"))
-  assert swin.infer_config({k: v.shape for k, v in state.items()}) == config
+  state = conversion.to_torch(blank, towers.swin("", "image"))
+  assert towers.infer_config({k: v.shape for k, v in state.items()}) == config
   total = sum(config["depths"])
   assert sum(k.endswith("relative_position_index") for k in state) == total
   assert sum(k.endswith("attn_mask") for k in state) == total // 2 - 1  # not in the last stage
@@ -256,20 +260,22 @@ def test_a_stage_of_one_window():
 
 def test_tables_that_are_no_square_are_refused():
   with pytest.raises(ValueError, match="24 rows cannot become one of 9"):
-    swin.resize_tables("image/stages/0/blocks/table", np.zeros((2, 24, 3)), (2, 9, 3))
+    towers.resize_tables("image/stages/0/blocks/table", np.zeros((2, 24, 3)), (2, 9, 3))
   other = np.zeros((4, 7))
-  assert swin.resize_tables("image/patch/kernel", other, (3, 3)) is other
+  assert towers.resize_tables("image/patch/kernel", other, (3, 3)) is other
   shapes = {"layers.0.blocks.0.attn.relative_position_bias_table": (16, 1)}
   shapes |= {"layers.0.blocks.0.mlp.fc1.weight": (32, 8), "patch_embed.proj.weight": (8, 3, 4, 4)}
-  with pytest.raises(convert.ConversionError, match="16 rows are not the square of an odd number"):
-    swin.infer_config(shapes)
-  with pytest.raises(convert.ConversionError, match=r"not a Swin .*patch_embed\.proj\.weight"):
-    swin.infer_config({"visual.conv1.weight": (8, 3, 4, 4)})
+  with pytest.raises(
+    conversion.ConversionError, match="16 rows are not the square of an odd number"
+  ):
+    towers.infer_config(shapes)
+  with pytest.raises(conversion.ConversionError, match=r"not a Swin .*patch_embed\.proj\.weight"):
+    towers.infer_config({"visual.conv1.weight": (8, 3, 4, 4)})
 
 
 def test_recomputation_of_a_single_iteration_is_kept_apart():
   """Where a loop is unrolled, a barrier keeps the compiler from undoing it."""
   once = lambda flag: str(
-    jax.make_jaxpr(jax.grad(layers.recompute(jnp.sin, "nothing_saveable", once=flag)))(1.0)
+    jax.make_jaxpr(jax.grad(layers.rematerialize(jnp.sin, "nothing_saveable", once=flag)))(1.0)
   )
   assert "prevent_cse=True" in once(True) and "prevent_cse=False" in once(False)

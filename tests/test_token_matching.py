@@ -11,17 +11,22 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import build, sharding
-from xmodal_jax import step as step_lib
-from xmodal_jax.losses import contrastive, exchange, tokens
-from xmodal_jax.models import bert, layers, matching, system, team
+from xmodal_jax.distributed import sharding
+from xmodal_jax.losses import contrastive, hard_negatives
+from xmodal_jax.losses.pairwise import exchange
+from xmodal_jax.models import base, layers, team
+from xmodal_jax.models.layers import attention as attention_lib
+from xmodal_jax.models.layers import token_matching
+from xmodal_jax.models.towers import bert
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
 
 
 def test_sampling_is_in_proportion_and_without_replacement():
   rng = np.random.default_rng(0)
   logits = jnp.asarray(rng.standard_normal((5, 9)) * 2, jnp.float32)
   same = jnp.asarray(rng.random((5, 9)) < 0.3).at[:, 0].set(True).at[:, 5].set(False)
-  draw = jax.jit(lambda key: tokens.sample_negatives(logits, same, 2, key))
+  draw = jax.jit(lambda key: hard_negatives.sample_negatives(logits, same, 2, key))
   keys = jax.random.split(jax.random.key(0), 20_000)
   drawn = jax.vmap(draw)(keys)
   assert drawn.found.all() and not np.asarray(same)[np.arange(5)[:, None], drawn.index].any()
@@ -39,14 +44,14 @@ def test_sampling_is_in_proportion_and_without_replacement():
 
 def test_rows_without_candidates():
   same = jnp.array([[1, 1, 1], [1, 0, 1], [0, 1, 0]], bool)
-  drawn = tokens.sample_negatives(jnp.zeros((3, 3)), same, 2, jax.random.key(0))
+  drawn = hard_negatives.sample_negatives(jnp.zeros((3, 3)), same, 2, jax.random.key(0))
   np.testing.assert_array_equal(drawn.found, [[False, False], [True, False], [True, True]])
   np.testing.assert_array_equal(drawn.index[0], [0, 0])  # itself
   positive = jnp.array([[0.1], [0.2], [0.3]])
   negative = jnp.array([[[9.0], [9.0]], [[0.5], [9.0]], [[0.1], [0.2]]])
 
   def loss(positive, negative):
-    return tokens.matching_loss(positive, negative, drawn.found, jnp.float32(2.0)).sum()
+    return hard_negatives.matching_loss(positive, negative, drawn.found, jnp.float32(2.0)).sum()
 
   one = lambda p, *n: -jax.nn.log_softmax(2 * jnp.array([p, *n]))[0]
   want = (0 + one(0.2, 0.5) + one(0.3, 0.1, 0.2)) / 3
@@ -59,7 +64,7 @@ def test_rows_without_candidates():
 @pytest.mark.parametrize("same_image", contrastive.SAME_IMAGE)
 def test_same_picture_in_the_contrastive_loss(same_image):
   rng = np.random.default_rng(1)
-  i, t = (system.l2_normalize(jnp.asarray(rng.standard_normal((6, 4)))) for _ in range(2))
+  i, t = (base.l2_normalize(jnp.asarray(rng.standard_normal((6, 4)))) for _ in range(2))
   ids = np.array([0, 1, 0, 2, 1, 0])
   loss, _ = contrastive.infonce(i, t, jnp.float32(5.0), jnp.asarray(ids), same_image)
   logits = 5 * np.asarray(i, np.float64) @ np.asarray(t, np.float64).T
@@ -139,7 +144,7 @@ def small():
 
 def build_team(config, rows=None, **changes):
   model = team.build(config | changes, rngs=nnx.Rngs(0))
-  model.rows = rows
+  model.batch_sharding = rows
   return step_lib.split(model)
 
 
@@ -204,7 +209,7 @@ def align_temporaries(config, devices, plain, local=4):
 
   def loss(params, images, texts, b):
     model = nnx.merge(graphdef, params, {})
-    return model.align(images, texts, b, jax.random.key(0))[0]
+    return model.objective(images, texts, b, jax.random.key(0))[0]
 
   step = jax.jit(jax.grad(loss, argnums=(0, 1, 2), allow_int=True))
   return step.lower(params, images, texts, b).compile().memory_analysis().temp_size_in_bytes
@@ -220,7 +225,7 @@ def test_objective_does_not_grow_with_the_devices(small):
 
 
 def test_texts_of_a_picture_together_or_alone():
-  module = matching.TokenMatching(dim=32, depth=3, heads=4, embed=8, rngs=nnx.Rngs(0))
+  module = token_matching.TokenMatching(dim=32, depth=3, heads=4, embed=8, rngs=nnx.Rngs(0))
   keys = jax.random.split(jax.random.key(0), 3)
   images = jax.random.normal(keys[0], (2, 10, 32))
   texts = jax.random.normal(keys[1], (2, 5, 7, 32))
@@ -256,9 +261,9 @@ def test_dropout_needs_a_key_and_differs_by_it():
 def test_attention_of_masked_keys():
   q, k, v = (jax.random.normal(key, (2, 5, 2, 4)) for key in jax.random.split(jax.random.key(1), 3))
   mask = jnp.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool)
-  plain = layers._attention_einsum(q, k, v, mask)
-  np.testing.assert_allclose(layers._attention_fused(q, k, v, mask), plain, atol=1e-5)
-  np.testing.assert_allclose(layers.attention(q, k, v, mask=mask), plain, atol=1e-6)
+  plain = attention_lib._attention_einsum(q, k, v, mask)
+  np.testing.assert_allclose(attention_lib._attention_fused(q, k, v, mask), plain, atol=1e-5)
+  np.testing.assert_allclose(layers.dot_product_attention(q, k, v, mask=mask), plain, atol=1e-6)
   np.testing.assert_allclose(plain[1], jnp.broadcast_to(v[1, :1], v[1].shape), atol=1e-6)
 
 
@@ -283,7 +288,7 @@ def test_scales_stop_learning_beyond_their_bound(small):
 
 def test_built_for_a_mesh_knows_its_rows():
   config = tiny.team("unused")
-  built = build.Built(config)
-  assert nnx.merge(built.graphdef, built.params, built.stats).rows == sharding.batch_sharding(
-    built.mesh
-  )
+  built = setup.Built(config)
+  assert nnx.merge(
+    built.graphdef, built.params, built.stats
+  ).batch_sharding == sharding.batch_sharding(built.mesh)

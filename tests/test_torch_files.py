@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from xmodal_jax import torch_files
-from xmodal_jax.torch_files import FileFormatError, TensorRef
+from xmodal_jax.interop import torch_files
+from xmodal_jax.interop.torch_files import FileFormatError, TensorRef
 
 
 @pytest.fixture
@@ -279,7 +279,8 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 
 def test_no_torch_is_imported():
   code = (
-    "import sys; import xmodal_jax.torch_files; print('torch' in sys.modules, 'jax' in sys.modules)"
+    "import sys; import xmodal_jax.interop.torch_files; "
+    "print('torch' in sys.modules, 'jax' in sys.modules)"
   )
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert out.stdout.split() == ["False", "False"]

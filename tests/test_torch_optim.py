@@ -11,10 +11,14 @@ import pytest
 import tiny
 from flax import nnx
 
-from xmodal_jax import build, checkpoint, convert, init, optim, torch_optim, train
 from xmodal_jax import config as config_lib
-from xmodal_jax import step as step_lib
-from xmodal_jax.models import clip_itm
+from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.interop import clip as clip_rules
+from xmodal_jax.interop import conversion, optimizer_state
+from xmodal_jax.optim import factory, schedules
+from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import step as step_lib
+from xmodal_jax.training import loop
 
 torch = pytest.importorskip("torch")
 
@@ -27,11 +31,11 @@ def toy(image=None):
   if image:
     with config.model.ignore_type():
       config.model.image = image
-  return build.Built(config)
+  return setup.Built(config)
 
 
 def shapes(state):
-  return {k: x.shape for k, x in init.flat(nnx.to_pure_dict(state)).items()}
+  return {k: x.shape for k, x in restore.flat(nnx.to_pure_dict(state)).items()}
 
 
 def values(built, seed=0):
@@ -39,13 +43,13 @@ def values(built, seed=0):
   rng = np.random.default_rng(seed)
   want = shapes(built.params) | shapes(built.stats)
   flat = {k: rng.normal(size=shape).astype(np.float32) for k, shape in want.items()}
-  state = dict(convert.arrays(convert.to_torch(flat, clip_itm.RULES)))
+  state = dict(conversion.arrays(conversion.to_torch(flat, clip_rules.RULES)))
   return {k: np.array(state[k]) for k in sorted(state, reverse=True)}
 
 
 def to_jax(built, state):
-  flat, _ = convert.to_jax(state, clip_itm.RULES, init.flat(nnx.to_pure_dict(built.params)))
-  return init.nested(flat)
+  flat, _ = conversion.to_jax(state, clip_rules.RULES, restore.flat(nnx.to_pure_dict(built.params)))
+  return restore.nested(flat)
 
 
 class TorchRun:
@@ -53,7 +57,7 @@ class TorchRun:
 
   def __init__(self, built, count=1):
     self.state, self.target = values(built), values(built, seed=1)
-    self.names = convert.parameter_names(clip_itm.RULES, shapes(built.params), self.state)
+    self.names = conversion.parameter_names(clip_rules.RULES, shapes(built.params), self.state)
     self.params = {k: torch.nn.Parameter(torch.tensor(self.state[k])) for k in self.names}
     c = RECIPE
     options = dict(lr=c["lr"], betas=(c["b1"], c["b2"]), eps=c["eps"], foreach=False)
@@ -77,7 +81,9 @@ class TorchRun:
 def chain(built, **changes):
   c = config_lib.base().optim.to_dict() | RECIPE | dict(decay=((".*", 1.0),)) | changes
   schedule = optax.constant_schedule(c["lr"])
-  return optim.make_optimizer(c, schedule, nnx.to_pure_dict(built.params), clip_itm.RULES)
+  params = nnx.to_pure_dict(built.params)
+  tensors = conversion.tensors_of(clip_rules.RULES, params)
+  return factory.make_optimizer(c, schedule, params, tensors)
 
 
 @pytest.mark.parametrize("image", [None, RESNET])
@@ -88,9 +94,9 @@ def test_three_steps_there_and_three_here(image, tmp_path):
   run.train(3)
   run.save(tmp_path)
   source = str(tmp_path / "model.pt")
-  params, _, _ = init.load(source, "clip", built.params, built.stats)
+  params, _, _ = restore.load(source, "clip", built.params, built.stats)
   tx = chain(built)
-  state, step = torch_optim.for_init(
+  state, step = optimizer_state.for_init(
     source, str(tmp_path / "optimizer.pt"), "clip", nnx.to_pure_dict(built.params), tx
   )
   assert step == 3
@@ -111,7 +117,7 @@ def test_three_steps_there_and_three_here(image, tmp_path):
 
 def load(built, path, names, **kw):
   fresh = jax.eval_shape(chain(built).init, nnx.to_pure_dict(built.params))
-  return torch_optim.optim_state(path, names, clip_itm.RULES, fresh, **kw)
+  return optimizer_state.optim_state(path, names, clip_rules.RULES, fresh, **kw)
 
 
 def moments(state):
@@ -150,7 +156,7 @@ def test_parameters_without_a_gradient(tmp_path):
   idle = ("text_projection", "visual.transformer.resblocks.1.attn.in_proj_weight")
   run.train(2, idle)
   run.save(tmp_path)
-  with pytest.raises(convert.ConversionError, match=r"exp_avg by parameter names") as e:
+  with pytest.raises(conversion.ConversionError, match=r"exp_avg by parameter names") as e:
     load(built, tmp_path / "optimizer.pt", run.names)
   assert sorted(line.split()[0] for line in e.value.missing) == sorted(idle)
   state, step = load(built, tmp_path / "optimizer.pt", run.names, allow_missing=True)
@@ -175,7 +181,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
 
   # Of one name no moments, one misshapen, one that is in no group.
   save(good | {"state": state({0: None, 1: {"exp_avg": torch.zeros(7)}}) | {99: good["state"][2]}})
-  with pytest.raises(convert.ConversionError) as e:
+  with pytest.raises(conversion.ConversionError) as e:
     load(built, path, run.names)
   assert [x.split()[0] for x in e.value.missing] == [run.names[0]]
   assert [x.split()[0] for x in e.value.misshapen] == [run.names[1]]
@@ -183,7 +189,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
   save(good)
   with pytest.raises(ValueError, match=rf"of {len(run.names)} parameters, .* a model of 1$"):
     load(built, path, run.names[:1], allow_missing=True)
-  with pytest.raises(convert.ConversionError, match="unknown"):
+  with pytest.raises(conversion.ConversionError, match="unknown"):
     load(built, path, ["other", *run.names[1:]], allow_missing=True)
   save(good | {"state": state({2: {"step": torch.tensor(5.0)}})})
   with pytest.raises(ValueError, match=r"steps \[1, 5\]; all parameters have to be at"):
@@ -199,13 +205,13 @@ def test_what_does_not_fit_is_listed(tmp_path):
 def test_wrong_combinations_say_what_to_do(tiny_data, tmp_path):
   config = tiny.config(tiny_data, init_optimizer=str(tmp_path / "optimizer.pt"))
   with pytest.raises(ValueError, match=r"set config\.init to the PyTorch file"):
-    train.train(config, tmp_path / "a")
+    loop.train(config, tmp_path / "a")
   config.init = str(tmp_path)
   with pytest.raises(ValueError, match=r"is a directory\. To go on in a workdir of ours"):
-    train.train(config, tmp_path / "b")
+    loop.train(config, tmp_path / "b")
   config.init = str(tmp_path / "none.pt")
   with pytest.raises(ValueError, match=r"none\.pt does not exist"):
-    train.train(config, tmp_path / "c")
+    loop.train(config, tmp_path / "c")
   from safetensors.numpy import save_file
 
   run = TorchRun(toy())
@@ -214,7 +220,7 @@ def test_wrong_combinations_say_what_to_do(tiny_data, tmp_path):
   save_file(run.state, tmp_path / "model.safetensors")
   config.init = str(tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match="does not tell the order"):
-    train.train(config, tmp_path / "d")
+    loop.train(config, tmp_path / "d")
 
 
 def losses(folder):
@@ -226,18 +232,18 @@ def test_training_goes_on_where_the_file_is(tiny_data, tmp_path):
   """Three steps, all of it through PyTorch files, three more: as six steps on end."""
   changes = dict(total="6 steps", eval__test=False, eval__every="0 steps")
   config = tiny.config(tiny_data, **changes)
-  train.train(config, tmp_path / "straight")
-  built = build.Built(config)
-  run = optim.Run(tiny.SIZES["train"], config.batch_size, config.total)
-  tx = built.optimizer(optim.make_schedule(config.optim, run))
+  loop.train(config, tmp_path / "straight")
+  built = setup.Built(config)
+  run = schedules.Run(tiny.SIZES["train"], config.batch_size, config.total)
+  tx = built.optimizer(schedules.make_schedule(config.optim, run))
   new = functools.partial(step_lib.init_state, built.model, tx)
-  want = checkpoint.abstract_state(jax.eval_shape(new), built.state_shardings(tx))
-  saved = checkpoint.Checkpoints(tmp_path / "straight", keep=2, metric="", read_only=True)
+  want = checkpointer.abstract_state(jax.eval_shape(new), built.state_shardings(tx))
+  saved = checkpointer.Checkpoints(tmp_path / "straight", keep=2, metric="", read_only=True)
   state = jax.device_get(saved.restore(3, want))
 
   tensors = lambda tree: {
     k: torch.tensor(np.array(v))
-    for k, v in convert.arrays(convert.to_torch(init.flat(tree), clip_itm.RULES))
+    for k, v in conversion.arrays(conversion.to_torch(restore.flat(tree), clip_rules.RULES))
   }
   params, adam = tensors(state.params), moments(state.opt_state)
   mu, nu = tensors(adam.mu), tensors(adam.nu)
@@ -247,10 +253,10 @@ def test_training_goes_on_where_the_file_is(tiny_data, tmp_path):
   torch.save(dict(state=entries, param_groups=groups), tmp_path / "optimizer.pt")
 
   files = dict(init=str(tmp_path / "model.pt"), init_optimizer=str(tmp_path / "optimizer.pt"))
-  train.train(tiny.config(tiny_data, **changes, **files), tmp_path / "on")
+  loop.train(tiny.config(tiny_data, **changes, **files), tmp_path / "on")
   ours, straight = losses(tmp_path / "on"), losses(tmp_path / "straight")
   assert list(ours) == [4, 5, 6]
   np.testing.assert_allclose([ours[i] for i in (4, 5, 6)], [straight[i] for i in (4, 5, 6)])
   short = tiny.config(tiny_data, **(changes | {"total": "3 steps"}), **files)
   with pytest.raises(ValueError, match=r"is of step 3, and .* nothing is left to train"):
-    train.train(short, tmp_path / "short")
+    loop.train(short, tmp_path / "short")

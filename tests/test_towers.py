@@ -13,8 +13,12 @@ import team_golden
 import tiny
 from flax import nnx
 
-from xmodal_jax import build, checkpoint, convert, converted, init, torch_files, train
-from xmodal_jax.models import clip_itm, team
+from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.interop import clip as clip_rules
+from xmodal_jax.interop import conversion, meta, torch_files
+from xmodal_jax.models import clip, team
+from xmodal_jax.runtime import initial_state, setup
+from xmodal_jax.training import loop
 
 BERT = dict(vocab=61, context=12, width=24, depth=3, heads=2, mlp=48)
 
@@ -36,7 +40,7 @@ def abstract(config) -> nnx.State:
 
 
 def load(path, side: str, config=None, half: bool = False) -> dict[str, np.ndarray]:
-  return init.load_tower(str(path), side, "team", abstract(config or model_config()), half)
+  return restore.load_tower(str(path), side, "team", abstract(config or model_config()), half)
 
 
 def numbers(shapes, seed: int = 0) -> dict[str, np.ndarray]:
@@ -101,7 +105,7 @@ def test_bert_names(names, tmp_path):
   state = bert_state(**BERT)
   torch_files.write(tmp_path / "pytorch_model.bin", names(state))
   ours = load(tmp_path / "pytorch_model.bin", "text")
-  want = init.flat(nnx.to_pure_dict(abstract(model_config())))
+  want = restore.flat(nnx.to_pure_dict(abstract(model_config())))
   assert ours.keys() == {k for k in want if k.startswith("text/")}
   layers = lambda x: np.stack([state[f"encoder.layer.{i}.{x}"] for i in range(BERT["depth"])])
   equal = lambda path, value: np.testing.assert_array_equal(ours[path], value, path)
@@ -174,7 +178,7 @@ def test_hidden_states_of_hugging_face(kind, file, tmp_path):
     )
   ours = nnx.eval_shape(lambda: team.build(model_config(), rngs=nnx.Rngs(0))).text
   graphdef, _ = nnx.split(ours)
-  text = nnx.merge(graphdef, nnx.State(init.nested(leaves)["text"]))
+  text = nnx.merge(graphdef, nnx.State(restore.nested(leaves)["text"]))
   with jax.default_matmul_precision("highest"):
     states = text.states(jnp.asarray(ids), jnp.asarray(mask))
     last = text(jnp.asarray(ids), jnp.asarray(mask))
@@ -215,9 +219,9 @@ def deit_state(size=16, patch=8, width=12, depth=2, head="head") -> dict[str, np
 def test_deit(wrapper, tmp_path):
   """In DeiT's wrapper, and bare as timm has it; the projection is new and left out."""
   state = deit_state()
-  torch_files.write(tmp_path / "deit.pth", converted.wrap(state, wrapper))
+  torch_files.write(tmp_path / "deit.pth", meta.wrap(state, wrapper))
   ours = load(tmp_path / "deit.pth", "image")
-  want = init.flat(nnx.to_pure_dict(abstract(model_config())))
+  want = restore.flat(nnx.to_pure_dict(abstract(model_config())))
   inside = {k for k in want if k.startswith("image/")} - {"image/deit/proj/kernel"}
   assert ours.keys() == inside and len(inside) == 22
   equal = lambda path, value: np.testing.assert_array_equal(ours[f"image/deit/{path}"], value, path)
@@ -261,7 +265,7 @@ def test_deit_of_a_golden_checkpoint(tmp_path):
   tower = {k.removeprefix(prefix): np.asarray(v) for k, v in state.items() if k.startswith(prefix)}
   torch_files.write(tmp_path / "deit.pth", {"model": tower | numbers({"head.bias": (1000,)})})
   ours = load(tmp_path / "deit.pth", "image", golden.config)
-  want = init.flat(golden.params)
+  want = restore.flat(golden.params)
   assert len(ours) == 22
   for path, value in ours.items():
     np.testing.assert_array_equal(value, want[path], path)
@@ -275,10 +279,10 @@ def clip_state(size=16, patch=8, width=12, depth=2, embed=10) -> dict[str, np.nd
   image = dict(kind="vit", size=size, patch=patch, width=width, depth=depth, heads=1)
   text = dict(vocab=9, context=5, width=8, depth=1, heads=1)
   config = dict(system="clip", embed=embed, image=image, text=text)
-  model = nnx.eval_shape(lambda: clip_itm.build(config, rngs=nnx.Rngs(0)))
-  want = init.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  model = nnx.eval_shape(lambda: clip.build(config, rngs=nnx.Rngs(0)))
+  want = restore.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   flat = numbers({k: v.shape for k, v in want.items()})
-  return dict(convert.arrays(convert.to_torch(flat, clip_itm.RULES)))
+  return dict(conversion.arrays(conversion.to_torch(flat, clip_rules.RULES)))
 
 
 CLIP_IMAGE = dict(kind="clip", size=16, patch=8, width=12, depth=2, heads=1)
@@ -295,7 +299,7 @@ def test_clip_names(scalars, tmp_path):
     state |= {k: np.array(v) for k, v in zip(names, (16, 5, 9), strict=True)}
   torch_files.write(tmp_path / "clip.pt", state)
   ours = load(tmp_path / "clip.pt", "image", model_config(CLIP_IMAGE))
-  want = init.flat(nnx.to_pure_dict(abstract(model_config(CLIP_IMAGE))))
+  want = restore.flat(nnx.to_pure_dict(abstract(model_config(CLIP_IMAGE))))
   assert ours.keys() == {k for k in want if k.startswith("image/")}
   assert all(v.dtype == np.float32 for v in ours.values())
   equal = lambda path, value: np.testing.assert_array_equal(ours[f"image/clip/{path}"], value, path)
@@ -318,15 +322,15 @@ def test_archive_of_clip(file, tmp_path):
   image = {k: c["image"][k] for k in ("size", "patch", "width", "depth", "heads")}
   config = model_config(image | dict(kind="clip")) | dict(embed=c["embed"])
   ours = load(golden_files.path("clip", "vit", file), "image", config)
-  theirs = init.flat({"image": golden.params["image"]})
+  theirs = restore.flat({"image": golden.params["image"]})
   rename = lambda k: k.replace("image/", "image/clip/")
   assert ours.keys() == {rename(k) for k in theirs}
   for path, value in theirs.items():
     np.testing.assert_array_equal(ours[rename(path)], value, path)
   fresh = team.build(config, rngs=nnx.Rngs(0))
   graphdef, params = nnx.split(fresh)
-  params = init.flat(nnx.to_pure_dict(params)) | ours
-  model = nnx.merge(graphdef, nnx.State(init.nested(params)))
+  params = restore.flat(nnx.to_pure_dict(params)) | ours
+  model = nnx.merge(graphdef, nnx.State(restore.nested(params)))
   pixels = np.random.default_rng(0).integers(0, 256, (3, image["size"], image["size"], 3), np.uint8)
   with jax.default_matmul_precision("highest"):
     got = model.encode_image({"image": jnp.asarray(pixels)})["embed"]
@@ -379,7 +383,7 @@ WRONG = {
 def test_wrong_files(name, tmp_path):
   wrong = WRONG[name]
   torch_files.write(tmp_path / "tower.pth", wrong.state)
-  with pytest.raises((checkpoint.CheckpointError, convert.ConversionError)) as e:
+  with pytest.raises((checkpointer.CheckpointError, conversion.ConversionError)) as e:
     load(tmp_path / "tower.pth", wrong.side, model_config(wrong.image))
   assert e.match(wrong.words) and e.match("tower.pth")
 
@@ -395,14 +399,14 @@ def test_half_a_file(tmp_path):
 
 def test_no_file(tmp_path):
   for path in (tmp_path, tmp_path / "gone.bin"):
-    with pytest.raises(checkpoint.CheckpointError, match=r"config\.init_text: .* is not a file"):
+    with pytest.raises(checkpointer.CheckpointError, match=r"config\.init_text: .* is not a file"):
       load(path, "text")
 
 
 def test_a_system_without_towers(tmp_path):
   torch_files.write(tmp_path / "clip.pt", clip_state())
-  with pytest.raises(checkpoint.CheckpointError, match=r"clip starts from whole checkpoints"):
-    init.load_tower(str(tmp_path / "clip.pt"), "image", "clip", nnx.State({}))
+  with pytest.raises(checkpointer.CheckpointError, match=r"clip starts from whole checkpoints"):
+    restore.load_tower(str(tmp_path / "clip.pt"), "image", "clip", nnx.State({}))
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -433,16 +437,18 @@ class Nothing:
     return None
 
 
-def first_params(c) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], build.Built]:
+def first_params(c) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], setup.Built]:
   """What a run of this config starts from, what it would without files, and how it is built."""
-  built = build.Built(c, jax.devices()[:1])  # one compiles faster than eight
+  built = setup.Built(c, jax.devices()[:1])  # one compiles faster than eight
   tx = built.optimizer(lambda step: 0.0)
-  state, step, _ = train._first_state(c, built, tx, built.state_shardings(tx), Nothing(), {})
+  state, step, _ = initial_state._first_state(
+    c, built, tx, built.state_shardings(tx), Nothing(), {}
+  )
   assert step == 0 and int(state.step) == 0
-  have = init.flat(state.params)
-  places = init.flat(built.params_shardings)
+  have = restore.flat(state.params)
+  places = restore.flat(built.params_shardings)
   assert {k: v.sharding for k, v in have.items()} == places
-  new = init.flat(nnx.to_pure_dict(nnx.state(jax.jit(built.model)(), nnx.Param)))
+  new = restore.flat(nnx.to_pure_dict(nnx.state(jax.jit(built.model)(), nnx.Param)))
   return jax.device_get(have), jax.device_get(new), built
 
 
@@ -453,7 +459,7 @@ def test_a_run_starts_from_them(sides, files, tiny_data):
   have, new, built = first_params(tiny.team(tiny_data, **SHORT, **given))
   replaced = {}
   for side in sides:
-    replaced |= init.load_tower(files[f"init_{side}"], side, "team", built.params)
+    replaced |= restore.load_tower(files[f"init_{side}"], side, "team", built.params)
   assert have.keys() == new.keys() and {k.split("/")[0] for k in replaced} == set(sides)
   if "image" in sides:
     assert replaced["image/deit/pos"].shape == (5, 32)  # of a 1 x 1 grid in the file
@@ -473,8 +479,8 @@ def test_half_precision_is_of_the_image_tower(tmp_path, tiny_data):
   torch_files.write(tmp_path / "bert.bin", bert_state(**text))
   c.init_image, c.init_text = str(tmp_path / "clip.pt"), str(tmp_path / "bert.bin")
   have, _, built = first_params(c)
-  exact = init.load_tower(c.init_image, "image", "team", built.params)
-  exact |= init.load_tower(c.init_text, "text", "team", built.params)
+  exact = restore.load_tower(c.init_image, "image", "team", built.params)
+  exact |= restore.load_tower(c.init_text, "text", "team", built.params)
   rounded = {k for k, v in exact.items() if (have[k] != v).any()}
   for path in rounded:
     np.testing.assert_array_equal(have[path], exact[path].astype(np.float16), path)
@@ -491,19 +497,19 @@ def test_a_run_trains_on_and_resumes_without_them(files, tiny_data, tmp_path):
     copies[key] = str(tmp_path / key)
     shutil.copy(source, copies[key])
   c, run = tiny.team(tiny_data, **SHORT, **copies), tmp_path / "run"
-  train.train(c, str(run))
-  checkpoints = checkpoint.Checkpoints(run, keep=1, metric="", read_only=True)
-  have, params = init.flat(checkpoints.restore_model(1)["params"]), build.Built(c).params
+  loop.train(c, str(run))
+  checkpoints = checkpointer.Checkpoints(run, keep=1, metric="", read_only=True)
+  have, params = restore.flat(checkpoints.restore_model(1)["params"]), setup.Built(c).params
   for side in ("image", "text"):
-    for path, value in init.load_tower(copies[f"init_{side}"], side, "team", params).items():
+    for path, value in restore.load_tower(copies[f"init_{side}"], side, "team", params).items():
       np.testing.assert_array_equal(have[path], value, path)
   for path in copies.values():
     pathlib.Path(path).unlink()
-  train.train(c, str(run))
+  loop.train(c, str(run))
 
 
 @pytest.mark.parametrize("side", ["init_image", "init_text"])
 def test_not_beside_a_whole_model(side, files, tiny_data, tmp_path):
   c = tiny.team(tiny_data, **SHORT, init=str(tmp_path / "whole.pth"), **{side: files[side]})
   with pytest.raises(ValueError, match=r"config\.init is a whole model.*not both"):
-    train.train(c, str(tmp_path / "run"))
+    loop.train(c, str(tmp_path / "run"))

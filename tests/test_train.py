@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 import tiny
 
-from xmodal_jax import build, checkpoint, evaluate, init, inputs, optim, sharding, train, workdir
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.data import inputs
+from xmodal_jax.distributed import sharding
+from xmodal_jax.evaluation import retrieval
 from xmodal_jax.models import tgdt
+from xmodal_jax.optim import schedules, train_state
+from xmodal_jax.runtime import preemption, setup, workdir
+from xmodal_jax.runtime import step as step_lib
+from xmodal_jax.training import loop
 
 TIMINGS = ("examples_per_second", "mfu")
 
@@ -28,7 +34,7 @@ def lines(folder: pathlib.Path, kind: str | None = None) -> list[dict]:
 def test_run_writes_its_workdir(tiny_data, tmp_path):
   c = tiny.config(tiny_data)
   c.profile.first_step, c.profile.steps = 3, 2
-  results = train.train(c, tmp_path)
+  results = loop.train(c, tmp_path)
   rows = lines(tmp_path, "train")
   assert [r["step"] for r in rows] == list(range(1, 11))
   assert rows[-1]["loss"] < rows[0]["loss"]
@@ -43,17 +49,17 @@ def test_run_writes_its_workdir(tiny_data, tmp_path):
   best = max(lines(tmp_path, "val"), key=lambda r: (r["rsum"], r["step"]))["step"]
   assert steps == {9, 10, best}
   assert results["checkpoint"]["step"] == best
-  assert evaluate.evaluate(tiny.config(tiny_data), tmp_path)["test"] == results["test"]
+  assert retrieval.evaluate(tiny.config(tiny_data), tmp_path)["test"] == results["test"]
 
 
 def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
   c = tiny.config(tiny_data, total="4 steps", eval__every="2 steps")
-  first = train.train(c, tmp_path)
+  first = loop.train(c, tmp_path)
   before = lines(tmp_path)
-  assert train.train(c, tmp_path)["test"] == first["test"]
+  assert loop.train(c, tmp_path)["test"] == first["test"]
   assert lines(tmp_path) == before
   # With its last checkpoint damaged it comes to the same end from the one before, to the bit.
-  saved = checkpoint.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
+  saved = checkpointer.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
   model = saved.restore_model(4)
   files = [p for p in (tmp_path / "checkpoints" / "4").rglob("*") if p.is_file()]
   path = max(files, key=lambda p: p.stat().st_size)
@@ -61,7 +67,7 @@ def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
   with caplog.at_level(logging.INFO):
-    assert train.train(c, tmp_path)["test"] == first["test"]
+    assert loop.train(c, tmp_path)["test"] == first["test"]
   name = path.relative_to(tmp_path / "checkpoints" / "4")
   assert f"checkpoint of step 4 is damaged and not used: {name} " in caplog.text
   assert "going on from step 3" in caplog.text and lines(tmp_path) == before
@@ -71,14 +77,14 @@ def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
 def test_resume_on_another_mesh(tiny_data, tmp_path):
   """Six steps on one mesh and four on another are ten on one, to rounding."""
   changes = dict(eval__test=False, eval__every="0 steps")
-  train.train(tiny.config(tiny_data, **changes), tmp_path / "straight")
+  loop.train(tiny.config(tiny_data, **changes), tmp_path / "straight")
   moved = tmp_path / "moved"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "Preemption", lambda: StopAfter(moved, 6))
-    assert train.train(tiny.config(tiny_data, **changes), moved) is None
+    patch.setattr(preemption, "Preemption", lambda: StopAfter(moved, 6))
+    assert loop.train(tiny.config(tiny_data, **changes), moved) is None
   assert [r["step"] for r in lines(moved)] == list(range(1, 7))
   mesh = (("data", 2), ("fsdp", 2), ("model", 2))
-  train.train(tiny.config(tiny_data, mesh=mesh, **changes), moved)
+  loop.train(tiny.config(tiny_data, mesh=mesh, **changes), moved)
   ours, theirs = (lines(f, "train") for f in (moved, tmp_path / "straight"))
   assert ours[:6] == theirs[:6]
   loss = lambda rows: [r["loss"] for r in rows]
@@ -99,8 +105,8 @@ def test_interrupted_evaluation_is_made_up_for(tiny_data, tmp_path):
   c = tiny.config(tiny_data, total="6 steps", eval__test=False)
   stopped, straight = tmp_path / "stopped", tmp_path / "straight"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "Preemption", lambda: StopAfter(stopped, 5))
-    assert train.train(c, stopped) is None
+    patch.setattr(preemption, "Preemption", lambda: StopAfter(stopped, 5))
+    assert loop.train(c, stopped) is None
   assert [r["step"] for r in lines(stopped)] == [
     1,
     2,
@@ -108,24 +114,24 @@ def test_interrupted_evaluation_is_made_up_for(tiny_data, tmp_path):
     4,
     5,
   ]  # the evaluation of step 5 is missing
-  train.train(c, stopped)
-  train.train(c, straight)
+  loop.train(c, stopped)
+  loop.train(c, straight)
   assert lines(stopped) == lines(straight)
-  read = lambda f: checkpoint.Checkpoints(f, keep=2, metric="rsum", read_only=True)
+  read = lambda f: checkpointer.Checkpoints(f, keep=2, metric="rsum", read_only=True)
   assert read(stopped).metrics(5) == read(straight).metrics(5) != None  # noqa: E711
   assert read(stopped).best() == read(straight).best()
 
 
 def test_what_will_be_evaluated_is_checked_first(tiny_data, tmp_path):
   with pytest.raises(ValueError, match=r"eval\.folds is 5, but split 'test' has 12 pictures"):
-    train.train(tiny.config(tiny_data, eval__folds=5), tmp_path)
+    loop.train(tiny.config(tiny_data, eval__folds=5), tmp_path)
   with pytest.raises(ValueError, match="no split 'dev'"):
-    train.train(tiny.config(tiny_data, data__val="dev"), tmp_path / "other")
+    loop.train(tiny.config(tiny_data, data__val="dev"), tmp_path / "other")
 
 
 def test_nothing_to_train(tiny_data, tmp_path):
   with pytest.raises(ValueError, match=r"48 samples in batches of config\.batch_size=64"):
-    train.train(tiny.config(tiny_data, batch_size=64, total="5 epochs"), tmp_path)
+    loop.train(tiny.config(tiny_data, batch_size=64, total="5 epochs"), tmp_path)
 
 
 class Compilations(logging.Handler):
@@ -141,14 +147,16 @@ class Compilations(logging.Handler):
 
 def test_no_recompilation_and_no_implicit_transfer(tiny_data):
   config = tiny.config(tiny_data)
-  built, read = build.Built(config), inputs.Inputs(config)
-  schedule = optim.make_schedule(config.optim, optim.Run(48, config.batch_size, config.total))
+  built, read = setup.Built(config), inputs.Inputs(config)
+  schedule = schedules.make_schedule(
+    config.optim, schedules.Run(48, config.batch_size, config.total)
+  )
   tx = built.optimizer(schedule)
   shardings = built.state_shardings(tx)
   state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
   rng = jax.device_put(jax.random.key(0), built.replicated)
   step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
-  evaluator = evaluate.Evaluator(config, read, built)
+  evaluator = retrieval.Evaluator(config, read, built)
   rows = sharding.batch_sharding(built.mesh)
   stream = read.train(0)
   state, _ = step(state, sharding.put_batch(next(stream), rows))
@@ -174,9 +182,9 @@ def test_no_recompilation_and_no_implicit_transfer(tiny_data):
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny_data, tmp_path):
   c = tiny.config(tiny_data, total="40 steps", optim__lr=1e18, optim__warmup="0 steps", log_every=2)
   c.optim.schedule, c.checkpoint.every, c.eval.every = "constant", "1 steps", "0 steps"
-  with pytest.raises(train.NonFiniteLossError, match=r"first bad step is one of \d+\.\.\d+"):
-    train.train(c, tmp_path)
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
+  with pytest.raises(step_lib.NonFiniteLossError, match=r"first bad step is one of \d+\.\.\d+"):
+    loop.train(c, tmp_path)
+  checkpoints = checkpointer.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
   model = checkpoints.restore_model(checkpoints.latest())
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(model["params"]))
 
@@ -190,12 +198,12 @@ def test_workdir_of_another_config(tiny_data, tmp_path):
 
 def test_changed_data(tiny_data, tmp_path):
   c = tiny.config(tiny_data, total="2 steps", eval__test=False)
-  train.train(c, tmp_path)
+  loop.train(c, tmp_path)
   c.data.train = "val+test"
   path = tmp_path / "config.json"
   path.write_text(path.read_text().replace('"data.train": "train"', '"data.train": "val+test"'))
-  with pytest.raises(checkpoint.CheckpointError, match="training data changed"):
-    train.train(c, tmp_path)
+  with pytest.raises(checkpointer.CheckpointError, match="training data changed"):
+    loop.train(c, tmp_path)
 
 
 FILL = """
@@ -216,8 +224,8 @@ checkpoints.wait()
 
 
 def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, metric="rsum")
-  state = step_lib.TrainState(jnp.int32(1), {"w": jnp.ones(100_000)}, {}, (jnp.zeros(3),))
+  checkpoints = checkpointer.Checkpoints(tmp_path, keep=1, metric="rsum")
+  state = train_state.TrainState(jnp.int32(1), {"w": jnp.ones(100_000)}, {}, (jnp.zeros(3),))
   checkpoints.save(1, state, {"pending": False})
   checkpoints.close()
   # As a process that ends: threads of Orbax write on after a save has failed, also after close.
@@ -226,33 +234,33 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
   assert out.returncode == 1
   assert "CheckpointError: could not write a checkpoint" in out.stderr
   assert "the latest is of step 1" in out.stderr
-  again = checkpoint.Checkpoints(tmp_path, keep=1, metric="rsum")
+  again = checkpointer.Checkpoints(tmp_path, keep=1, metric="rsum")
   assert again.latest() == 1
   assert (again.restore_model(1)["params"]["w"] == 1).all()
 
 
 def test_init_from_workdir(tiny_data, tmp_path):
   c = tiny.config(tiny_data, total="2 steps", eval__test=False)
-  train.train(c, tmp_path / "a")
-  built = build.Built(c)
-  params, _, info = init.load(str(tmp_path / "a"), "clip", built.params, built.stats)
+  loop.train(c, tmp_path / "a")
+  built = setup.Built(c)
+  params, _, info = restore.load(str(tmp_path / "a"), "clip", built.params, built.stats)
   assert info["step"] == 2
-  saved = checkpoint.Checkpoints(tmp_path / "a", keep=1, metric="rsum", read_only=True)
+  saved = checkpointer.Checkpoints(tmp_path / "a", keep=1, metric="rsum", read_only=True)
   jax.tree.map(np.testing.assert_array_equal, params, saved.restore_model(2)["params"])
   # The same through a PyTorch file of the fine-tuned weights.
   tool = pathlib.Path(__file__).parents[1] / "tools" / "convert.py"
   command = [sys.executable, tool, "--system", "clip", "--to", "torch"]
   file = tmp_path / "a.pth"
   subprocess.run([*command, "--checkpoint", tmp_path / "a", "--out", file], check=True)
-  again, _, info = init.load(str(file), "clip", built.params, built.stats)
+  again, _, info = restore.load(str(file), "clip", built.params, built.stats)
   assert info["kind"] == "zip"
   jax.tree.map(np.testing.assert_array_equal, again, params)
   c.model.embed = 24
-  built = build.Built(c)
+  built = setup.Built(c)
   with pytest.raises(
-    checkpoint.CheckpointError, match=r"image/proj/kernel: \(32, 16\) in the file"
+    checkpointer.CheckpointError, match=r"image/proj/kernel: \(32, 16\) in the file"
   ):
-    init.load(str(tmp_path / "a"), "clip", built.params, built.stats)
+    restore.load(str(tmp_path / "a"), "clip", built.params, built.stats)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from xmodal_jax import torch_files
-from xmodal_jax.torch_files import FileFormatError, Placeholder, TensorRef, UnsafeFileError
+from xmodal_jax.interop import torch_files
+from xmodal_jax.interop.torch_files import FileFormatError, Placeholder, TensorRef, UnsafeFileError
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 import tensorflow as tf
 import test_pipeline
 
-from xmodal_jax import config, inputs
-from xmodal_jax.data import pipeline, text, wordpiece
+from xmodal_jax import config
+from xmodal_jax.data import inputs, pipeline, wordpiece
+from xmodal_jax.data import text as text_lib
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALPHABETS = [
@@ -230,24 +231,26 @@ def section(**changes):
 
 
 def test_config(tmp_path):
-  assert isinstance(text.tokenizer_from(section()), text.ClipTokenizer)
-  assert text.tokenizer_from(section(max_merges=6000)).vocab_size == 512 + 6000 + 2
+  assert isinstance(text_lib.tokenizer_from(section()), text_lib.ClipTokenizer)
+  assert text_lib.tokenizer_from(section(max_merges=6000)).vocab_size == 512 + 6000 + 2
   path = vocab_file(tmp_path, [*SPECIAL, "A", "a", "b"])
-  cased = text.tokenizer_from(section(tokenizer="bert", vocab=str(path), lowercase=False))
+  cased = text_lib.tokenizer_from(section(tokenizer="bert", vocab=str(path), lowercase=False))
   assert cased.vocab_size == 8 and cased.encode("A a") == [5, 6]
-  cut = text.tokenizer_from(section(tokenizer="bert", vocab=str(path), clean="albef", max_words=1))
+  cut = text_lib.tokenizer_from(
+    section(tokenizer="bert", vocab=str(path), clean="albef", max_words=1)
+  )
   assert cut.encode("A. b") == [6]
   with pytest.raises(ValueError, match=r"config\.text\.vocab: there is no file none\.txt"):
-    text.tokenizer_from(section(tokenizer="bert", vocab="none.txt"))
+    text_lib.tokenizer_from(section(tokenizer="bert", vocab="none.txt"))
   with pytest.raises(ValueError, match=r"text\.clean is 'albef', but the tokenizer 'clip_bpe' has"):
-    text.tokenizer_from(section(clean="albef"))
-  assert text.tokenizer_from(section(tokenizer="bert", corrupt=0.2)).corrupt == 0.2
+    text_lib.tokenizer_from(section(clean="albef"))
+  assert text_lib.tokenizer_from(section(tokenizer="bert", corrupt=0.2)).corrupt == 0.2
   with pytest.raises(ValueError, match=r"text\.corrupt is 0\.2, but the tokenizer 'clip_bpe' has"):
-    text.tokenizer_from(section(corrupt=0.2))
+    text_lib.tokenizer_from(section(corrupt=0.2))
   with pytest.raises(ValueError, match=r"text\.max_merges is 9, but the tokenizer 'bert' has"):
-    text.tokenizer_from(section(tokenizer="bert", max_merges=9))
+    text_lib.tokenizer_from(section(tokenizer="bert", max_merges=9))
   with pytest.raises(ValueError, match=r"no tokenizer 'bort'; there are \['bert', 'clip_bpe'\]"):
-    text.tokenizer_from(section(tokenizer="bort", clean="albef"))
+    text_lib.tokenizer_from(section(tokenizer="bort", clean="albef"))
 
 
 def test_text_alone_does_not_import_tensorflow():
@@ -281,7 +284,7 @@ def test_batches(tokenizer, monkeypatch):
 
 
 def test_too_long_captions_end_the_stream(tokenizer):
-  for kind in (tokenizer, text.ClipTokenizer()):
+  for kind in (tokenizer, text_lib.ClipTokenizer()):
     split = test_pipeline.FakeSplit(n=8)
     kw = {"tokenizer": kind, "truncate": False}
     assert len(test_pipeline.take(1, split, **kw)) == 1

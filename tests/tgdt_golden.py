@@ -9,9 +9,12 @@ import numpy as np
 from flax import nnx
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import convert, init, optim, torch_files
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.interop import tgdt as tgdt_rules
 from xmodal_jax.models import tgdt
+from xmodal_jax.optim import factory, schedules
+from xmodal_jax.runtime import step as step_lib
 
 MANIFEST = golden_files.manifest("tgdt")
 CONFIG, SIZES, BERT = (MANIFEST[k] for k in ("config", "sizes", "bert_config"))
@@ -86,13 +89,13 @@ class Golden:
 
     def build():
       model = tgdt.build(self.config, rngs=nnx.Rngs(0))
-      model.accumulate, model.rows = accumulate, rows
+      model.accumulate, model.batch_sharding = accumulate, rows
       return model
 
     self.graphdef, params, _ = step_lib.split(nnx.eval_shape(build))
-    want = init.flat(nnx.to_pure_dict(params))
-    flat, self.report = convert.to_jax(state_dict(), tgdt.RULES, want)
-    self.params = init.nested({k: jnp.asarray(v) for k, v in flat.items()})
+    want = restore.flat(nnx.to_pure_dict(params))
+    flat, self.report = conversion.to_jax(state_dict(), tgdt_rules.RULES, want)
+    self.params = restore.nested({k: jnp.asarray(v) for k, v in flat.items()})
 
   def model(self) -> tgdt.TGDT:
     return nnx.merge(self.graphdef, self.params, {})
@@ -115,8 +118,8 @@ def recorded_batch() -> dict:
 
 
 def to_torch(tree) -> dict[str, np.ndarray]:
-  leaves = {k: np.asarray(v) for k, v in init.flat(tree).items()}
-  return dict(convert.arrays(convert.to_torch(leaves, tgdt.RULES)))
+  leaves = {k: np.asarray(v) for k, v in restore.flat(tree).items()}
+  return dict(conversion.arrays(conversion.to_torch(leaves, tgdt_rules.RULES)))
 
 
 def after(prefix: str) -> dict[str, np.ndarray]:
@@ -174,7 +177,7 @@ def optimizer(schedule, params):
   with c.ignore_type():
     c.b1, c.b2, c.eps, c.weight_decay = 0.9, 0.999, 1e-8, 0.0
     c.grad_clip = TRAINING["grad-clip"]
-  return optim.make_optimizer(c, schedule, params)
+  return factory.make_optimizer(c, schedule, params)
 
 
 def schedule(warmup: bool):
@@ -184,4 +187,4 @@ def schedule(warmup: bool):
   c.warmup = f"{t['warmup-period'] if warmup else 0} steps"
   c.warmup_from = "second"
   per_epoch = -(-len(captions("train")) // t["bs"])
-  return optim.make_schedule(c, optim.Run(per_epoch * t["bs"], t["bs"], "9 epochs"))
+  return schedules.make_schedule(c, schedules.Run(per_epoch * t["bs"], t["bs"], "9 epochs"))

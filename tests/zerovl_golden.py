@@ -10,9 +10,12 @@ import numpy as np
 from flax import nnx
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import convert, init, optim, torch_files
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.interop import zerovl as zerovl_rules
 from xmodal_jax.models import zerovl
+from xmodal_jax.optim import factory, schedules, train_state
+from xmodal_jax.runtime import step as step_lib
 
 MANIFEST = golden_files.manifest("zerovl")
 CONFIG = MANIFEST["config"]
@@ -74,24 +77,24 @@ class Golden:
 
     def build():
       model = Replay(**kw, rngs=nnx.Rngs(0))
-      model.accumulate, model.rows = accumulate, rows
+      model.accumulate, model.batch_sharding = accumulate, rows
       return model
 
     self.graphdef, params, _ = step_lib.split(nnx.eval_shape(build))
     state = dict(state_dict(file))
     if not self.config["learn_temperature"]:
       state.pop("loss.temperature", None)  # recorded from the same weights without it
-    want = init.flat(nnx.to_pure_dict(params))
-    flat, _ = convert.to_jax(state, zerovl.RULES, want)
-    self.params = init.nested({k: jnp.asarray(v) for k, v in flat.items()})
+    want = restore.flat(nnx.to_pure_dict(params))
+    flat, _ = conversion.to_jax(state, zerovl_rules.RULES, want)
+    self.params = restore.nested({k: jnp.asarray(v) for k, v in flat.items()})
 
   def model(self) -> Replay:
     return nnx.merge(self.graphdef, self.params, {})
 
-  def state(self, tx, **kw) -> step_lib.TrainState:
+  def state(self, tx, **kw) -> train_state.TrainState:
     # Copies: the step donates its state.
     params = jax.tree.map(jnp.copy, self.params)
-    return step_lib.TrainState(jnp.int32(0), params, {}, tx.init(params)).replace(**kw)
+    return train_state.TrainState(jnp.int32(0), params, {}, tx.init(params)).replace(**kw)
 
 
 def inputs():
@@ -117,8 +120,8 @@ def batch(step: int = 0, weight: float = 1.0, of_image: bool = False) -> dict:
 
 def to_torch(tree) -> dict[str, np.ndarray]:
   """Parameters or gradients under the names and layouts of the state dict."""
-  leaves = {k: np.asarray(v) for k, v in init.flat(tree).items()}
-  return dict(convert.arrays(convert.to_torch(leaves, zerovl.RULES)))
+  leaves = {k: np.asarray(v) for k, v in restore.flat(tree).items()}
+  return dict(conversion.arrays(conversion.to_torch(leaves, zerovl_rules.RULES)))
 
 
 def recorded(arrays, prefix: str) -> dict[str, np.ndarray]:
@@ -155,7 +158,7 @@ def optimizer(schedule, params):
   with c.ignore_type():
     (c.b1, c.b2), c.eps, c.weight_decay = o["betas"], o["eps"], o["weight_decay"]
     c.decay = ((".*", 1.0),)
-  return optim.make_optimizer(c, schedule, params)
+  return factory.make_optimizer(c, schedule, params)
 
 
 def schedule(run: str):
@@ -165,4 +168,4 @@ def schedule(run: str):
   c = config_lib.base().optim
   c.lr, c.end, c.cycles = CONFIG["optimizer"]["lr"], s["min_lr_scale"], s["num_cycles"]
   c.warmup, c.warmup_from = f"{steps['warmup_steps']} steps", "zero"
-  return optim.make_schedule(c, optim.Run(BATCH, BATCH, f"{steps['total_steps']} steps"))
+  return schedules.make_schedule(c, schedules.Run(BATCH, BATCH, f"{steps['total_steps']} steps"))

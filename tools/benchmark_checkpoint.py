@@ -12,15 +12,15 @@ def ours(args: argparse.Namespace) -> benchmark_ours.Form:
   """A run: some steps, a save, steps until it is whole on disk, a check of its bytes, a restore."""
   import jax
 
-  from xmodal_jax import checkpoint, integrity
+  from xmodal_jax.checkpoints import checkpointer, manifest
 
   held, advance, about = benchmark_ours.stepper(args)
   advance()  # compiles
   folder = tempfile.TemporaryDirectory(dir=args.dir, prefix="benchmark_checkpoint")
-  checkpoints = checkpoint.Checkpoints(folder.name, keep=1, metric="")
+  checkpoints = checkpointer.Checkpoints(folder.name, keep=1, metric="")
   meta = dict(system="clip", metric="", pending=False)
   shardings = jax.tree.map(lambda x: x.sharding, held[0])
-  want = checkpoint.abstract_state(jax.eval_shape(lambda x: x, held[0]), shardings)
+  want = checkpointer.abstract_state(jax.eval_shape(lambda x: x, held[0]), shardings)
   facts: dict[str, float] = {}
 
   def timed(do) -> float:
@@ -38,7 +38,7 @@ def ours(args: argparse.Namespace) -> benchmark_ours.Form:
     checkpoints.wait()
     facts["whole_s"] = time.perf_counter() - start
     path = checkpoints.steps.folder(step)
-    files = integrity.read(path, step)
+    files = manifest.read(path, step)
     size = sum(size for size, _ in files.values()) / 1e9
     facts["files"], facts["gb"] = len(files), size
     facts["write_gb_per_s"] = size / facts["whole_s"]
@@ -49,7 +49,7 @@ def ours(args: argparse.Namespace) -> benchmark_ours.Form:
     lost = facts["blocked_s"] + sum(meanwhile) - len(meanwhile) * before
     facts["blocked_percent"] = 100 * facts["blocked_s"] / (args.every * before)
     facts["lost_percent"] = 100 * lost / (args.every * before)
-    facts["check_s"] = timed(lambda: integrity.content_problems(path, files))
+    facts["check_s"] = timed(lambda: manifest.content_problems(path, files))
     facts["check_gb_per_s"] = size / facts["check_s"]
     facts["restore_s"] = timed(lambda: jax.block_until_ready(checkpoints.restore(step, want)))
 

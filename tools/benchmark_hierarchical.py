@@ -61,12 +61,14 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
   import benchmark_ours
   import jax
 
-  from xmodal_jax.losses import attended
+  from xmodal_jax.losses import cross_attention
 
   work = make(args)
   images, texts, mask = jax.device_put(work)
   score = jax.jit(
-    lambda v, t, tm: attended.attended_scores(v, t, tm, SHARPNESS, args.direction, args.chunk)
+    lambda v, t, tm: cross_attention.attended_scores(
+      v, t, tm, SHARPNESS, args.direction, args.chunk
+    )
   )
   held = []
 

@@ -38,10 +38,11 @@ def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
 
 def batches(args: argparse.Namespace, size: int):
   """Of the data set, without end: read, decode, resize, crop, tokenize. No device."""
-  from xmodal_jax.data import image, pipeline, records, text
+  from xmodal_jax.data import image, records, text
+  from xmodal_jax.data import pipeline as pipeline_lib
 
   split = records.open_split(args.data_dir, args.split)
-  return pipeline.train_batches(
+  return pipeline_lib.train_batches(
     split,
     batch_size=args.batch,
     image_transform=image.clip_transform(size),
@@ -97,7 +98,7 @@ def about(args: argparse.Namespace, params: Any, flops: int) -> dict[str, Any]:
   """What there is to say of a program of this many FLOPs besides its time."""
   import jax
 
-  from xmodal_jax.flops import device_peak
+  from xmodal_jax.runtime.flops import device_peak
 
   device = jax.devices()[0]
   memory = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
@@ -113,9 +114,9 @@ def about(args: argparse.Namespace, params: Any, flops: int) -> dict[str, Any]:
 
 
 def model_config(args: argparse.Namespace) -> dict[str, Any]:
-  from xmodal_jax.models import clip_itm
+  from xmodal_jax.models import clip
 
-  return clip_itm.preset(args.model) | {"remat": args.remat, "unroll": args.unroll}
+  return clip.preset(args.model) | {"remat": args.remat, "unroll": args.unroll}
 
 
 def build(args: argparse.Namespace):
@@ -123,10 +124,10 @@ def build(args: argparse.Namespace):
   import jax
   from flax import nnx
 
-  from xmodal_jax.models import clip_itm
+  from xmodal_jax.models import clip
 
   config = model_config(args)
-  return lambda: clip_itm.build(config, dtype=args.dtype, rngs=nnx.Rngs(jax.random.key(0)))
+  return lambda: clip.build(config, dtype=args.dtype, rngs=nnx.Rngs(jax.random.key(0)))
 
 
 def size_of(params: Any) -> int:
@@ -140,7 +141,8 @@ def encode(args: argparse.Namespace) -> Form:
   import jax
   from flax import nnx
 
-  from xmodal_jax import flops, step
+  from xmodal_jax.runtime import flops as flops_lib
+  from xmodal_jax.runtime import step
 
   config = model_config(args)
   graphdef, params, stats = step.split(jax.jit(build(args))())
@@ -154,7 +156,7 @@ def encode(args: argparse.Namespace) -> Form:
     jax.block_until_ready([f(params, stats, b) for f, b in zip(steps, sides, strict=True)])
 
   count = sum(
-    flops.count(jax.make_jaxpr(f)(params, stats, b)) for f, b in zip(steps, sides, strict=True)
+    flops_lib.count(jax.make_jaxpr(f)(params, stats, b)) for f, b in zip(steps, sides, strict=True)
   )
   return run, about(args, params, count)
 
@@ -174,15 +176,19 @@ def stepper(
   import jax
   from flax import nnx
 
-  from xmodal_jax import config, flops, optim, reproducible, sharding, step
+  from xmodal_jax import config as config_lib
+  from xmodal_jax.distributed import sharding
+  from xmodal_jax.optim import factory, schedules
+  from xmodal_jax.runtime import deterministic, step
+  from xmodal_jax.runtime import flops as flops_lib
 
   model = model_config(args)
-  settings = config.base().optim
+  settings = config_lib.base().optim
   make = build(args)
   graphdef, abstract, _ = step.split(nnx.eval_shape(make))
-  run_length = optim.Run(samples=args.batch * 1000, batch_size=args.batch, total="1 epochs")
-  schedule = optim.make_schedule(settings, run_length)
-  tx = optim.make_optimizer(settings, schedule, nnx.to_pure_dict(abstract))
+  run_length = schedules.Run(samples=args.batch * 1000, batch_size=args.batch, total="1 epochs")
+  schedule = schedules.make_schedule(settings, run_length)
+  tx = factory.make_optimizer(settings, schedule, nnx.to_pure_dict(abstract))
   mesh = sharding.make_mesh((("data", -1),))
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   init = lambda: step.init_state(make, tx)
@@ -192,7 +198,7 @@ def stepper(
   rows = sharding.batch_sharding(mesh)
   plain = train = step.make_train_step(*common)
   if micro_shards:
-    train = reproducible.make_train_step(*common, rows, micro_shards)
+    train = deterministic.make_train_step(*common, rows, micro_shards)
   size = model["image"]["size"]
   if args.data_dir:
     stream = batches(args, size)
@@ -200,7 +206,7 @@ def stepper(
   else:
     batch = sharding.put_batch(inputs(args, size, model["text"]["vocab"]), rows)
     following = lambda: batch
-  info = about(args, state.params, flops.count(jax.make_jaxpr(plain)(state, following())))
+  info = about(args, state.params, flops_lib.count(jax.make_jaxpr(plain)(state, following())))
   info["flops"] *= args.run_steps
   held = [state]
   del state

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax import metrics
+from xmodal_jax.evaluation import metrics
 
 
 def coco(folder: str) -> tuple[np.ndarray, list[int], list[int], np.ndarray, pathlib.Path]:

@@ -8,8 +8,11 @@ import numpy as np
 from flax import nnx
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import init, metrics, rerank, step
+from xmodal_jax.checkpoints import restore
+from xmodal_jax.evaluation import metrics, rerank
 from xmodal_jax.models import team
+from xmodal_jax.optim import train_state
+from xmodal_jax.runtime import step
 
 IMAGES, CAPTIONS, PATCHES, WORDS = 5000, 5, 257, 30  # CAPTIONS of each image
 TOP = 16
@@ -104,7 +107,7 @@ def parameters(args: argparse.Namespace) -> tuple[Any, dict[str, np.ndarray]]:
   build = lambda: team.build(model_config(args), rngs=nnx.Rngs(0))
   graphdef, params, _ = step.split(nnx.eval_shape(build))
   rng, flat = np.random.default_rng(2), {}
-  for path, leaf in init.flat(nnx.to_pure_dict(params)).items():
+  for path, leaf in restore.flat(nnx.to_pure_dict(params)).items():
     x = np.asarray(rng.standard_normal(leaf.shape, np.float32))
     if path.endswith("kernel"):
       flat[path] = x * leaf.shape[-2] ** -0.5
@@ -132,13 +135,13 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
   """From candidates to their scores as the evaluator goes: each pair once, scheduled, scored."""
   import jax
 
-  from xmodal_jax import sharding
+  from xmodal_jax.distributed import sharding
 
   work = make(args)
   graphdef, flat = parameters(args)
   rows = sharding.batch_sharding(sharding.make_mesh((("data", -1),), jax.devices()[:1]))
   whole = jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
-  state = step.TrainState(None, jax.device_put(init.nested(flat), whole), {}, None)
+  state = train_state.TrainState(None, jax.device_put(restore.nested(flat), whole), {}, None)
   images = bank(rows, {"tokens": work.images}, min(BATCH, len(work.images)))
   texts = bank(rows, {"tokens": work.texts, "mask": work.mask}, min(BATCH, work.block))
   reranker = rerank.Reranker(graphdef, rows, block=work.block, shape=args.rerank_block)
@@ -149,7 +152,7 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
     nonlocal found
     picture, caption, _ = work.unique()
     found = reranker.scores(
-      state, images, texts, images.rows[picture], texts.rows[caption], lambda: None
+      state, images, texts, images.places[picture], texts.places[caption], lambda: None
     )
 
   return run, {

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from xmodal_jax import convert
-from xmodal_jax.models import team
+from xmodal_jax.interop import conversion
+from xmodal_jax.interop import team as team_rules
 
 Form = tuple[Callable[[], None], dict[str, Any]]
 Call = tuple[np.ndarray, np.ndarray]  # picture [N] and caption [N, M]
@@ -106,7 +106,7 @@ def model(args: argparse.Namespace) -> Matching:
   out = Matching(args.width, c["depth"], c["heads"], c["embed"])
   _, flat = benchmark_rerank.parameters(args)
   own = set(out.state_dict())
-  state = convert.arrays(convert.to_torch(flat, team.RULES))
+  state = conversion.arrays(conversion.to_torch(flat, team_rules.RULES))
   out.load_state_dict({k: torch.from_numpy(np.array(x)) for k, x in state if k in own})
   return out.eval()
 

@@ -12,7 +12,7 @@ import torch
 import torch._inductor.config
 import transformers
 
-from xmodal_jax.models import clip_itm
+from xmodal_jax.models import clip
 
 Form = tuple[Callable[[], None], dict[str, Any]]
 
@@ -48,7 +48,7 @@ def forms(args: argparse.Namespace) -> dict[str, Callable[[], Form]]:
 
 def build(args: argparse.Namespace, names: frozenset[str]) -> transformers.CLIPModel:
   """CLIPModel of the size of one of our ViT presets."""
-  ours = clip_itm.preset(args.model)
+  ours = clip.preset(args.model)
   image, text = ours["image"], ours["text"]
   if image["kind"] != "vit":
     raise SystemExit(f"benchmark: transformers has no CLIP with the image tower of {args.model}")
@@ -85,20 +85,25 @@ class Pictures(torch.utils.data.Dataset):
   """Each picture of a split with its first caption: float32 [3, S, S], int64 [77]."""
 
   def __init__(self, args: argparse.Namespace, size: int):
-    from xmodal_jax.data import image, records, text
+    from xmodal_jax.data import image as image_lib
+    from xmodal_jax.data import records
+    from xmodal_jax.data import text as text_lib
 
     self.split = records.open_split(args.data_dir, args.split)
-    self.transform, self.tokenize = image.clip_transform(size), text.make_tokenizer("clip_bpe")
-    self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (clip_itm.MEAN, clip_itm.STD))
+    self.transform, self.tokenize = (
+      image_lib.clip_transform(size),
+      text_lib.make_tokenizer("clip_bpe"),
+    )
+    self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (clip.MEAN, clip.STD))
 
   def __len__(self) -> int:
     return len(self.split)
 
   def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from xmodal_jax.data import image
+    from xmodal_jax.data import image as image_lib
 
     found = self.split.read(i)
-    pixels = torch.tensor(image.load(found.image, self.transform)).permute(2, 0, 1)
+    pixels = torch.tensor(image_lib.load(found.image, self.transform)).permute(2, 0, 1)
     ids, _ = self.tokenize(found.captions[:1], 77)
     return (pixels.float() / 255 - self.mean) / self.std, torch.from_numpy(ids[0]).long()
 
@@ -132,7 +137,7 @@ def pipeline(args: argparse.Namespace) -> Form:
 
 def batch_of(args: argparse.Namespace, names: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
   """pixels float32 [B, 3, S, S] and ids int64 [B, 77]: the batch of our side."""
-  ours = clip_itm.preset(args.model)
+  ours = clip.preset(args.model)
   batch = benchmark_ours.inputs(args, ours["image"]["size"], ours["text"]["vocab"])
   pixels = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).contiguous()
   if "channels_last" in names:
@@ -190,7 +195,7 @@ def train_step(args: argparse.Namespace, names: frozenset[str]) -> Form:
   """Both towers, symmetric InfoNCE, gradient, AdamW as in our default recipe."""
   model = build(args, names).train()
   if args.data_dir:
-    stream = batches(args, clip_itm.preset(args.model)["image"]["size"])
+    stream = batches(args, clip.preset(args.model)["image"]["size"])
     following = lambda: (x.to(DEVICE, non_blocking=True) for x in next(stream))
   else:
     batch = batch_of(args, names)

@@ -37,6 +37,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from xmodal_jax import config as config_lib
+from xmodal_jax.runtime import workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu:8", f"What to compile for: {topologies.NAMES}.")
@@ -240,7 +241,7 @@ def _remat(config: Any, policy: str) -> dict[str, str]:
   order = ["", *POLICIES]
   weaker = config.copy_and_resolve_references()
   keys = compile_programs.set_remat(weaker, policy)
-  flat = config_lib.flatten(config)
+  flat = workdir.flatten(config)
   keys = [k.removeprefix("config.") for k in keys]
   known = [k for k in keys if flat[k] in order]
   return {k: policy for k in known if order.index(flat[k]) < order.index(policy)}

@@ -9,8 +9,8 @@ import compile_programs
 import jax
 import numpy as np
 
-from xmodal_jax import sharding
-from xmodal_jax import step as step_lib
+from xmodal_jax.distributed import sharding
+from xmodal_jax.runtime import step as step_lib
 
 WARMUP = 3  # steps before those that are timed
 
@@ -33,7 +33,7 @@ def measure(programs: compile_programs.Programs, compiled: Any, steps: int) -> M
   init = lambda: step_lib.init_state(programs.built.model, programs.tx)
   state = jax.jit(init, out_shardings=programs.shardings)()
   batch = noise(programs.training[1], programs.config.model.text.vocab)
-  batch = sharding.put_batch(batch, programs.built.rows)
+  batch = sharding.put_batch(batch, programs.built.batch_sharding)
   for _ in range(WARMUP):
     state, metrics = compiled(state, batch)
   jax.block_until_ready(state)

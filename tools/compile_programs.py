@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import build, evaluate, flops, optim
-from xmodal_jax import step as step_lib
+from xmodal_jax.evaluation import retrieval
+from xmodal_jax.optim import schedules
+from xmodal_jax.runtime import flops, setup
+from xmodal_jax.runtime import step as step_lib
 
 PICTURES, CAPTIONS = 5000, 25000  # of a split that is ranked: COCO 5K
 Arrays = dict[str, jax.ShapeDtypeStruct]
@@ -41,15 +43,15 @@ class Programs:
   """step: name of a program -> what lowers it; "train" and, unless it cannot, what evaluates."""
 
   def __init__(self, config: Any, devices: Sequence[jax.Device]):
-    self.config, self.built = config, build.Built(config, devices)
+    self.config, self.built = config, setup.Built(config, devices)
     self.lower: dict[str, Callable[[], Any]] = {"train": lambda: self.train().lower(*self.training)}
-    run = optim.Run(1000 * config.batch_size, config.batch_size, config.total)
-    self.schedule = optim.make_schedule(config.optim, run)
+    run = schedules.Run(1000 * config.batch_size, config.batch_size, config.total)
+    self.schedule = schedules.make_schedule(config.optim, run)
     self.tx = self.built.optimizer(self.schedule, run.steps_per_epoch)
     self.shardings = self.built.state_shardings(self.tx)
     state = jax.eval_shape(lambda: step_lib.init_state(self.built.model, self.tx))
     self.state = jax.tree.map(_placed, state, self.shardings)
-    self.training = self.state, batch(config, config.batch_size, self.built.rows)
+    self.training = self.state, batch(config, config.batch_size, self.built.batch_sharding)
     self._evaluation()
 
   def train(self) -> Any:
@@ -60,8 +62,8 @@ class Programs:
   def _evaluation(self) -> None:
     """Encoding a batch of either side, scoring a block of all pairs, and the second stage."""
     e = self.config.eval
-    evaluator = evaluate.Evaluator(self.config, None, self.built)
-    rows, whole = evaluator.rows, evaluator.whole
+    evaluator = retrieval.Evaluator(self.config, None, self.built)
+    rows, whole = evaluator.batch_sharding, evaluator.whole
     model = self.state.params, self.state.stats
     sides = {side: batch(self.config, e.batch_size, rows, side) for side in ("image", "text")}
     first, second = {}, {}
@@ -83,7 +85,7 @@ class Programs:
       self._second_stage(evaluator, model, second)
 
   def _second_stage(self, evaluator: Any, model: Any, features: dict[str, Any]) -> None:
-    e, rows = self.config.eval, evaluator.rows
+    e, rows = self.config.eval, evaluator.batch_sharding
     banked = NamedSharding(rows.mesh, P(None, *rows.spec))
 
     def bank(side, count):
@@ -120,7 +122,7 @@ def plain(config: Any) -> Any:
 
 
 def set_remat(config: Any, policy: str) -> list[str]:
-  """Gives every stack of blocks this policy; names of the keys. See models.layers.recompute."""
+  """Gives every stack of blocks this policy; names of the keys. See models.layers.rematerialize."""
   keys, queue = [], collections.deque([("config.model", config.model)])
   while queue:
     name, node = queue.popleft()

@@ -18,15 +18,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are traced, nothing is c
 
 from flax import nnx
 
-from xmodal_jax import checkpoint, convert, converted, init, models, torch_files
+from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.interop import conversion, tables, torch_files
+from xmodal_jax.interop import meta as meta_lib
+from xmodal_jax.models import registry
 
 
 def abstract(module, config) -> tuple[dict, set[str]]:
   """{path: ShapeDtypeStruct} of a model, and the paths that are running statistics."""
   model = nnx.eval_shape(lambda: module.build(config, rngs=nnx.Rngs(0)))
   params, stats, _ = nnx.state(model, nnx.Param, nnx.BatchStat, ...)
-  stats = init.flat(nnx.to_pure_dict(stats))
-  return init.flat(nnx.to_pure_dict(params)) | stats, set(stats)
+  stats = restore.flat(nnx.to_pure_dict(stats))
+  return restore.flat(nnx.to_pure_dict(params)) | stats, set(stats)
 
 
 def variant_of(module, config: dict, named: str | None, source: pathlib.Path) -> tuple[str, dict]:
@@ -60,13 +63,14 @@ def to_jax(
   """Writes `out`, which must not exist yet; returns a line about it."""
   if out.exists():
     raise SystemExit(f"{out} exists already")
-  module = models.system_module(system)
+  module = registry.system_module(system)
   state, info = torch_files.state_dict(source, verify=True)
-  config = module.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
+  rules = tables.rule_table(system)
+  config = rules.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
   variant, config = variant_of(module, config, variant, source)
   want, stats = abstract(module, config)
-  flat, report = convert.to_jax(state, module.RULES, want, allow_missing=allow_missing)
-  meta = converted.meta(
+  flat, report = conversion.to_jax(state, rules.RULES, want, allow_missing=allow_missing)
+  meta = meta_lib.meta(
     system=system,
     variant=variant,
     config=config,
@@ -77,9 +81,9 @@ def to_jax(
   )
   if meta["beside"]:
     out.mkdir(parents=True)
-    torch_files.write(out / converted.BESIDE, {k: report.kept[k] for k in meta["beside"]})
+    torch_files.write(out / meta_lib.BESIDE, {k: report.kept[k] for k in meta["beside"]})
   parts = [{k: v for k, v in flat.items() if (k in stats) == s} for s in (False, True)]
-  checkpoint.save_model(out, *(init.nested(p) for p in parts), meta)
+  checkpointer.save_model(out, *(restore.nested(p) for p in parts), meta)
   filled = f", {len(report.filled)} not in the file: {', '.join(report.filled)}"
   return (
     f"{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "
@@ -93,22 +97,22 @@ def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
   """Writes the file `out` from a converted directory or a workdir; returns a line about it."""
   meta = dict(system=system, ignored={}, beside=[], keys=[], wrapper=[])
   if (source / "checkpoints").is_dir():
-    checkpoints = checkpoint.Checkpoints(source, keep=1, metric="", read_only=True)
+    checkpoints = checkpointer.Checkpoints(source, keep=1, metric="", read_only=True)
     if (found := checkpoints.restore_best()) is None:
       raise SystemExit(f"{source}/checkpoints is empty")
     meta["system"], tree = found[1]["system"], found[2]
   else:
-    meta, tree = converted.read_meta(source), checkpoint.load_model(source)
+    meta, tree = meta_lib.read_meta(source), checkpointer.load_model(source)
   if meta["system"] != system:
     raise SystemExit(f"{source} holds a {meta['system']} model, not {system}")
-  flat = init.flat(tree["params"]) | init.flat(tree.get("stats") or {})
-  kept = {name: converted.unpack(v) for name, v in meta["ignored"].items()}
+  flat = restore.flat(tree["params"]) | restore.flat(tree.get("stats") or {})
+  kept = {name: meta_lib.unpack(v) for name, v in meta["ignored"].items()}
   if meta.get("beside"):
-    large, _ = torch_files.state_dict(source / converted.BESIDE)
+    large, _ = torch_files.state_dict(source / meta_lib.BESIDE)
     kept |= {name: large[name].read() for name in meta["beside"]}
-  rules = models.system_module(system).RULES
-  state = convert.to_torch(flat, rules, kept=kept, order=meta["keys"])
-  torch_files.write(out, converted.wrap(state, meta["wrapper"]))
+  rules = tables.rule_table(system).RULES
+  state = conversion.to_torch(flat, rules, kept=kept, order=meta["keys"])
+  torch_files.write(out, meta_lib.wrap(state, meta["wrapper"]))
   return f"{out.name}: {len(state)} tensors, {out.stat().st_size:,} bytes"
 
 
@@ -116,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--system", required=True, choices=sorted(models.SYSTEMS))
+  parser.add_argument("--system", required=True, choices=sorted(registry.SYSTEMS))
   parser.add_argument("--to", default="jax", choices=("jax", "torch"))
   parser.add_argument("--checkpoint", required=True, type=pathlib.Path)
   parser.add_argument("--out", required=True, type=pathlib.Path)
@@ -128,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
       print(to_jax(args.system, args.checkpoint, args.out, args.allow_missing, args.variant))
     else:
       print(to_torch(args.system, args.checkpoint, args.out))
-  except (OSError, torch_files.FileFormatError, convert.ConversionError) as e:
+  except (OSError, torch_files.FileFormatError, conversion.ConversionError) as e:
     raise SystemExit(str(e)) from e
 
 

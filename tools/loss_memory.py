@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from xmodal_jax import sharding
-from xmodal_jax.losses import attended, contrastive, local, ranking, tokens
-from xmodal_jax.losses.ring import Ring
+from xmodal_jax.distributed import sharding
+from xmodal_jax.losses import contrastive, cross_attention, hard_negatives, local, triplet
+from xmodal_jax.losses.pairwise.ring import Ring
 
 DEVICES = 16
 SCALE = 10.0
@@ -47,16 +47,16 @@ def nce(x, how):
 
 
 def hinges(x, how):
-  return ranking.hinges(ranking.dot, x["v"], x["t"], ring=how)[0]
+  return triplet.hinges(triplet.dot, x["v"], x["t"], ring=how)[0]
 
 
 def intra(x, how):
-  return ranking.intra(ranking.dot, x["v"], x["t"], ring=how)
+  return triplet.intra(triplet.dot, x["v"], x["t"], ring=how)
 
 
 def sampling(x, how):
   keys = jax.random.split(jax.random.key(0))
-  return tokens.sample_both(x["v"], x["t"], jnp.float32(SCALE), x["id"], 1, keys, how)
+  return hard_negatives.sample_both(x["v"], x["t"], jnp.float32(SCALE), x["id"], 1, keys, how)
 
 
 def _of_tokens(score: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -65,7 +65,7 @@ def _of_tokens(score: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     if how is None:  # as the systems do: pictures stay where they are
       whole = NamedSharding(x["rows"].mesh, P())
       texts = jax.lax.with_sharding_constraint(texts, whole)
-    return ranking.hinges(score, x["v"], texts, ring=how)[0]
+    return triplet.hinges(score, x["v"], texts, ring=how)[0]
 
   return loss
 
@@ -75,11 +75,17 @@ def _local(v, t):
   return local.local_scores(v, count, t["t"], t["mask"])
 
 
-def _attended(rows: NamedSharding) -> Callable[..., jax.Array]:
-  return _of_tokens(lambda v, t: attended.attended_scores(v, t["t"], t["mask"], rows=rows))
+def _attended(batch_sharding: NamedSharding) -> Callable[..., jax.Array]:
+  return _of_tokens(
+    lambda v, t: cross_attention.attended_scores(
+      v, t["t"], t["mask"], batch_sharding=batch_sharding
+    )
+  )
 
 
-def cases(rows: NamedSharding) -> dict[str, tuple[Callable[..., Any], dict, list[tuple[int, int]]]]:
+def cases(
+  batch_sharding: NamedSharding,
+) -> dict[str, tuple[Callable[..., Any], dict, list[tuple[int, int]]]]:
   """Name -> (loss, shapes of a row, sizes: (pairs, rows of a tile))."""
   vectors = lambda width: dict(v=(width,), t=(width,))
   words = lambda regions, words, width: dict(v=(regions, width), t=(words, width))
@@ -92,7 +98,7 @@ def cases(rows: NamedSharding) -> dict[str, tuple[Callable[..., Any], dict, list
     "intra": (intra, vectors(1024), both),
     "sampling": (sampling, vectors(768), both),
     "local": (_of_tokens(_local), words(36, 40, 1024), [(1024, 32), (4096, 32)]),
-    "attended": (_attended(rows), words(784, 32, 768), [(256, 16), (512, 16)]),
+    "attended": (_attended(batch_sharding), words(784, 32, 768), [(256, 16), (512, 16)]),
   }
 
 

@@ -33,11 +33,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from xmodal_jax import alignment, build, evaluate, init
 from xmodal_jax import config as config_lib
-from xmodal_jax import inputs as inputs_lib
+from xmodal_jax.checkpoints import restore
 from xmodal_jax.data import image, records, shapes
-from xmodal_jax.models import system as system_lib
+from xmodal_jax.data import inputs as inputs_lib
+from xmodal_jax.evaluation import retrieval
+from xmodal_jax.models import base
+from xmodal_jax.runtime import setup
+from xmodal_jax.visual import alignment
 
 BATCH = 50  # pairs that are measured at a time
 
@@ -65,17 +68,17 @@ class Model:
 
   def __init__(self, config: Any, source: str, weights: str):
     self.config = config
-    built = build.Built(config, jax.devices()[:1])
+    built = setup.Built(config, jax.devices()[:1])
     name, system = config.model.system, built.system
-    if type(system).relate is system_lib.System.relate:
+    if type(system).relate is base.System.relate:
       raise SystemExit(f"{name} does not relate tokens of a caption to places in a picture")
     self.inputs = inputs_lib.Inputs(config)
     if not hasattr(self.inputs.tokenizer, "pieces"):
       raise SystemExit(f"the tokenizer {config.text.tokenizer!r} does not name its pieces")
-    self.second = evaluate.second_stage(config, system)
-    params, stats, _ = init.load(source, name, built.params, built.stats)
-    self.params = init.put(params, built.params_shardings)
-    self.stats = init.put(stats, built.stats_shardings)
+    self.second = retrieval.second_stage(config, system)
+    params, stats, _ = restore.load(source, name, built.params, built.stats)
+    self.params = restore.put(params, built.params_shardings)
+    self.stats = restore.put(stats, built.stats_shardings)
 
     def relate(params, stats, batch):
       model = nnx.merge(built.graphdef, params, stats)

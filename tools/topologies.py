@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
-from xmodal_jax import flops
+from xmodal_jax.runtime import flops
 
 GIB = 2**30
 

@@ -8,15 +8,6 @@ from ml_collections import config_dict
 
 ConfigDict = ml_collections.ConfigDict
 
-# What may differ when a workdir is resumed: where and how it runs, not what it computes.
-FREE = (
-  "mesh", "rules", "min_shard", "loss_chunk", "log_every", "profile", "checkpoint",
-  "data.dir", "data.eval_dir", "data.threads",
-  "eval.batch_size", "eval.block", "eval.rerank_block",
-  "eval.cache", "eval.eccv_dir", "eval.folds", "eval.ndcg", "eval.relevance_dir", "eval.protocol",
-  "classify",
-)  # fmt: skip
-
 
 def base() -> ConfigDict:
   """Durations are strings, "500 steps" or "5 epochs". Lists of rules are (regex, value) pairs over
@@ -213,31 +204,3 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
     raise ValueError(f"recipe {config.recipe!r} sets {key!r}, which does not exist")
   with node.ignore_type():
     node[last] = value
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested config -> {dotted key: value}, tuples as lists, as json would give it back."""
-  out: dict[str, Any] = {}
-  for key, value in config.items():
-    if isinstance(value, Mapping | ConfigDict) and len(value):
-      out |= flatten(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = _listed(value)
-  return out
-
-
-def _listed(value: Any) -> Any:
-  return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Lines "key: old -> new" for what differs between two flat configs and is not in FREE."""
-  # Tiles of pairs are added up in their order.
-  bound = ("loss_chunk",) if new.get("reproducible") else ()
-  free = lambda key: key not in bound and any(key == f or key.startswith(f + ".") for f in FREE)
-  missing = "(absent)"
-  return [
-    f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
-    for key in sorted(old.keys() | new.keys())
-    if not free(key) and old.get(key, missing) != new.get(key, missing)
-  ]

@@ -9,7 +9,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from xmodal_jax import config as config_lib
-from xmodal_jax import hosts, logs
+from xmodal_jax.distributed import processes
+from xmodal_jax.runtime import logs
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and results; local or gs://.")
@@ -41,30 +42,32 @@ def main(argv: list[str]) -> None:
   # TensorFlow only reads data; it must not take the accelerator's memory.
   tf.config.set_visible_devices([], "GPU")
   tf.config.set_visible_devices([], "TPU")
-  hosts.initialize(_COORDINATOR.value, _COUNT.value, _INDEX.value, cluster=_DISTRIBUTED.value)
-  with hosts.together():
+  processes.initialize(_COORDINATOR.value, _COUNT.value, _INDEX.value, cluster=_DISTRIBUTED.value)
+  with processes.together():
     run()
 
 
 def run() -> None:
   """Everything after the processes found each other."""
   logs.setup()
-  hosts.check_joined()
+  processes.check_joined()
   if jax.default_backend() == "cpu" and jax.device_count() > 1:
     # What JAX reads from its cache has lost the order of its collectives on CPUs (jaxlib 0.10.2):
     # steps hang.
     jax.config.update("jax_enable_compilation_cache", False)
-  from xmodal_jax import classify, evaluate, probe, train, workdir
+  from xmodal_jax.evaluation import linear_probe, retrieval, zero_shot
+  from xmodal_jax.runtime import workdir
+  from xmodal_jax.training import loop
 
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
   config = config_lib.resolve(_CONFIG.value, overrides)
   workdir.check_processes(config, _WORKDIR.value, _MODE.value)
   logging.info("devices: %s", jax.devices())
   modes = {
-    "train": train.train,
-    "eval": evaluate.evaluate,
-    "linear_probe": probe.linear_probe,
-    "zeroshot_classify": classify.classify,
+    "train": loop.train,
+    "eval": retrieval.evaluate,
+    "linear_probe": linear_probe.linear_probe,
+    "zeroshot_classify": zero_shot.classify,
   }
   modes[_MODE.value](config, _WORKDIR.value)
 

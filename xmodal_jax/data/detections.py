@@ -28,7 +28,7 @@ from etils import epath
 from xmodal_jax.data import sources
 from xmodal_jax.data.pictures import Picture
 from xmodal_jax.data.tfrecord import DatasetError
-from xmodal_jax.torch_files import FileFormatError, pickles
+from xmodal_jax.interop.torch_files import FileFormatError, pickles
 
 Size = tuple[int, int]  # width and height in pixels
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xmodal_jax.losses import ring as ring_lib
-from xmodal_jax.losses.ring import Ring
+from xmodal_jax.losses.pairwise import ring as ring_lib
+from xmodal_jax.losses.pairwise.ring import Ring
 
 Array = jax.Array
 

@@ -1,19 +1,16 @@
 """HAT: hierarchical alignment transformers (Bin et al., 2023)."""
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from xmodal_jax import models
-from xmodal_jax.convert import ConversionError, Entry, Ignore, Rule
-from xmodal_jax.losses import attended, ranking
-from xmodal_jax.models import bert, layers, swin, system, torch_names, vit
+from xmodal_jax.losses import cross_attention, triplet
+from xmodal_jax.models import base, layers
+from xmodal_jax.models.towers import bert, swin, vit
 
 Array = jax.Array
 
@@ -49,7 +46,7 @@ def preset(name: str) -> dict[str, Any]:
   return c | OBJECTIVE
 
 
-class HAT(system.System):
+class HAT(base.System):
   """Tokens of several depths of both towers, compared depth by depth by attention between them.
 
   batch: image [B, S, S, 3], text_ids int [B, L], text_mask bool [B, L]. Features: level_0,
@@ -79,8 +76,8 @@ class HAT(system.System):
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if direction not in attended.DIRECTIONS:
-      choices = ", ".join(attended.DIRECTIONS)
+    if direction not in cross_attention.DIRECTIONS:
+      choices = ", ".join(cross_attention.DIRECTIONS)
       raise ValueError(f"model.direction is {direction!r}; there are {choices}")
     self.direction, self.sharpness = direction, sharpness
     self.margin, self.reduce = margin, reduce
@@ -134,13 +131,13 @@ class HAT(system.System):
     """Scores of all pairs at each of the levels, float32 [I, T]."""
     mask = texts["first_mask"] if "mask" not in texts else texts["mask"]
     return [
-      attended.attended_scores(
+      cross_attention.attended_scores(
         images[f"level_{n}"],
         texts[f"level_{n}"],
         mask,
         self.sharpness,
         direction or self.direction,
-        rows=self.rows,
+        batch_sharding=self.batch_sharding,
       )
       for n in levels
     ]
@@ -155,18 +152,18 @@ class HAT(system.System):
   def aligned_scores(self, images, texts, levels: Sequence[int]) -> list[Array]:
     """Scores of M texts [G, M, ...] for each of G pictures at each of the levels, [G, M]."""
     return [
-      attended.aligned_scores(
+      cross_attention.aligned_scores(
         images[f"level_{n}"], texts[f"level_{n}"], texts["mask"], self.sharpness, self.direction
       )
       for n in levels
     ]
 
-  def align(self, images, texts, batch, key):
+  def objective(self, images, texts, batch, key):
     del batch, key
     levels = range(len(self.levels))
     v = {f"level_{n}": images[f"level_{n}"] for n in levels}
     t = {f"level_{n}": texts[f"level_{n}"] for n in levels} | {"mask": texts["mask"]}
-    loss, metrics = ranking.hinges(
+    loss, metrics = triplet.hinges(
       lambda v, t: sum(self.level_scores(v, t, levels)),
       v,
       t if self.ring else self.gathered(t),
@@ -179,7 +176,7 @@ class HAT(system.System):
 
 
 def _project(proj: nnx.Module, x: Array) -> Array:
-  return proj(layers.rows(x)).reshape(*x.shape[:2], -1).astype(jnp.float32)
+  return proj(layers.flatten_leading(x)).reshape(*x.shape[:2], -1).astype(jnp.float32)
 
 
 def _states(tower: nnx.Module, pixels: Array, key: Array | None) -> Sequence[Array]:
@@ -204,66 +201,3 @@ def build(config: Mapping[str, Any], *, dtype=jnp.float32, rngs: nnx.Rngs) -> HA
   """A HAT from the model section of a config (see `preset`)."""
   config = {k: v for k, v in config.items() if k != "system"}
   return HAT(**config, dtype=dtype, rngs=rngs)
-
-
-# --- PyTorch files ------------------------------------------------------------------------------
-
-_TEXT = "text_transformer."
-
-
-def _projection(side: str, n: int) -> list[Rule]:
-  return torch_names.dense(f"cross_modal_{side}_transform" + f"_{n}" * (n > 0), f"{side}_proj/{n}")
-
-
-RULES: Sequence[Entry] = [
-  *(rule for side in ("image", "text") for n in range(3) for rule in _projection(side, n)),
-  *torch_names.swin("vit_model.", "image/swin"),
-  *torch_names.bert(_TEXT, "text"),
-  Ignore(_TEXT + "embeddings.position_ids"),
-  Ignore(_TEXT + "pooler.*", parameter=True),  # nothing reads what it makes
-]
-
-# Public files of single towers: Microsoft's or timm's Swin, OpenAI's CLIP or timm's ViT, and a
-# Hugging Face BERT.
-TOWERS: Mapping[str, Sequence[Entry]] = {
-  "image": [
-    *torch_names.swin("", "image/swin"),
-    *torch_names.SWIN_REST,
-    *torch_names.timm_vit("", "image/timm"),
-    *torch_names.TIMM_REST,
-    *torch_names.clip_vit("visual", "image/clip"),
-    *torch_names.CLIP_REST,
-  ],
-  "text": [*torch_names.bert("bert.", "text"), *torch_names.BERT_REST],
-}
-
-
-def infer_config(
-  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-  """The model section of a config from the shapes of a state dict (HAT spec, 7.2)."""
-  del scalars
-  patch, joint = "vit_model.patch_embed.proj.weight", "cross_modal_image_transform.weight"
-  words, places = (_TEXT + f"embeddings.{x}_embeddings.weight" for x in ("word", "position"))
-  hidden = _TEXT + "encoder.layer.0.intermediate.dense.weight"
-  need = {patch: 4, joint: 2, words: 2, places: 2, hidden: 2}
-  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
-  if wrong:
-    what = models.describe_keys(shapes)
-    raise ConversionError(missing=[f"not a HAT state dict ({what}); no {', '.join(wrong)}"])
-  vocab, width = shapes[words]
-  depth = len(torch_names.distinct(re.escape(_TEXT) + r"encoder\.layer\.(\d+)\..*", shapes))
-  text = dict(vocab=vocab, context=shapes[places][0], width=width, depth=depth)
-  text |= dict(heads=max(width // 64, 1), mlp=shapes[hidden][0])
-  return dict(
-    system="hat",
-    embed=shapes[joint][0],
-    image=dict(kind="swin") | swin.infer_config(shapes, "vit_model."),
-    text=text,
-    levels=((3, depth - 1), (1, 3), (2, 9)),
-  )
-
-
-def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Tables of another window or resolution are resized; everything else is left as it is."""
-  return swin.resize_tables(path, value, shape)

@@ -1,20 +1,19 @@
 """TEAM: token embeddings alignment, retrieval in two stages (Xie et al., 2022)."""
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from xmodal_jax import models, positions
-from xmodal_jax.convert import Alias, ConversionError, Entry, Ignore, Rule, linear
-from xmodal_jax.losses import contrastive, exchange, tokens
-from xmodal_jax.models import bert, clip_itm, layers, swin, system, torch_names, vit
-from xmodal_jax.models import matching as matching_lib
+from xmodal_jax.losses import contrastive, hard_negatives
+from xmodal_jax.losses.pairwise import exchange
+from xmodal_jax.models import base, layers
+from xmodal_jax.models import clip as clip_lib
+from xmodal_jax.models.layers import token_matching
+from xmodal_jax.models.towers import bert, swin, vit
 
 Array = jax.Array
 
@@ -63,7 +62,7 @@ def preset(name: str) -> dict[str, Any]:
   return c | dict(same_image="exclude", negatives=1, layerwise=True)
 
 
-class TEAM(system.System):
+class TEAM(base.System):
   """Cosine of pooled embeddings, then alignment of all tokens for the best candidates.
 
   batch: image [B, S, S, 3], text_ids int [B, L], text_mask bool [B, L], image_id int [B].
@@ -73,7 +72,7 @@ class TEAM(system.System):
   layerwise: the matching loss is a sum over the blocks; False: of the last block.
   """
 
-  mean, std = clip_itm.MEAN, clip_itm.STD
+  mean, std = clip_lib.MEAN, clip_lib.STD
   top_k_text = top_k_image = 16
   second_stage = ("tokens", "mask")
 
@@ -121,7 +120,7 @@ class TEAM(system.System):
     self.text_tokens = nnx.data(
       layers.linear(width, dim, ("embed", None), **kw) if project_text else None
     )
-    self.matching = matching_lib.TokenMatching(dim=dim, **matching, **kw)
+    self.matching = token_matching.TokenMatching(dim=dim, **matching, **kw)
     self.logit_scale = nnx.Param(jnp.float32(TEMPERATURE), axes=())
     self.logit_scale_team = nnx.Param(jnp.float32(TEMPERATURE), axes=())
 
@@ -136,11 +135,11 @@ class TEAM(system.System):
     if self.image_proj is not None:  # the last stage has no class token: the mean stands for it
       x = tower(self.pixels(batch["image"]), key)[-1]
       embed = self.image_proj(x.mean(1))
-      return {"embed": system.l2_normalize(embed, eps=1e-12), "tokens": x}
+      return {"embed": base.l2_normalize(embed, eps=1e-12), "tokens": x}
     x = tower(self.pixels(batch["image"]))
     normalised = self.kind == "deit"
     return {
-      "embed": system.l2_normalize(tower.pool(x), eps=1e-12),
+      "embed": base.l2_normalize(tower.pool(x), eps=1e-12),
       "tokens": tower.ln_post(x) if normalised else x,
     }
 
@@ -149,8 +148,8 @@ class TEAM(system.System):
     x = self.text(batch["text_ids"], mask, key)
     embed = self.text_proj(x[:, 0])
     if self.text_tokens is not None:
-      x = self.text_tokens(layers.rows(x)).reshape(*x.shape[:2], -1)
-    return {"embed": system.l2_normalize(embed, eps=1e-12), "tokens": x, "mask": mask}
+      x = self.text_tokens(layers.flatten_leading(x)).reshape(*x.shape[:2], -1)
+    return {"embed": base.l2_normalize(embed, eps=1e-12), "tokens": x, "mask": mask}
 
   def score(self, images, texts):
     """Cosine [I, T]: the temperature does not change an order."""
@@ -175,20 +174,27 @@ class TEAM(system.System):
     ids = batch["image_id"]
     return jnp.arange(len(ids)) if self.same_image == "keep" else ids
 
-  def negatives(self, images, texts, batch, key) -> tuple[tokens.Negatives, tokens.Negatives]:
+  def negatives(
+    self, images, texts, batch, key
+  ) -> tuple[hard_negatives.Negatives, hard_negatives.Negatives]:
     """Sampled pictures for each text, and texts for each picture."""
     keys, pair = jax.random.split(key), (images["embed"], texts["embed"])
     scale, same = self.scales()[0], self.same(batch)
-    return tokens.sample_both(*pair, scale, same, self.count, keys, self.ring)
+    return hard_negatives.sample_both(*pair, scale, same, self.count, keys, self.ring)
 
   def match(
-    self, images, texts, wrong_images: tokens.Negatives, wrong_texts: tokens.Negatives, key
+    self,
+    images,
+    texts,
+    wrong_images: hard_negatives.Negatives,
+    wrong_texts: hard_negatives.Negatives,
+    key,
   ) -> tuple[Array, Array]:
     """Scores after each of K blocks: true pairs [B, K], and all sampled ones [B, 2n, K], those with
     a wrong picture first."""
     k_own, k_wrong = (None, None) if key is None else jax.random.split(key)
     tokens_of, text, mask = images["tokens"], texts["tokens"], texts["mask"]
-    take = lambda x, index: exchange.take_rows(x, index, self.rows)
+    take = lambda x, index: exchange.take_rows(x, index, self.batch_sharding)
     join = lambda own, other: jnp.concatenate([own[:, None], other], axis=1)  # [b, 1 + n, ...]
 
     def own_picture(part, key):
@@ -213,7 +219,7 @@ class TEAM(system.System):
     other = self.chunked(wrong_pictures, rows | dict(wrong=wrong), k_wrong)
     return own[:, 0], jnp.concatenate([other, own[:, 1:]], axis=1)
 
-  def align(self, images, texts, batch, key):
+  def objective(self, images, texts, batch, key):
     k_sample, k_drop = jax.random.split(key)
     scale, scale_team = self.scales()
     contrast, metrics = contrastive.infonce(
@@ -222,7 +228,7 @@ class TEAM(system.System):
     chosen = self.negatives(images, texts, batch, k_sample)
     right, wrong = self.match(images, texts, *chosen, k_drop)
     found = jnp.concatenate([c.found for c in chosen], axis=1)
-    each = tokens.matching_loss(right, wrong, found, scale_team)  # [K]
+    each = hard_negatives.matching_loss(right, wrong, found, scale_team)  # [K]
     match = each.sum() if self.layerwise else each[-1]
     best_wrong = jnp.where(found, wrong[..., -1], -jnp.inf).max(1)
     metrics |= {
@@ -239,133 +245,3 @@ def build(config: Mapping[str, Any], *, dtype=jnp.float32, rngs: nnx.Rngs) -> TE
   """A TEAM from the model section of a config (see `preset`)."""
   config = {k: v for k, v in config.items() if k != "system"}
   return TEAM(**config, dtype=dtype, rngs=rngs)
-
-
-# --- PyTorch files ------------------------------------------------------------------------------
-
-_BLOCK, _OURS = "team_block_list.{layer}", "matching/blocks"
-
-RULES: Sequence[Entry] = [
-  # The Chinese release has one block under another name, and no temperatures.
-  Alias(r"^cross_model\.", "team_block_list."),
-  *(
-    Rule(name, name, default=TEMPERATURE, default_beside=r"cross_model\..*")
-    for name in ("logit_scale", "logit_scale_team")
-  ),
-  Ignore("text_model.bert.embeddings.position_ids"),
-  *torch_names.bert("text_model.bert.", "text"),
-  Rule("text_model.projector.weight", "text_proj/kernel", linear),
-  *torch_names.dense("text_model.projector_token_embeds", "text_tokens"),
-  *torch_names.timm_vit("image_model.vit.", "image/deit"),
-  Rule("image_model.projector.weight", "image/deit/proj/kernel", linear),
-  *torch_names.clip_vit("image_model.vision_transformer", "image/clip"),
-  *torch_names.norm(f"{_BLOCK}.norm1", f"{_OURS}/ln_1"),
-  *torch_names.norm(f"{_BLOCK}.norm2", f"{_OURS}/ln_2"),
-  *torch_names.norm(f"{_BLOCK}.norm3", f"{_OURS}/ln_3"),
-  *torch_names.attention(f"{_BLOCK}.self_attn", f"{_OURS}/self_attn"),
-  *torch_names.attention(f"{_BLOCK}.cross_attn", f"{_OURS}/cross_attn"),
-  *torch_names.dense(f"{_BLOCK}.ffn.fc1", f"{_OURS}/wi"),
-  *torch_names.dense(f"{_BLOCK}.ffn.fc2", f"{_OURS}/wo"),
-  *torch_names.dense("image_tensor_fc", "matching/image_fc"),
-  *torch_names.dense("text_tensor_fc", "matching/text_fc"),
-]
-
-# Public files of single towers: DeiT or an OpenAI CLIP archive, and a Hugging Face BERT.
-TOWERS: Mapping[str, Sequence[Entry]] = {
-  "image": [
-    *torch_names.timm_vit("", "image/deit"),
-    *torch_names.TIMM_REST,
-    *torch_names.clip_vit("visual", "image/clip"),
-    *torch_names.CLIP_REST,
-  ],
-  "text": [*torch_names.bert("bert.", "text"), *torch_names.BERT_REST],
-}
-
-
-# What passes through float16 on the way from an OpenAI CLIP file into the original.
-HALF_PATHS = (
-  r"^image/clip/(patch|proj)/kernel$",
-  r"^image/clip/blocks/(q|k|v|out|wi|wo)/(kernel|bias)$",
-)
-
-
-def optimizer_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
-  """Parameter names in the order of an optimizer file's ids; groups: sizes of its groups.
-
-  With two groups the image tower, which learns at a tenth of the rate, comes last.
-  """
-  if len(groups) == 1:
-    return list(names)
-  slow = [n for n in names if "image_model" in n and "tensor_fc" not in n]
-  return [n for n in names if n not in set(slow)] + slow
-
-
-def infer_config(
-  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-  """The model section of a config from the shapes of a state dict (TEAM spec, 7.3)."""
-  del scalars
-  deit, clip = "image_model.vit.", "image_model.vision_transformer."
-  kind = "deit" if deit + "pos_embed" in shapes else "clip"
-  need = {
-    "image_tensor_fc.weight": 2,
-    "text_model.projector.weight": 2,
-    "text_model.bert.embeddings.word_embeddings.weight": 2,
-    "text_model.bert.embeddings.position_embeddings.weight": 2,
-    "text_model.bert.encoder.layer.0.intermediate.dense.weight": 2,
-  }
-  if kind == "deit":
-    need |= {deit + "pos_embed": 3, deit + "patch_embed.proj.weight": 4}
-  else:
-    need |= {clip + "positional_embedding": 2, clip + "conv1.weight": 4}
-  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
-  if wrong:
-    what = models.describe_keys(shapes)
-    raise ConversionError(missing=[f"not a TEAM state dict ({what}); no {', '.join(wrong)}"])
-
-  if kind == "deit":
-    pos, patch_name, layer = deit + "pos_embed", deit + "patch_embed.proj.weight", r"blocks\.(\d+)"
-    rows, tower = shapes[pos][1], deit
-  else:
-    pos, patch_name = clip + "positional_embedding", clip + "conv1.weight"
-    rows, tower, layer = shapes[pos][0], clip, r"transformer\.resblocks\.(\d+)"
-  width, _, patch, _ = shapes[patch_name]
-  size = patch * torch_names.side(rows, pos)
-  count = lambda pattern: len(torch_names.distinct(pattern + r"\..*", shapes))
-  vocab, text_width = shapes["text_model.bert.embeddings.word_embeddings.weight"]
-  token_embed, dim = shapes["image_tensor_fc.weight"]
-  heads = lambda width: max(width // 64, 1)
-  return dict(
-    system="team",
-    embed=shapes["text_model.projector.weight"][0],
-    image=dict(
-      kind=kind,
-      size=size,
-      patch=patch,
-      width=width,
-      depth=count(re.escape(tower) + layer),
-      heads=heads(width),
-    ),
-    text=dict(
-      vocab=vocab,
-      context=shapes["text_model.bert.embeddings.position_embeddings.weight"][0],
-      width=text_width,
-      depth=count(r"text_model\.bert\.encoder\.layer\.(\d+)"),
-      heads=heads(text_width),
-      mlp=shapes["text_model.bert.encoder.layer.0.intermediate.dense.weight"][0],
-    ),
-    project_text="text_model.projector_token_embeds.weight" in shapes,
-    matching=dict(
-      depth=count(r"(?:team_block_list|cross_model)\.(\d+)"),
-      heads=heads(dim),
-      mlp_ratio=2,
-      embed=token_embed,
-    ),
-  )
-
-
-def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Image positions of another resolution are resized; everything else is left as it is."""
-  if path in ("image/deit/pos", "image/clip/pos") and value.shape != shape:
-    return positions.resize_table(value, shape[0])
-  return value

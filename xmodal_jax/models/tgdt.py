@@ -1,19 +1,16 @@
 """TGDT: token-guided dual transformer (Liu et al., 2023), on TERAN (Messina et al., 2021)."""
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from xmodal_jax import models
-from xmodal_jax.convert import ConversionError, Entry, Ignore, Rule, Tied
-from xmodal_jax.losses import local, ranking
-from xmodal_jax.models import bert, encoder, layers, system, torch_names
+from xmodal_jax.losses import local, triplet
+from xmodal_jax.models import base, layers
+from xmodal_jax.models.towers import bert, regions
 
 Array = jax.Array
 
@@ -80,7 +77,7 @@ OBJECTIVE = dict(
 WITHOUT_UPPER = dict(stage="lower", loss="alignment", first_stage="local")
 
 
-class TGDT(system.System):
+class TGDT(base.System):
   """Two transformers on regions and on words give tokens; small ones on these give vectors.
 
   batch: regions [B, R, F], boxes [B, R, 4] as shares of the picture, region_mask bool [B, R],
@@ -140,10 +137,10 @@ class TGDT(system.System):
       self.top_k_text = self.top_k_image = 0
       self.second_stage, self.stream = (), True
     kw = dict(dtype=dtype, rngs=rngs)
-    self.image, self.text = encoder.RegionTower(**image, **kw), bert.Bert(**text, **kw)
+    self.image, self.text = regions.RegionTower(**image, **kw), bert.Bert(**text, **kw)
     project = lambda width: layers.linear(width, embed, ("embed", None), **kw)
     self.image_proj, self.text_proj = project(image["features"]), project(text["width"])
-    stack = lambda section: encoder.Encoder(embed, **section, **kw)
+    stack = lambda section: regions.Encoder(embed, **section, **kw)
     self.text_lower = stack(lower)
     self.image_lower = nnx.data(None if shared else stack(lower))
     self.text_upper = nnx.data(stack(upper) if upper else None)
@@ -164,15 +161,15 @@ class TGDT(system.System):
     k_tower, k_local = _split(key)
     mask = batch["region_mask"]
     x = self.image(batch["regions"], batch["boxes"], mask, k_tower)
-    x = self.image_proj(layers.rows(x)).reshape(*x.shape[:2], -1)
+    x = self.image_proj(layers.flatten_leading(x)).reshape(*x.shape[:2], -1)
     stack = self.text_lower if self.image_lower is None else self.image_lower
-    return stack(x, encoder.with_first(mask), k_local)
+    return stack(x, regions.with_first(mask), k_local)
 
   def lower_text(self, batch, key: Array | None = None) -> Array:
     """[B, L, E], before any norm."""
     k_tower, k_local = _split(key)
     x = self.text(batch["text_ids"], batch["text_mask"], k_tower)
-    x = self.text_proj(layers.rows(x)).reshape(*x.shape[:2], -1)
+    x = self.text_proj(layers.flatten_leading(x)).reshape(*x.shape[:2], -1)
     return self.text_lower(x, batch["text_mask"], k_local)
 
   def _encode(self, batch, lower, upper, mask: Array, seen: Array, key: Array | None):
@@ -188,10 +185,10 @@ class TGDT(system.System):
     if upper is not None:
       y = jax.lax.stop_gradient(x) if apart else x
       y = upper(y, mask if self.option("mask_upper_stack") else seen, k_upper)
-      out["embed"] = system.l2_normalize(y[:, 0])
+      out["embed"] = base.l2_normalize(y[:, 0])
       of_upper = apart if key is not None else self.option("upper_tokens")
       tokens = y if of_upper else x
-    return system.l2_normalize(tokens, eps=1e-12), out
+    return base.l2_normalize(tokens, eps=1e-12), out
 
   def encode_image(self, batch, key=None):
     own = batch["region_mask"]
@@ -199,7 +196,7 @@ class TGDT(system.System):
     most = batch.get("most_regions", jnp.full(len(own), count.max()))
     seen = jnp.arange(own.shape[1]) < most[:, None]
     tokens, out = self._encode(
-      batch, self.lower_image, self.image_upper, *map(encoder.with_first, (own, seen)), key
+      batch, self.lower_image, self.image_upper, *map(regions.with_first, (own, seen)), key
     )
     slots = self.option("zero_slots")
     zero = count < (jnp.full(len(own), slots) if key is None else most * (slots > 0))
@@ -233,7 +230,7 @@ class TGDT(system.System):
   def score(self, images, texts):
     if self.option("first_stage") == "local":
       return self.local_scores(images, self.gathered(texts))
-    return ranking.MEASURES[self.option("measure")](images["embed"], texts["embed"])
+    return triplet.MEASURES[self.option("measure")](images["embed"], texts["embed"])
 
   def rerank(self, images, texts):
     """Local scores; with stage_mix 1 the global ones are added, as published."""
@@ -242,21 +239,21 @@ class TGDT(system.System):
     )
     return self.option("scale") * scores
 
-  def align(self, images, texts, batch, key):
+  def objective(self, images, texts, batch, key):
     del batch, key
     margin, reduce = self.option("margin"), self.option("reduce")
     total, metrics = 0.0, {}
     if self.option("loss") != "alignment":
-      measure = ranking.MEASURES[self.option("measure")]
+      measure = triplet.MEASURES[self.option("measure")]
       v, t = images["embed"], texts["embed"]
-      inter, _ = ranking.hinges(measure, v, t, margin, reduce, self.ring)
-      intra = ranking.intra(measure, v, t, self.option("intra_margin"), self.ring)
+      inter, _ = triplet.hinges(measure, v, t, margin, reduce, self.ring)
+      intra = triplet.intra(measure, v, t, self.option("intra_margin"), self.ring)
       total += inter + intra
       metrics |= {"loss_matching": inter + intra, "loss_inter": inter, "loss_intra": intra}
     if self.option("loss") != "matching":
       v, t = ({k: x[k] for k in ("tokens", "mask", "zero")} for x in (images, texts))
       t = t if self.ring else self.gathered(t)
-      alignment, _ = ranking.hinges(self.local_scores, v, t, margin, reduce, self.ring)
+      alignment, _ = triplet.hinges(self.local_scores, v, t, margin, reduce, self.ring)
       total += alignment
       metrics["loss_alignment"] = alignment
     return total, metrics
@@ -266,8 +263,8 @@ CHOICES = dict(
   stage=STAGES,
   loss=LOSSES,
   mode=local.MODES,
-  reduce=ranking.REDUCTIONS,
-  measure=tuple(ranking.MEASURES),
+  reduce=triplet.REDUCTIONS,
+  measure=tuple(triplet.MEASURES),
   first_stage=("global", "local"),
 )
 
@@ -290,121 +287,3 @@ def check_start(config: Mapping[str, Any]) -> str:
     "model.stage='upper' trains the upper stacks alone, and config.init is empty: the network "
     "below stays random. Train it first (stage 'lower'), and start from that workdir"
   )
-
-
-# --- PyTorch files ------------------------------------------------------------------------------
-
-_ALL, _BERT = "img_txt_enc.", "img_txt_enc.txt_enc.bert_model."
-
-
-def _stack(torch: str, ours: str) -> list[Rule]:
-  """torch.nn.TransformerEncoder."""
-  layer, blocks = f"{torch}.layers.{{layer}}", f"{ours}/blocks"
-  return [
-    *torch_names.attention(f"{layer}.self_attn", blocks),
-    *torch_names.dense(f"{layer}.linear1", f"{blocks}/wi"),
-    *torch_names.dense(f"{layer}.linear2", f"{blocks}/wo"),
-    *torch_names.norm(f"{layer}.norm1", f"{blocks}/ln_1"),
-    *torch_names.norm(f"{layer}.norm2", f"{blocks}/ln_2"),
-  ]
-
-
-_REGIONS = _ALL + "img_enc.pos_encoding_image.map"
-
-RULES: Sequence[Entry] = [
-  Ignore(_BERT + "embeddings.position_ids"),
-  *torch_names.bert(_BERT, "text"),
-  Tied(_ALL + "txt_enc.word_embeddings.weight", _BERT + "embeddings.word_embeddings.weight"),
-  # Heads whose results nothing reads.
-  *(
-    Ignore(name + ".*", parameter=True)
-    for name in (
-      *(_BERT + "pooler", _ALL + "txt_enc.map", _ALL + "img_enc.fc"),
-      *(_ALL + "text_agg_emb", _ALL + "img_agg_emb", "img_first_emb", "cap_first_emb"),
-    )
-  ),
-  *torch_names.dense(f"{_REGIONS}.0", "image/wi"),
-  *torch_names.dense(f"{_REGIONS}.2", "image/wo"),
-  *_stack(_ALL + "img_enc.transformer_encoder", "image/encoder"),
-  *torch_names.dense(_ALL + "img_proj", "image_proj"),
-  *torch_names.dense(_ALL + "cap_proj", "text_proj"),
-  *_stack(_ALL + "transformer_encoder_1", "text_lower"),
-  *_stack(_ALL + "transformer_encoder_2", "image_lower"),
-  *_stack(_ALL + "transformer_encoder_text", "text_upper"),
-  *_stack(_ALL + "transformer_encoder_img", "image_upper"),
-]
-
-# Public files of one tower: a Hugging Face BERT, of which the first layers are used.
-TOWERS: Mapping[str, Sequence[Entry]] = {
-  "text": [
-    *torch_names.bert("bert.", "text"),
-    *torch_names.BERT_REST,
-    Ignore("bert.encoder.layer.*", keep=False),  # layers above those in use
-  ],
-}
-
-# The optimizer's first group in its order; the second is the text tower.
-_GROUP = (
-  "img_enc.", "img_proj.", "cap_proj.", "transformer_encoder_1.", "transformer_encoder_2.",
-  "img_first_emb.", "cap_first_emb.", "text_agg_emb.", "img_agg_emb.", "transformer_encoder_text.",
-  "transformer_encoder_img.",
-)  # fmt: skip
-
-
-def optimizer_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
-  """Names in the order of the original's optimizer, from that of its state dict.
-
-  The text tower is the second group, and absent where it did not train.
-  """
-  bare = {name: name.removeprefix(_ALL) for name in names}
-  first = [n for prefix in _GROUP for n in names if bare[n].startswith(prefix)]
-  second = [n for n in names if bare[n].startswith("txt_enc.")]
-  return first if len(groups) == 1 else first + second
-
-
-def infer_config(
-  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-  """The model section of a config from the shapes of a state dict (TGDT spec, 7)."""
-  del scalars
-  tables = _BERT + "embeddings."
-  words, places = (tables + f"{x}_embeddings.weight" for x in ("word", "position"))
-  hidden = _BERT + "encoder.layer.0.intermediate.dense.weight"
-  box, joint = f"{_REGIONS}.2.weight", _ALL + "img_proj.weight"
-  inner = lambda stack: shapes.get(f"{stack}.layers.0.linear1.weight", (0,))[0]
-  need = {words: 2, places: 2, hidden: 2, box: 2, joint: 2}
-  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
-  if wrong:
-    what = models.describe_keys(shapes)
-    raise ConversionError(missing=[f"not a TGDT state dict ({what}); no {', '.join(wrong)}"])
-  count = lambda prefix: len(torch_names.distinct(re.escape(prefix) + r"(\d+)\..*", shapes))
-
-  def stack(name: str) -> dict[str, int]:
-    """The number of heads is in no file: every published stack has 4."""
-    name = _ALL + name
-    return dict(depth=count(f"{name}.layers."), heads=4, mlp=inner(name))
-
-  vocab, width = shapes[words]
-  upper = stack("transformer_encoder_text")
-  return dict(
-    system="tgdt",
-    embed=shapes[joint][0],
-    image=dict(features=shapes[box][0]) | stack("img_enc.transformer_encoder"),
-    text=dict(
-      vocab=vocab,
-      context=shapes[places][0],
-      width=width,
-      depth=count(_BERT + "encoder.layer."),
-      heads=max(width // 64, 1),
-      mlp=shapes[hidden][0],
-    ),
-    lower=stack("transformer_encoder_1"),
-    upper=upper if upper["depth"] else {},
-    shared=not count(_ALL + "transformer_encoder_2.layers."),
-  )
-
-
-def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Nothing is resized."""
-  del path, shape
-  return value

@@ -1,19 +1,16 @@
 """ZeroVL: contrastive pre-training with limited resources (Cui et al., 2022)."""
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from xmodal_jax import models, positions
-from xmodal_jax.convert import ConversionError, Entry, Ignore, Rule, linear
-from xmodal_jax.losses import contrastive, ranking
-from xmodal_jax.models import bert, layers, system, torch_names, vit
+from xmodal_jax.losses import contrastive, triplet
+from xmodal_jax.models import base, layers
+from xmodal_jax.models.towers import bert, vit
 
 Array = jax.Array
 
@@ -64,7 +61,7 @@ def preset(name: str) -> dict[str, Any]:
   )
 
 
-class ZeroVL(system.System):
+class ZeroVL(base.System):
   """timm ViT and BERT, each projected without bias, compared by cosine over a temperature.
 
   batch: image [B, S, S, 3], text_ids int [B, L], text_mask bool [B, L].
@@ -103,25 +100,25 @@ class ZeroVL(system.System):
     head = layers.linear(image["width"], classes, ("embed", None), rngs=rngs) if classes else None
     self.classifier = nnx.data(head)
     loss = dict(loss or {"name": "nce"})
-    self.objective = loss.pop("name")
-    if self.objective not in LOSSES:
-      raise ValueError(f"model.loss.name is {self.objective!r}; there are {', '.join(LOSSES)}")
-    known = LOSSES[self.objective]
+    self.loss_name = loss.pop("name")
+    if self.loss_name not in LOSSES:
+      raise ValueError(f"model.loss.name is {self.loss_name!r}; there are {', '.join(LOSSES)}")
+    known = LOSSES[self.loss_name]
     if unknown := loss.keys() - known.keys():
       options = ", ".join(known) or "none"
       raise ValueError(
-        f"model.loss.{min(unknown)} is no option of {self.objective}; it has {options}"
+        f"model.loss.{min(unknown)} is no option of {self.loss_name}; it has {options}"
       )
     self.options = tuple((known | loss).items())
     mixup = mixup or dict(beta=0.0, block=0)
     self.beta, self.block = mixup["beta"], mixup["block"]
-    if self.beta and self.objective != "nce":
+    if self.beta and self.loss_name != "nce":
       raise ValueError(f"model.mixup.beta is {self.beta}: mixup has targets with loss 'nce' only")
     self.fixed = None if learn_temperature else temperature
     scalar = lambda value: nnx.data(nnx.Param(jnp.float32(value), axes=()))
     self.temperature = scalar(temperature) if learn_temperature else nnx.data(None)
     self.logit_bias = (
-      scalar(contrastive.FIRST_BIAS) if self.objective == "sigmoid" else nnx.data(None)
+      scalar(contrastive.FIRST_BIAS) if self.loss_name == "sigmoid" else nnx.data(None)
     )
 
   def tau(self) -> Array:
@@ -186,15 +183,15 @@ class ZeroVL(system.System):
       weight = (batch["image_mix"] * batch["text_mix"])[0]  # one of them is 1
     return image, normalize(text), weight
 
-  def align(self, images, texts, batch, key):
+  def objective(self, images, texts, batch, key):
     del key
     image, text, mix = self.mixed(images, texts, batch)
     tau, options = self.tau(), dict(self.options)
-    if self.objective == "sigmoid":
+    if self.loss_name == "sigmoid":
       loss, metrics = contrastive.sigmoid(image, text, 1 / tau, self.logit_bias[...], self.ring)
       return loss, metrics | {"temperature": tau}
-    if self.objective == "triplet":
-      loss, _ = ranking.hinges(ranking.dot, image, text, **options, ring=self.ring)
+    if self.loss_name == "triplet":
+      loss, _ = triplet.hinges(triplet.dot, image, text, **options, ring=self.ring)
       return loss, {"temperature": tau}
     (i2t, of_i2t), (t2i, of_t2i) = contrastive.nce_of_both(
       image, text, tau, mix=mix, block=self.block, **options, ring=self.ring
@@ -226,88 +223,3 @@ def build(config: Mapping[str, Any], *, dtype=jnp.float32, rngs: nnx.Rngs) -> Ze
   """A ZeroVL from the model section of a config (see `preset`)."""
   config = {k: v for k, v in config.items() if k != "system"}
   return ZeroVL(**config, dtype=dtype, rngs=rngs)
-
-
-# --- PyTorch files ------------------------------------------------------------------------------
-
-_IMAGE, _TEXT = "image_encoder.model.model.", "text_encoder.model.model."
-
-RULES: Sequence[Entry] = [
-  *torch_names.timm_vit(_IMAGE, "image"),
-  Ignore(f"{_TEXT}embeddings.position_ids"),
-  # BERT built without pre-trained weights had a pooler, which nothing reads.
-  Ignore(f"{_TEXT}pooler.*", parameter=True),
-  *torch_names.bert(_TEXT, "text"),
-  Rule("image_projection.linear.weight", "image_proj/kernel", linear),
-  Rule("text_projection.linear.weight", "text_proj/kernel", linear),
-  # A constant temperature is in no file: a run that learns it begins at the published value.
-  Rule("loss.temperature", "temperature", default=TEMPERATURE),
-  Rule("loss.bias", "logit_bias", default=contrastive.FIRST_BIAS),
-  *torch_names.dense("classifier", "classifier"),
-]
-
-# Public files of single towers: timm's vit_base_patch16_224_in21k, and a Hugging Face BERT.
-TOWERS: Mapping[str, Sequence[Entry]] = {
-  "image": [*torch_names.timm_vit("", "image"), *torch_names.TIMM_REST],
-  "text": [*torch_names.bert("bert.", "text"), *torch_names.BERT_REST],
-}
-
-
-def infer_config(
-  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-  """The model section of a config from the shapes of a state dict (ZeroVL spec, 7).
-
-  Pixel statistics are in no file, so they are not among it: see PRESETS.
-  """
-  del scalars
-  pos, patch_name = _IMAGE + "pos_embed", _IMAGE + "patch_embed.proj.weight"
-  need = {pos: 3, patch_name: 4}
-  probe = "classifier.weight" in shapes
-  tables, hidden = _TEXT + "embeddings.", _TEXT + "encoder.layer.0.intermediate.dense.weight"
-  words, places = (tables + f"{x}_embeddings.weight" for x in ("word", "position"))
-  if not probe:
-    need |= {"image_projection.linear.weight": 2, "text_projection.linear.weight": 2}
-    need |= {words: 2, places: 2, hidden: 2}
-  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
-  if wrong:
-    what = models.describe_keys(shapes)
-    raise ConversionError(missing=[f"not a ZeroVL state dict ({what}); no {', '.join(wrong)}"])
-  others = [k for k in shapes if k.startswith((_IMAGE + "head.", _IMAGE + "pre_logits."))]
-  if others:
-    raise ConversionError(unknown=[f"{k}: of another program, ZeroVL has no head" for k in others])
-  width, _, patch, _ = shapes[patch_name]
-  count = lambda prefix: len(torch_names.distinct(re.escape(prefix) + r"(\d+)\..*", shapes))
-  heads = lambda width: max(width // 64, 1)
-  image = dict(
-    size=patch * torch_names.side(shapes[pos][1], pos),
-    patch=patch,
-    width=width,
-    depth=count(_IMAGE + "blocks."),
-    heads=heads(width),
-  )
-  if probe:
-    return dict(system="zerovl", image=image, classes=shapes["classifier.weight"][0])
-  vocab, text_width = shapes[words]
-  text = dict(
-    vocab=vocab,
-    context=shapes[places][0],
-    width=text_width,
-    depth=count(_TEXT + "encoder.layer."),
-    heads=heads(text_width),
-    mlp=shapes[hidden][0],
-  )
-  return dict(
-    system="zerovl",
-    embed=shapes["image_projection.linear.weight"][0],
-    image=image,
-    text=text,
-    learn_temperature="loss.temperature" in shapes,
-  )
-
-
-def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Image positions of another resolution are resized; everything else is left as it is."""
-  if path == "image/pos" and value.shape != shape:
-    return positions.resize_table(value, shape[0])
-  return value

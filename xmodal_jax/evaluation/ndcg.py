@@ -1,0 +1,208 @@
+"""Graded relevance of captions to pictures: NDCG by it, ROUGE-L, and its files (numpy only).
+
+Relevances are float32 [T, I]: how well caption t describes picture i, 0 to 1. Their files are these
+numbers alone, raw, little-endian and without a header, although they are called .npy: those that
+TERAN (Messina et al., TOMM 2021) distributes, for ROUGE-L and SPICE, can be read as they are.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from xmodal_jax.evaluation import metrics
+
+METHODS = ("rougeL", "spice")
+DEPTH = 25  # ranks that count in NDCG
+_ELEMENTS = 2**24  # of a matrix that are copied at a time
+
+# ROUGE-L: candidates written at a time, candidates compared at a time, references beside them.
+_ROWS, _LANES, _REFERENCES = 1024, 64, 1024
+_BETA = 1.2
+
+
+def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = DEPTH) -> np.ndarray:
+  """Normalised discounted cumulative gain of the first `depth` ranks of each query.
+
+  With r_k the relevance of the candidate of 0-based rank k, DCG = sum_k (2^r_k - 1) / log2(k + 2),
+  over that of the `depth` largest relevances; 0 where that is 0. Ties of the scores go to the lower
+  index. Carrara et al., "Picture it in your mind", Information Retrieval Journal 21, 2018.
+
+  Args:
+    scores: [Q, N], compared as float32. relevance: [Q, N]. Both may be transposed views; they are
+      copied in blocks.
+
+  Returns:
+    float64 [Q], 0 to 1.
+  """
+  if scores.shape != relevance.shape:
+    raise ValueError(f"scores {scores.shape} do not fit relevances {relevance.shape}")
+  depth = min(depth, scores.shape[1])
+  discount = 1 / np.log2(np.arange(2, depth + 2))
+  gain = lambda grades: (np.exp2(grades.astype(np.float64)) - 1) @ discount
+  out = np.empty(len(scores))
+  size = max(1, _ELEMENTS // scores.shape[1])
+  for start in range(0, len(scores), size):
+    block = np.ascontiguousarray(scores[start : start + size], np.float32)
+    grades = np.ascontiguousarray(relevance[start : start + size], np.float32)
+    first = metrics.top(block, depth)  # by position
+    order = np.argsort(-np.take_along_axis(block, first, 1), axis=1, kind="stable")
+    reached = gain(np.take_along_axis(grades, np.take_along_axis(first, order, 1), 1))
+    largest = np.partition(grades, grades.shape[1] - depth, axis=1)[:, -depth:]
+    ideal = gain(np.sort(largest, axis=1)[:, ::-1])
+    out[start : start + size] = np.where(ideal > 0, reached / np.where(ideal > 0, ideal, 1), 0)
+  return out
+
+
+def means(
+  method: str, i2t: np.ndarray, t2i: np.ndarray, *, published: bool = False
+) -> dict[str, float]:
+  """Means of the NDCG [Q] of both directions, as {i2t,t2i}_ndcg_METHOD, and their sum, ndcg_METHOD.
+
+  published: of image to text only over values that are not 0, as the program of TGDT has it.
+  """
+  if published:
+    i2t = i2t[i2t > 0] if i2t.any() else i2t
+  one, two = float(np.mean(i2t)), float(np.mean(t2i))
+  return {f"i2t_ndcg_{method}": one, f"t2i_ndcg_{method}": two, f"ndcg_{method}": one + two}
+
+
+def rouge_l(captions: Sequence[Sequence[str]]) -> np.ndarray:
+  """float32 [T, I]: ROUGE-L of every caption against the captions of every picture, its own too.
+
+  captions: [I] those of each picture, at least one. Captions are lower-cased and split at single
+  spaces. With L the length of the longest common subsequence of words of caption c and reference
+  r, P = max_r L / |c|, R = max_r L / |r| (maxima on their own), and the relevance is
+  (1 + b^2) P R / (R + b^2 P), b = 1.2; 0 where nothing is common. Lin, "ROUGE", ACL 2004.
+  """
+  return np.concatenate(list(rouge_l_rows(captions)))
+
+
+def rouge_l_rows(captions: Sequence[Sequence[str]]) -> Iterator[np.ndarray]:
+  """`rouge_l` in blocks of rows, one after another: memory is that of a block.
+
+  Longest common subsequences are computed with a bit per word of a candidate (Hyyro, "Bit-parallel
+  LCS-length computation revisited", 2004), in integers no wider than needed, for 64 candidates and
+  1024 references of like length at a time: numpy's loops then run along SIMD lanes.
+  """
+  counts = np.array([len(c) for c in captions])
+  if not counts.size or not counts.all():
+    raise ValueError(f"{np.count_nonzero(counts == 0)} of {len(counts)} pictures have no caption")
+  words = [caption.lower().split(" ") for own in captions for caption in own]
+  numbers: dict[str, int] = {}
+  ids = [[numbers.setdefault(word, len(numbers)) for word in caption] for caption in words]
+  lengths = np.array([len(caption) for caption in ids])
+  first = np.cumsum(counts) - counts  # of each picture's captions
+  references = list(_by_length(ids, lengths))
+  for start in range(0, len(ids), _ROWS):
+    size = min(_ROWS, len(ids) - start)
+    out = np.empty((size, len(counts)), np.float32)
+    order = start + np.argsort(lengths[start : start + size], kind="stable")
+    for group in np.split(order, range(_LANES, size, _LANES)):
+      common = _common([ids[i] for i in group], references, len(numbers), len(ids))  # [T, C]
+      precision = np.maximum.reduceat(common, first, axis=0) / lengths[group]  # [I, C]
+      recall = np.maximum.reduceat(common / lengths[:, None], first, axis=0)
+      score = (1 + _BETA**2) * precision * recall
+      score /= np.where(score > 0, recall + _BETA**2 * precision, 1)
+      out[group - start] = score.T
+    yield out
+
+
+def _by_length(ids: list[list[int]], lengths: np.ndarray) -> Iterator[tuple]:
+  """Blocks of captions of like length, longest first: (their numbers [r], ids [L, r], how many of
+  them have a word at each of the L places)."""
+  order = np.argsort(-lengths, kind="stable")
+  for start in range(0, len(order), _REFERENCES):
+    block = order[start : start + _REFERENCES]
+    padded = np.zeros((lengths[block[0]], len(block)), np.intp)
+    for column, i in enumerate(block):
+      padded[: lengths[i], column] = ids[i]
+    yield block, padded, (lengths[block] > np.arange(len(padded))[:, None]).sum(1)
+
+
+def _common(
+  candidates: list[list[int]], references: list[tuple], vocab: int, total: int
+) -> np.ndarray:
+  """Unsigned [T, C]: length of the longest common subsequence of each reference and candidate."""
+  longest = max(map(len, candidates))
+  bits = next((b for b in (8, 16, 32) if longest <= b), 64)
+  limbs, dtype = -(-longest // bits), np.dtype(f"u{bits // 8}")
+  table = np.zeros((limbs, vocab, len(candidates)), dtype)  # where each word stands
+  for lane, candidate in enumerate(candidates):
+    for place, word in enumerate(candidate):
+      table[place // bits, word, lane] |= dtype.type(1 << place % bits)
+  out = np.empty((total, len(candidates)), np.uint8 if longest < 256 else np.uint32)
+  for numbers, ids, active in references:
+    rest = np.full((limbs, len(numbers), len(candidates)), np.iinfo(dtype).max, dtype)
+    for row, n in zip(ids, active, strict=True):
+      carry = False
+      for limb in range(limbs):  # one, but for captions of more than 64 words
+        old = rest[limb, :n]
+        hit = table[limb].take(row[:n], 0, mode="clip")
+        hit &= old
+        new = old + hit
+        if limbs > 1:
+          over = new < hit
+          new += carry
+          carry = over | (new < carry)
+        old ^= hit
+        old |= new
+    out[numbers] = np.bitwise_count(~rest).sum(0, out.dtype)
+  return out
+
+
+def find(directory: Any, split: str, method: str) -> Any | None:
+  """The file NAME-SPLIT-METHOD.npy of a folder (a pathlib or epath path); None where there is none.
+
+  Raises ValueError where there are several, FileNotFoundError where there is no such folder.
+  """
+  if not directory.is_dir():
+    raise FileNotFoundError(
+      f"{directory}: no such folder; expected one with *-{split}-{method}.npy"
+    )
+  found = sorted(directory.glob(f"*-{split}-{method}.npy"))
+  if len(found) > 1:
+    listing = ", ".join(path.name for path in found)
+    raise ValueError(f"{directory} has relevances of several data sets ({listing}); keep one")
+  return found[0] if found else None
+
+
+def read(path: Any, captions: int, images: int) -> np.ndarray:
+  """float32 [T, I] of a file (an epath path), in the order of the split; mapped if it is local.
+
+  Raises ValueError where the size is another, and where values are not those of relevances: files
+  of SPICE mark with -1 what has not been computed.
+  """
+  expected, size = 4 * captions * images, path.stat().length
+  if size != expected:
+    raise ValueError(
+      f"{path} has {size} bytes; {captions} captions x {images} pictures of the split need "
+      f"{expected}: raw float32 without a header, a row per caption"
+    )
+  if "://" in str(path):
+    values = np.frombuffer(path.read_bytes(), "<f4").reshape(captions, images)
+  else:
+    values = np.memmap(path, "<f4", "r", shape=(captions, images))
+  size = max(1, _ELEMENTS // images)
+  bad = absent = 0
+  for start in range(0, captions, size):
+    block = values[start : start + size]
+    absent += np.count_nonzero(block == -1)
+    bad += block.size - np.count_nonzero((block >= 0) & (block < np.inf))
+  if bad:
+    raise ValueError(
+      f"{path}: {bad} of {values.size} relevances are negative or not finite, {absent} of them -1, "
+      "which stands for not computed; use a complete file"
+    )
+  return values
+
+
+def write(path: Any, rows: Iterator[np.ndarray]) -> None:
+  """Writes blocks of rows [n, I] as such a file (an epath path); a reader sees none or all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+  with temporary.open("wb") as f:
+    for block in rows:
+      f.write(block.astype("<f4", copy=False).tobytes())
+  temporary.replace(path)

@@ -1,0 +1,181 @@
+"""Adam moments out of a PyTorch optimizer file, to go on with a run that PyTorch began."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+
+from xmodal_jax.interop import conversion, tables, torch_files
+from xmodal_jax.interop.conversion import path_of
+from xmodal_jax.interop.local import local_copy
+
+_WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_states")
+_ORDERED = ("zip", "legacy", "tar")  # formats that keep a state dict's order
+Groups = list[dict[str, Any]]
+
+
+def optim_state(
+  file: str | os.PathLike,
+  names: Sequence[str] | Callable[[list[int]], Sequence[str]],
+  rules: Sequence[conversion.Entry],
+  fresh: optax.OptState,
+  *,
+  allow_missing: bool = False,
+) -> tuple[optax.OptState, int]:
+  """The moments of a PyTorch Adam, AdamW or apex FusedLAMB in an optax state; and their step.
+
+  file: what torch.save wrote of an optimizer's state_dict, also inside of a training checkpoint.
+  names: torch names of the optimizer's parameters in the order of its groups, or a function of the
+  groups' sizes that gives them; names that `rules` ignore are passed over. fresh: tx.init(params)
+  or its shapes, with one scale_by_adam in it. The state that comes back is like it: float32 host
+  arrays for the moments, and the file's step for every count.
+
+  allow_missing: zeros for parameters that have no moments in the file, because they never had a
+  gradient. ConversionError lists all missing, unknown and misshapen ones; ValueError says what
+  else the file has that optax cannot express.
+  """
+  state, groups = _find(torch_files.read(file), file)
+  ids = [i for group in groups for i in group["params"]]
+  if callable(names):
+    names = names([len(group["params"]) for group in groups])
+  if len(ids) != len(names):  # nothing says then which is which
+    raise ValueError(
+      f"{file}: an optimizer of {len(ids)} parameters, in groups of "
+      f"{[len(group['params']) for group in groups]}, for a model of {len(names)}"
+    )
+  entries = {name: state[i] for name, i in zip(names, ids, strict=True) if i in state}
+  entries |= {f"state {i}, in no group": state[i] for i in state.keys() - set(ids)}
+  if any("max_exp_avg_sq" in entry for entry in entries.values()):
+    raise ValueError(f"{file}: an amsgrad optimizer, which optim has no form of")
+  step = _step(entries, groups, file)
+
+  adam = [x for x in jax.tree.leaves(fresh, is_leaf=_is_adam) if _is_adam(x)]
+  if len(adam) != 1:
+    raise ValueError(f"an optax state with {len(adam)} scale_by_adam in it; there has to be one")
+  leaves, tree = jax.tree_util.tree_flatten_with_path(adam[0].mu)
+  shapes = {path_of(k): x for k, x in leaves}
+  idle = [name for name in names if name not in entries] if allow_missing else []
+  zeros = _zeros(idle, rules, shapes)
+  # A default is of a parameter, not of its moments.
+  rules = [
+    dataclasses.replace(r, default=None) if isinstance(r, conversion.Rule) else r for r in rules
+  ]
+  moments = []
+  for key in ("exp_avg", "exp_avg_sq"):
+    # Moments have the layout of their parameter, so the parameter's rule moves them.
+    have = {name: entry[key] for name, entry in entries.items() if key in entry}
+    try:
+      flat, _ = conversion.to_jax(have | zeros, rules, shapes)
+    except conversion.ConversionError as e:
+      e.args = (f"{os.fspath(file)}, {key} by parameter names: {e}",)
+      raise
+    moments.append(jax.tree.unflatten(tree, [np.asarray(flat[p], np.float32) for p in shapes]))
+  mu, nu = moments
+
+  def fill(x):
+    if not _is_counter(x):
+      return x
+    return x._replace(count=np.int32(step), **(dict(mu=mu, nu=nu) if _is_adam(x) else {}))
+
+  return jax.tree.map(fill, fresh, is_leaf=_is_counter), step
+
+
+def for_init(
+  init: str,
+  init_optimizer: str,
+  system: str,
+  params: Mapping[str, Any],
+  tx: optax.GradientTransformation,
+) -> tuple[optax.OptState, int]:
+  """config.init_optimizer as (optax state on the host, step), for the parameters of config.init.
+
+  params: nested dict, shapes suffice. The file of config.init gives the order of the names; a
+  system whose optimizer has another order defines `optimizer_names(names, groups)`, groups being
+  the numbers of parameters in the optimizer's groups. Raises ValueError where config.init is no
+  file that torch.save wrote, and what `optim_state` raises.
+  """
+  need = "config.init_optimizer goes on with the run that saved it"
+  if not init:
+    raise ValueError(f"{need}: set config.init to the PyTorch file of its parameters")
+  if epath.Path(init).expanduser().is_dir():
+    raise ValueError(
+      f"{need}: config.init has to be the PyTorch file of its parameters, but {init} is a "
+      "directory. To go on in a workdir of ours, give it as --workdir and leave both empty"
+    )
+  module = tables.rule_table(system)
+  shapes = {path_of(k): x.shape for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+  paths = [epath.Path(source).expanduser() for source in (init, init_optimizer)]
+  for path in paths:
+    if not path.exists():
+      raise ValueError(f"{path} does not exist")
+  with local_copy(paths[0]) as file, local_copy(paths[1]) as optimizer_file:
+    state, info = torch_files.state_dict(file)
+    if info["format"] not in _ORDERED:
+      raise ValueError(
+        f"{need}: config.init is a {info['format']} file, which does not tell the order of the "
+        "optimizer's parameters; use the file that torch.save wrote"
+      )
+    names = conversion.parameter_names(module.RULES, shapes, state)  # without buffers
+    reorder = getattr(module, "optimizer_names", lambda names, groups: names)
+    opt_state, step = optim_state(
+      optimizer_file,
+      lambda groups: reorder(names, groups),
+      module.RULES,
+      jax.eval_shape(tx.init, params),
+      allow_missing=True,
+    )
+  logging.info("optimizer state of step %d from %s", step, init_optimizer)
+  return opt_state, step
+
+
+def _find(tree: Any, file: str | os.PathLike) -> tuple[dict[Any, dict[str, Any]], Groups]:
+  """(state by id, groups) of an optimizer's state_dict, also out of a training checkpoint."""
+  key = next((k for k in _WRAPPERS if isinstance(tree, Mapping) and k in tree), None)
+  tree = tree if key is None else tree[key]
+  if isinstance(tree, list) and len(tree) == 1:
+    tree = tree[0]
+  if not isinstance(tree, Mapping) or not {"state", "param_groups"} <= tree.keys():
+    raise ValueError(
+      f"{file}: no optimizer state. Expected the state_dict of a PyTorch optimizer (state, "
+      f"param_groups), or a checkpoint with it under one of {', '.join(_WRAPPERS)}"
+    )
+  return tree["state"], tree["param_groups"]
+
+
+def _step(entries: Mapping[str, Mapping[str, Any]], groups: Groups, file: Any) -> int:
+  """The number of steps taken: apex keeps it by group, PyTorch by parameter."""
+  found = [g["step"] for g in groups if "step" in g]
+  found += [entry["step"] for entry in entries.values() if "step" in entry]
+  values = {int(x.read() if isinstance(x, torch_files.TensorRef) else x) for x in found}
+  if len(values) != 1:
+    what = f"steps {sorted(values)[:10]}" if values else "no step"
+    raise ValueError(f"{file}: {what}; all parameters have to be at the same step")
+  return values.pop()
+
+
+def _zeros(
+  names: Sequence[str], rules: Sequence[conversion.Entry], shapes: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """Zeros for those of the torch tensors `names` that are of the model; they are logged."""
+  if not names:
+    return {}
+  blank = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in shapes.items()}
+  state = conversion.to_torch(blank, rules)
+  out = {name: state[name].make() for name in names if name in state}
+  if out:
+    logging.warning("no optimizer state, so zeros, for %d: %s", len(out), ", ".join(out))
+  return out
+
+
+def _is_adam(x: Any) -> bool:
+  return isinstance(x, optax.ScaleByAdamState)
+
+
+def _is_counter(x: Any) -> bool:
+  return isinstance(x, optax.ScaleByAdamState | optax.ScaleByScheduleState)

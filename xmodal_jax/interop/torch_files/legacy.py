@@ -1,0 +1,144 @@
+"""The two formats in which torch.save wrote before it wrote zips (torch 1.6)."""
+
+import re
+import struct
+from typing import Any
+
+import numpy as np
+
+from xmodal_jax.interop.torch_files import names, pickles
+from xmodal_jax.interop.torch_files.tensor import (
+  FileFormatError,
+  Source,
+  Storage,
+  TensorRef,
+  UnsafeFileError,
+)
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+def read_magic(source: Source) -> Any:
+  """The format of torch 0.2 to 1.5: five pickles, then the storages. Also names bare pickles."""
+  data = source.map()
+  first = pickles.Unpickler(data)
+  try:
+    magic = first.load()
+  except UnsafeFileError:
+    raise
+  except FileFormatError as e:
+    raise FileFormatError("neither a PyTorch nor a safetensors file, or a damaged one") from e
+  if type(magic) is not int or magic != _MAGIC:
+    raise FileFormatError("a bare pickle (pickle.dump), not a file of torch.save: not read")
+  protocol, system = first.load(), first.load()
+  if protocol != 1001 or not isinstance(system, dict) or not system.get("little_endian", True):
+    raise FileFormatError("a legacy file of an unknown protocol or a big-endian machine")
+  storages: dict[str, tuple[Storage, np.dtype]] = {}
+  views: list[tuple[Storage, Storage, int]] = []
+
+  def persistent(pid):
+    if pid[0] == "module":
+      return pid[1]
+    kind, cls, key, _, numel, view = pid
+    dtype = names.storage_dtype(cls)
+    if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
+      raise FileFormatError("a persistent id that is no storage")
+    if key not in storages:
+      storage = Storage(None, 0, numel * dtype.itemsize)
+      storage.limit = max(storage.limit, source.size)
+      storages[key] = storage, dtype
+    root, _ = storages[key]
+    if numel * dtype.itemsize > root.nbytes:
+      raise FileFormatError(f"storage {key[:40]!r} with two sizes")
+    if view is None:
+      return root, dtype
+    _, offset, size = view
+    part = Storage(None, 0, size * dtype.itemsize)
+    part.limit = root.limit
+    if not 0 <= offset * dtype.itemsize <= root.nbytes - part.nbytes:
+      raise FileFormatError("a view that ends outside of its storage")
+    views.append((part, root, offset * dtype.itemsize))
+    return part, dtype
+
+  pickled = pickles.Unpickler(data, first.pos, persistent)
+  tree = pickled.load()
+  pickled = pickles.Unpickler(data, pickled.pos)
+  keys, pos = pickled.load(), pickled.pos
+  if type(keys) is not list or not all(type(k) is str and k in storages for k in keys):
+    raise FileFormatError("a list of storages that does not fit its tensors")
+  for key in keys:
+    storage, dtype = storages.pop(key)
+    (numel,) = struct.unpack("<q", source.read(pos, 8))
+    if numel * dtype.itemsize != storage.nbytes:
+      raise FileFormatError(f"storage {key[:40]!r} has {numel} elements, its tensors say otherwise")
+    storage.place(source, pos + 8)
+    pos += 8 + storage.nbytes
+  if storages:
+    raise FileFormatError(f"{len(storages)} storages are missing")
+  for part, root, offset in views:
+    part.place(source, root.offset + offset)
+  return tree
+
+
+def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
+  """Name -> (offset, size) of plain members. tarfile does more, and has hung on damaged headers."""
+  members, pos = {}, 0
+  while any(header := source.read(pos, 512)):
+    digits = [header[i:j].strip(b" \0") for i, j in ((124, 136), (148, 156))]
+    if not all(re.fullmatch(rb"[0-7]+", d) for d in digits):
+      raise FileFormatError("a damaged tar header")
+    size, checksum = (int(d, 8) for d in digits)
+    if checksum != sum(header) - sum(header[148:156]) + 8 * 32:
+      raise FileFormatError("a damaged tar header (checksum)")
+    if header[156:157] in b"0\0":
+      members[header[:100].rstrip(b"\0").decode("latin1").removeprefix("./")] = pos + 512, size
+    pos += 512 + -(-size // 512) * 512
+  return members
+
+
+def read_tar(source: Source) -> Any:
+  """The format before: a tar of storages, tensors and the pickle."""
+  members, data = _tar_members(source), source.map()
+  if not {"storages", "tensors", "pickle"} <= set(members):
+    raise FileFormatError("a tar archive, but not one of torch.save")
+  typed: dict[Any, tuple[Storage, np.dtype]] = {}
+  tensors: dict[int, TensorRef] = {}
+
+  def load(pos, persistent=None):
+    reader = pickles.Unpickler(data, pos, persistent)
+    return reader.load(), reader.pos
+
+  def persistent(pid):
+    return pid[0] if type(pid) is tuple else tensors[int(pid)]
+
+  try:
+    count, pos = load(members["storages"][0])
+    for _ in range(count):
+      (key, _, cls), pos = load(pos)
+      dtype = names.storage_dtype(cls)
+      (numel,) = struct.unpack("<q", source.read(pos, 8))
+      storage = Storage(source, 0, numel * dtype.itemsize)
+      storage.place(source, pos + 8)
+      typed[key], pos = (storage, dtype), pos + 8 + storage.nbytes
+    views, pos = load(pos)
+    for target, root, offset, numel in views:
+      storage, dtype = typed[root]
+      part = Storage(source, 0, numel * dtype.itemsize)
+      if not 0 <= offset * dtype.itemsize <= storage.nbytes - part.nbytes:
+        raise FileFormatError("a view that ends outside of its storage")
+      part.place(source, storage.offset + offset * dtype.itemsize)
+      typed[target] = part, dtype
+    count, pos = load(members["tensors"][0])
+    for _ in range(count):
+      (key, storage_key, _), pos = load(pos)
+      (ndim,) = struct.unpack("<i", source.read(pos, 4))
+      numbers = struct.unpack(f"<{2 * ndim + 1}q", source.read(pos + 8, 16 * ndim + 8))
+      storage, dtype = typed[storage_key]
+      shape, stride, offset = numbers[:ndim], numbers[ndim:-1], numbers[-1]
+      tensors[key] = TensorRef(storage, offset, shape, stride, dtype)
+      pos += 16 * ndim + 16
+    return load(members["pickle"][0], persistent)[0]
+  except (TypeError, ValueError, KeyError, struct.error, OverflowError) as e:
+    if isinstance(e, FileFormatError):
+      raise
+    raise FileFormatError(f"damaged tar archive of torch.save: {str(e)[:100]}") from e

@@ -1,0 +1,257 @@
+"""Rule tables of the towers: the names and layouts of public PyTorch files, under any prefix."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xmodal_jax.interop.conversion import (
+  Alias,
+  Constant,
+  ConversionError,
+  Entry,
+  Ignore,
+  Rule,
+  conv,
+  linear,
+  same,
+  split,
+  squeeze,
+)
+from xmodal_jax.models.layers import positions
+
+
+def norm(torch: str, ours: str, first: int = 0) -> list[Rule]:
+  """LayerNorm."""
+  return [
+    Rule(f"{torch}.weight", f"{ours}/scale", first=first),
+    Rule(f"{torch}.bias", f"{ours}/bias", first=first),
+  ]
+
+
+def batch_norm(torch: str, ours: str, first: int = 0) -> list[Rule]:
+  names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+  return [Rule(f"{torch}.{a}", f"{ours}/{b}", first=first) for a, b in names.items()]
+
+
+def dense(torch: str, ours: str) -> list[Rule]:
+  return [
+    Rule(f"{torch}.weight", f"{ours}/kernel", linear),
+    Rule(f"{torch}.bias", f"{ours}/bias"),
+  ]
+
+
+def fused(weight: str, bias: str, ours: str) -> list[Rule]:
+  """One matrix for query, key and value, in this order of rows; `ours` is what holds q, k, v."""
+  paths = lambda name: tuple(f"{ours}/{x}/{name}" for x in "qkv")
+  return [
+    Rule(weight, paths("kernel"), split(3, linear)),
+    Rule(bias, paths("bias"), split(3)),
+  ]
+
+
+def attention(torch: str, ours: str) -> list[Rule]:
+  """torch.nn.MultiheadAttention."""
+  return [
+    *fused(f"{torch}.in_proj_weight", f"{torch}.in_proj_bias", ours),
+    *dense(f"{torch}.out_proj", f"{ours}/out"),
+  ]
+
+
+def clip_blocks(torch: str, ours: str) -> list[Rule]:
+  """OpenAI CLIP's `transformer`."""
+  block, blocks = f"{torch}.resblocks.{{layer}}", f"{ours}/blocks"
+  return [
+    *attention(f"{block}.attn", blocks),
+    *norm(f"{block}.ln_1", f"{blocks}/ln_1"),
+    *norm(f"{block}.ln_2", f"{blocks}/ln_2"),
+    *dense(f"{block}.mlp.c_fc", f"{blocks}/wi"),
+    *dense(f"{block}.mlp.c_proj", f"{blocks}/wo"),
+  ]
+
+
+def clip_vit(torch: str, ours: str) -> list[Rule]:
+  """OpenAI CLIP's `visual`, where it is a ViT."""
+  return [
+    Rule(f"{torch}.conv1.weight", f"{ours}/patch/kernel", conv),
+    Rule(f"{torch}.class_embedding", f"{ours}/cls"),
+    Rule(f"{torch}.positional_embedding", f"{ours}/pos"),
+    Rule(f"{torch}.proj", f"{ours}/proj/kernel", same),  # already [in, out]
+    *norm(f"{torch}.ln_pre", f"{ours}/ln_pre"),
+    *norm(f"{torch}.ln_post", f"{ours}/ln_post"),
+    *clip_blocks(f"{torch}.transformer", ours),
+  ]
+
+
+def timm_vit(torch: str, ours: str) -> list[Rule]:
+  """timm's and DeiT's VisionTransformer. torch: a prefix with its dot, "" for a bare file."""
+  block, blocks = f"{torch}blocks.{{layer}}", f"{ours}/blocks"
+  return [
+    Rule(f"{torch}cls_token", f"{ours}/cls", squeeze(0, 1)),
+    Rule(f"{torch}pos_embed", f"{ours}/pos", squeeze(0)),
+    Rule(f"{torch}patch_embed.proj.weight", f"{ours}/patch/kernel", conv),
+    Rule(f"{torch}patch_embed.proj.bias", f"{ours}/patch/bias"),
+    *norm(f"{block}.norm1", f"{blocks}/ln_1"),
+    *fused(f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias", blocks),
+    *dense(f"{block}.attn.proj", f"{blocks}/out"),
+    *norm(f"{block}.norm2", f"{blocks}/ln_2"),
+    *dense(f"{block}.mlp.fc1", f"{blocks}/wi"),
+    *dense(f"{block}.mlp.fc2", f"{blocks}/wo"),
+    *norm(f"{torch}norm", f"{ours}/ln_post"),
+  ]
+
+
+def bert(torch: str, ours: str) -> list[Rule]:
+  """Hugging Face's BertModel without pooler. torch: a prefix with its dot, "" for a bare file."""
+  table, layer, blocks = f"{torch}embeddings", f"{torch}encoder.layer.{{layer}}", f"{ours}/blocks"
+  return [
+    Rule(f"{table}.word_embeddings.weight", f"{ours}/word/embedding"),
+    Rule(f"{table}.position_embeddings.weight", f"{ours}/pos"),
+    Rule(f"{table}.token_type_embeddings.weight", f"{ours}/type"),
+    *norm(f"{table}.LayerNorm", f"{ours}/ln"),
+    *dense(f"{layer}.attention.self.query", f"{blocks}/q"),
+    *dense(f"{layer}.attention.self.key", f"{blocks}/k"),
+    *dense(f"{layer}.attention.self.value", f"{blocks}/v"),
+    *dense(f"{layer}.attention.output.dense", f"{blocks}/out"),
+    *norm(f"{layer}.attention.output.LayerNorm", f"{blocks}/ln_1"),
+    *dense(f"{layer}.intermediate.dense", f"{blocks}/wi"),
+    *dense(f"{layer}.output.dense", f"{blocks}/wo"),
+    *norm(f"{layer}.output.LayerNorm", f"{blocks}/ln_2"),
+  ]
+
+
+def swin(torch: str, ours: str) -> list[Entry]:
+  """Swin Transformer as Microsoft and timm 0.4.12 have it. torch: a prefix with its dot, "" for a
+  bare file.
+
+  Bare files are of classifiers, which normalise the last stage only: the norms of the others start
+  as they do in training. Index and mask buffers have to be what the tables say.
+  """
+  layer, stage = f"{torch}layers.{{stage}}", f"{ours}/stages/{{stage}}"
+  block, blocks = f"{layer}.blocks.{{layer}}", f"{stage}/blocks"
+  table = f"{block}.attn.relative_position_bias_table"
+  level = lambda name, path, default: [
+    Rule(
+      f"{torch}norm_{i}.{name}",
+      f"{ours}/norms/{i}/{path}",
+      default=default,
+      default_beside=r"patch_embed\..*",
+    )
+    for i in range(3)
+  ]
+  return [
+    Rule(f"{torch}patch_embed.proj.weight", f"{ours}/patch/kernel", conv),
+    Rule(f"{torch}patch_embed.proj.bias", f"{ours}/patch/bias"),
+    *norm(f"{torch}patch_embed.norm", f"{ours}/patch_ln"),
+    *norm(f"{block}.norm1", f"{blocks}/ln_1"),
+    Rule(table, f"{blocks}/table"),
+    Constant(f"{block}.attn.relative_position_index", table, _window_index),
+    Constant(f"{block}.attn_mask", table, _window_mask),
+    *fused(f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias", blocks),
+    *dense(f"{block}.attn.proj", f"{blocks}/out"),
+    *norm(f"{block}.norm2", f"{blocks}/ln_2"),
+    *dense(f"{block}.mlp.fc1", f"{blocks}/wi"),
+    *dense(f"{block}.mlp.fc2", f"{blocks}/wo"),
+    Rule(f"{layer}.downsample.reduction.weight", f"{stage}/merge/reduction/kernel", linear),
+    *norm(f"{layer}.downsample.norm", f"{stage}/merge/ln"),
+    *level("weight", "scale", 1.0),
+    *level("bias", "bias", 0.0),
+    *norm(f"{torch}norm", f"{ours}/norms/3"),
+  ]
+
+
+def window_of(rows: int) -> int:
+  """w of a table of (2w-1)^2 rows; 0 for another number of rows."""
+  side = math.isqrt(rows)
+  return (side + 1) // 2 if side * side == rows and side % 2 else 0
+
+
+def _window_index(shape: tuple[int, ...], stage: int, layer: int) -> np.ndarray | None:
+  del stage, layer
+  window = window_of(shape[0])
+  return positions.relative_index(window) if window else None
+
+
+def _window_mask(shape: tuple[int, ...], stage: int, layer: int) -> np.ndarray | None:
+  """Every second block has one, where the grid is of several windows: at the sizes of all
+  published files, 32 windows of pixels, it is of 8, 4, 2 and 1 along a side."""
+  window, along = window_of(shape[0]), 8 >> stage
+  return positions.shift_mask(along * window, window) if window > 1 < along and layer % 2 else None
+
+
+# What stands in public files of one tower beside the tower, and is of no use here.
+CLIP_REST: list[Entry] = [
+  Ignore(name, keep=False)
+  for name in (
+    *("logit_scale", "input_resolution", "context_length", "vocab_size", "positional_embedding"),
+    *("text_projection", "token_embedding.weight", "ln_final.*", "transformer.*"),
+  )
+]
+TIMM_REST: list[Entry] = [Ignore(name, keep=False) for name in ("head.*", "pre_logits.*")]
+SWIN_REST: list[Entry] = [Ignore("head.*", keep=False)]
+BERT_REST: list[Entry] = [
+  # Files with a language model's head have the prefix; the oldest have TensorFlow's LayerNorms.
+  Alias(r"^(?=embeddings\.|encoder\.|pooler\.)", "bert."),
+  Alias(r"LayerNorm\.gamma$", "LayerNorm.weight"),
+  Alias(r"LayerNorm\.beta$", "LayerNorm.bias"),
+  *(Ignore(f"{n}.*", keep=False) for n in ("cls", "bert.pooler")),
+  Ignore("bert.embeddings.position_ids", keep=False),
+]
+
+
+def distinct(pattern: str, names: Iterable[str]) -> set[str]:
+  """The first groups of the names that match a whole pattern: numbers of layers."""
+  return {m[1] for name in names if (m := re.fullmatch(pattern, name))}
+
+
+def side(rows: int, name: str) -> int:
+  """Side of the square grid of a position table that also has a row for one more token."""
+  out = math.isqrt(max(rows - 1, 0))
+  if out * out != rows - 1 or not out:
+    raise ConversionError(misshapen=[f"{name}: {rows} rows are no square and one more"])
+  return out
+
+
+def swin_config(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> dict[str, Any]:
+  """Arguments of `Swin` from the shapes of a state dict whose keys have this prefix.
+
+  The size is 32 windows of the first table, for patches of 4: so are all published files. `patch`
+  and `mlp_ratio` are there where they are not the defaults. Raises ConversionError.
+  """
+  count = lambda pattern: len(distinct(re.escape(prefix) + pattern, shapes))
+  stages = count(r"layers\.(\d+)\..*")
+  depths = tuple(count(rf"layers\.{i}\.blocks\.(\d+)\..*") for i in range(stages))
+  block = lambda i: f"{prefix}layers.{i}.blocks.0."
+  tables = [block(i) + "attn.relative_position_bias_table" for i in range(stages)]
+  proj, hidden = f"{prefix}patch_embed.proj.weight", block(0) + "mlp.fc1.weight"
+  need = {proj: 4, hidden: 2} | dict.fromkeys(tables, 2)
+  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
+  if wrong or not stages:
+    raise ConversionError(missing=[f"not a Swin state dict: no {', '.join(wrong)}"])
+  embed, _, patch, _ = shapes[proj]
+  rows = shapes[tables[0]][0]
+  window = window_of(rows)
+  if not window:
+    raise ConversionError(
+      misshapen=[f"{tables[0]}: {rows} rows are not the square of an odd number"]
+    )
+  out = dict(size=8 * window * patch, window=window, embed=embed, depths=depths)
+  out |= dict(heads=tuple(shapes[name][1] for name in tables))
+  rest = dict(patch=patch, mlp_ratio=shapes[hidden][0] // embed)
+  return out | {k: v for k, v in rest.items() if v != 4}
+
+
+def resize_swin_tables(path: str, value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """Position tables [depth, (2w-1)^2, H] of another window, resized head by head to `shape`.
+
+  Everything else, and tables that have the rows already, are left as they are. Raises ValueError
+  for rows that are no square.
+  """
+  if path.rsplit("/", 1)[-1] != "table" or value.ndim != 3 or value.shape[1] == shape[1]:
+    return value
+  depth, rows, heads = value.shape
+  flat = value.swapaxes(0, 1).reshape(rows, depth * heads)
+  flat = positions.resize_table(flat, shape[1], prefix=0)
+  return np.ascontiguousarray(flat.reshape(shape[1], depth, heads).swapaxes(0, 1))

@@ -1,0 +1,65 @@
+"""The pre-norm Transformer block of CLIP and ViT."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xmodal_jax.models.layers.attention import dot_product_attention
+from xmodal_jax.models.layers.dense import (
+  ACTIVATIONS,
+  flatten_leading,
+  layer_norm,
+  linear,
+  normal,
+  uniform,
+  zeros,
+)
+
+Array = jax.Array
+
+
+class Block(nnx.Module):
+  """Pre-norm Transformer block without dropout. x [B, L, D] -> [B, L, D].
+
+  `std` = (attention, projection, mlp) are the normal initialisations of CLIP's text tower (CLIP
+  spec, initialisation); without it the torch defaults of a MultiheadAttention and Linear apply,
+  Xavier bound taken on the fused [3D, D] matrix.
+  """
+
+  def __init__(
+    self,
+    dim: int,
+    heads: int,
+    *,
+    mlp_dim: int,
+    act: str,
+    eps: float = 1e-5,
+    causal: bool = False,
+    std: tuple[float, float, float] | None = None,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    attn, proj, mlp = map(normal, std) if std else (uniform((6 / (4 * dim)) ** 0.5), None, None)
+    dense = functools.partial(linear, heads=heads, dtype=dtype, rngs=rngs)
+    self.heads, self.act, self.causal = heads, act, causal
+    self.ln_1 = layer_norm(dim, eps=eps, dtype=dtype, rngs=rngs)
+    # q, k, v apart: a fused kernel sharded on its output must be reshuffled to be split.
+    self.q, self.k, self.v = (
+      dense(dim, dim, ("embed", "heads"), kernel_init=attn, bias_init=zeros) for _ in range(3)
+    )
+    self.out = dense(dim, dim, ("heads", "embed"), kernel_init=proj, bias_init=zeros)
+    self.ln_2 = layer_norm(dim, eps=eps, dtype=dtype, rngs=rngs)
+    self.wi = dense(dim, mlp_dim, ("embed", "mlp"), kernel_init=mlp)
+    self.wo = dense(mlp_dim, dim, ("mlp", "embed"), kernel_init=proj)
+
+  def __call__(self, x: Array) -> Array:
+    split = lambda z: z.reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D/H]
+    y = flatten_leading(self.ln_1(x))
+    y = dot_product_attention(
+      split(self.q(y)), split(self.k(y)), split(self.v(y)), causal=self.causal
+    )
+    x = x + self.out(y.reshape(-1, x.shape[-1])).reshape(x.shape)
+    y = ACTIVATIONS[self.act](self.wi(flatten_leading(self.ln_2(x))))
+    return x + self.wo(y).reshape(x.shape)

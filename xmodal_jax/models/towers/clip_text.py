@@ -1,0 +1,79 @@
+"""The causal text Transformer of CLIP (Radford et al., 2021, section 2.4)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from xmodal_jax.models import layers
+
+Array = jax.Array
+
+
+class TextTransformer(nnx.Module):
+  """ids int [B, L] -> the residual stream after the last block [B, L, W]; L up to `context`."""
+
+  batch_sharding: NamedSharding | None = None
+
+  def __init__(
+    self,
+    *,
+    vocab: int,
+    context: int,
+    width: int,
+    depth: int,
+    heads: int,
+    embed: int,
+    remat: str = "",
+    unroll: int = 1,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.dtype, self.loop = dtype, dict(remat=remat, unroll=unroll)
+    self.token = nnx.Embed(
+      vocab,
+      width,
+      embedding_init=layers.normal(0.02),
+      embedding_metadata={"axes": ("vocab", "embed")},
+      dtype=dtype,
+      rngs=rngs,
+    )
+    pos = layers.normal(0.01)(rngs.params(), (context, width), jnp.float32)
+    self.pos = nnx.Param(pos, axes=(None, "embed"))
+    self.blocks = layers.stack(
+      depth,
+      width,
+      heads,
+      mlp_dim=4 * width,
+      act="quick_gelu",
+      causal=True,
+      std=(width**-0.5, width**-0.5 * (2 * depth) ** -0.5, (2 * width) ** -0.5),
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.ln_final = layers.layer_norm(width, dtype=dtype, rngs=rngs)
+    self.proj = layers.linear(
+      width,
+      embed,
+      ("embed", None),
+      kernel_init=layers.normal(width**-0.5),
+      use_bias=False,
+      dtype=dtype,
+      rngs=rngs,
+    )
+
+  def __call__(self, ids: Array) -> Array:
+    context = self.pos.shape[0]
+    if ids.shape[1] > context:
+      raise ValueError(f"text of length {ids.shape[1]}, but the position table has {context} rows")
+    x = layers.lookup(self.token.embedding[...], ids, self.dtype, self.batch_sharding)
+    x = layers.add(x, self.pos[: ids.shape[1]])
+    return layers.scan(self.blocks, x, batch_sharding=self.batch_sharding, **self.loop)
+
+  def pool(self, x: Array, ids: Array) -> Array:
+    """x [B, L, W], ids [B, L] -> [B, embed]: the position of the largest id, the end of text.
+
+    The first one counts on ties. Norm and projection act per position, so pooling goes first.
+    """
+    x = jnp.take_along_axis(x, ids.argmax(-1)[:, None, None], axis=1)[:, 0]  # [B, W]
+    return self.proj(self.ln_final(x))

@@ -1,0 +1,136 @@
+"""The optax chain from the `optim` section of a config.
+
+Masks and multipliers are ordered (regex, value) lists over paths such as `image/blocks/q/kernel`:
+the first match wins and a path without a match is an error.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from xmodal_jax.optim import schedules, transforms
+from xmodal_jax.optim.schedules import Schedule
+
+
+def first_match(what: str, rules: Sequence[tuple[str, float]], path: str) -> float:
+  """Value of the first rule whose regex is found in `path`. Raises ValueError without one."""
+  for pattern, value in rules:
+    if re.search(pattern, path):
+      return value
+  raise ValueError(
+    f"{what}: no rule matches parameter {path}; end the list with ('.*', value) to say what the "
+    "rest gets"
+  )
+
+
+def per_param(what: str, rules: Sequence[tuple[str, float]], params: Any) -> Any:
+  """Nested dict like `params` of the value of the first rule that matches each path."""
+  return jax.tree_util.tree_map_with_path(
+    lambda p, _: float(first_match(what, rules, transforms.path_of(p))), params
+  )
+
+
+Tensors = Sequence[tuple[Sequence[str], bool]]
+
+
+def trust_groups(trust: str, decay: Any, params: Any, tensors: Tensors) -> Tensors:
+  """Groups for `transforms.scale_by_trust_ratio`, for parameters like `params`.
+
+  trust: see config.optim.trust. decay: nested dict of weight decays; "original" has no ratio
+  without one (use_nvlamb is off), and raises ValueError where it differs inside of one tensor.
+  tensors: which arrays are one tensor of the published optimizer, `interop.conversion.tensors`.
+  """
+  paths_of = lambda tree: [transforms.path_of(k) for k, _ in jax.tree.leaves_with_path(tree)]
+  if covered := set(paths_of(params)) ^ {path for paths, _ in tensors for path in paths}:
+    raise ValueError(f"optim.name='lamb': no tensor of the published optimizer has {covered}")
+  if trust == "optax":
+    return [((path,), stacked) for paths, stacked in tensors for path in paths]
+  if trust != "original":
+    raise ValueError(f"optim.trust is {trust!r}; there are optax, original")
+  decay = dict(zip(paths_of(decay), jax.tree.leaves(decay), strict=True))
+  for paths, _ in tensors:
+    if len({decay[path] for path in paths}) > 1:
+      raise ValueError(
+        f"optim.decay differs between {', '.join(paths)}, which are one tensor with "
+        "optim.trust='original': give them the same"
+      )
+  return [(paths, stacked) for paths, stacked in tensors if decay[paths[0]]]
+
+
+def make_optimizer(
+  config: Mapping[str, Any],
+  schedule: Schedule,
+  params: Any,
+  tensors: Tensors = (),
+  steps_per_epoch: int = 0,
+) -> optax.GradientTransformation:
+  """The optax chain of the `optim` section, for parameters like `params` (shapes suffice).
+
+  tensors: what LAMB takes norms of, see `trust_groups`; adamw needs none.
+  steps_per_epoch: of the run, which durations in `freeze` may count in.
+  """
+  if config["name"] not in ("adamw", "lamb"):
+    raise ValueError(f"optim.name is {config['name']!r}; there are adamw, lamb")
+  decay = per_param("optim.decay", config["decay"], params)
+  decay = jax.tree.map(lambda m: m * config["weight_decay"], decay)
+  adam, chain, frozen = (config["b1"], config["b2"], config["eps"]), [], []
+  if config["freeze"]:
+    rules_of = [(p, schedules.steps(d, steps_per_epoch)) for p, d in config["freeze"]] + [(".*", 0)]
+    starts = jax.tree.map(int, per_param("optim.freeze", rules_of, params))
+    chain.append(transforms.hold(starts))  # what is frozen has no part in the norm that is clipped
+    frozen = [transforms.hold(starts)]  # nor does it decay
+  if config["grad_clip"]:
+    chain.append(optax.clip_by_global_norm(config["grad_clip"]))
+  scale = transforms.scale_by_adam_from(starts, *adam) if frozen else optax.scale_by_adam(*adam)
+  chain += [scale, transforms.add_decay(decay)]
+  if config["name"] == "lamb":
+    # The decay is inside of the ratio, multiples of the learning rate are outside.
+    chain.append(
+      transforms.scale_by_trust_ratio(trust_groups(config["trust"], decay, params, tensors))
+    )
+  chain += [
+    *frozen,
+    transforms.scale_per_param(per_param("optim.lr_mult", config["lr_mult"], params)),
+    optax.scale_by_learning_rate(schedule),
+  ]
+  if config["bounds"]:
+    chain.append(transforms.bound(config["bounds"]))
+  if config["round_to"]:
+    chain.append(transforms.round_trip(config["round_to"], config["round_paths"]))
+  if config["ema"]:
+    chain.append(transforms.average(config["ema"]))
+  return optax.chain(*chain)
+
+
+def table(config: Mapping[str, Any], abstract: Any, shardings: Any) -> str:
+  """One line per parameter: path, shape, logical axes, sharding, decay, lr multiple.
+
+  abstract: nnx.State of variables with `axes` metadata; shardings: nested dict like it.
+  """
+  rows = [("parameter", "shape", "axes", "sharding", "decay", "lr")]
+  is_variable = lambda v: hasattr(v, "get_metadata")
+  leaves, _ = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_variable)
+  shardings = dict(jax.tree_util.tree_flatten_with_path(shardings)[0])
+  shardings = {transforms.path_of(k): v for k, v in shardings.items()}
+  total = 0
+  for key_path, v in leaves:
+    path = transforms.path_of(key_path)
+    total += int(np.prod(v.shape, dtype=np.int64))
+    decay = config["weight_decay"] * first_match("optim.decay", config["decay"], path)
+    rows.append(
+      (
+        path,
+        "x".join(map(str, v.shape)) or "scalar",
+        ",".join(a or "-" for a in v.get_metadata().get("axes", ())),
+        ",".join(a or "-" for a in shardings[path].spec) or "replicated",
+        f"{decay:g}",
+        f"{first_match('optim.lr_mult', config['lr_mult'], path):g}",
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+  return "\n".join([*lines, f"{total:,} parameters"])
