@@ -108,7 +108,7 @@ def test_conversion_both_ways(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_config_from_shapes(file):
-  found = towers.infer_config({k: v.shape for k, v in state_dict(file).items()}, PREFIX)
+  found = towers.swin_config({k: v.shape for k, v in state_dict(file).items()}, PREFIX)
   assert found == {k: tuple(v) if isinstance(v, list) else v for k, v in FILES[file].items()
                    if k in found}  # fmt: skip
   assert {"size", "window", "embed", "depths", "heads"} <= found.keys()
@@ -152,7 +152,7 @@ def test_a_public_file():
   flat, report = conversion.to_jax(state, PUBLIC, want, check_shapes=False)
   assert report.dropped and all(k.startswith("head.") for k in report.dropped)
   assert {n.split(".")[0] for n in report.filled} == {"norm_0", "norm_1", "norm_2"}
-  flat = {k: towers.resize_tables(k, v, want[k].shape) for k, v in flat.items()}
+  flat = {k: towers.resize_swin_tables(k, v, want[k].shape) for k, v in flat.items()}
   ours = dict(conversion.arrays(conversion.to_torch(flat, RULES)))
   recorded = golden_files.arrays("hat", "pretrained_outputs.npz")
   fresh = {k.removeprefix("fresh/"): v for k, v in recorded.items() if f"fresh/{PREFIX}" in k}
@@ -173,7 +173,7 @@ def test_tables_of_other_windows():
   for size, want in adapted.items():
     assert size == 384 or len(want) == (2 * (size // 32) - 1) ** 2
     layers = np.stack([source, 2 * source])  # of a stack, each on its own
-    have = towers.resize_tables("image/stages/0/blocks/table", layers, (2, *want.shape))
+    have = towers.resize_swin_tables("image/stages/0/blocks/table", layers, (2, *want.shape))
     assert have.dtype == source.dtype
     for x, scale in zip(have, (1, 2), strict=True):
       np.testing.assert_allclose(x, scale * want, rtol=0, atol=scale * TABLES, err_msg=str(size))

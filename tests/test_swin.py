@@ -211,7 +211,7 @@ def test_published_sizes(name):
     assert sum(math.prod(v.shape) for v in leaves.values()) == 86_745_016
   blank = {k: np.broadcast_to(np.int8(0), v.shape) for k, v in leaves.items()}
   state = conversion.to_torch(blank, towers.swin("", "image"))
-  assert towers.infer_config({k: v.shape for k, v in state.items()}) == config
+  assert towers.swin_config({k: v.shape for k, v in state.items()}) == config
   total = sum(config["depths"])
   assert sum(k.endswith("relative_position_index") for k in state) == total
   assert sum(k.endswith("attn_mask") for k in state) == total // 2 - 1  # not in the last stage
@@ -260,17 +260,17 @@ def test_a_stage_of_one_window():
 
 def test_tables_that_are_no_square_are_refused():
   with pytest.raises(ValueError, match="24 rows cannot become one of 9"):
-    towers.resize_tables("image/stages/0/blocks/table", np.zeros((2, 24, 3)), (2, 9, 3))
+    towers.resize_swin_tables("image/stages/0/blocks/table", np.zeros((2, 24, 3)), (2, 9, 3))
   other = np.zeros((4, 7))
-  assert towers.resize_tables("image/patch/kernel", other, (3, 3)) is other
+  assert towers.resize_swin_tables("image/patch/kernel", other, (3, 3)) is other
   shapes = {"layers.0.blocks.0.attn.relative_position_bias_table": (16, 1)}
   shapes |= {"layers.0.blocks.0.mlp.fc1.weight": (32, 8), "patch_embed.proj.weight": (8, 3, 4, 4)}
   with pytest.raises(
     conversion.ConversionError, match="16 rows are not the square of an odd number"
   ):
-    towers.infer_config(shapes)
+    towers.swin_config(shapes)
   with pytest.raises(conversion.ConversionError, match=r"not a Swin .*patch_embed\.proj\.weight"):
-    towers.infer_config({"visual.conv1.weight": (8, 3, 4, 4)})
+    towers.swin_config({"visual.conv1.weight": (8, 3, 4, 4)})
 
 
 def test_recomputation_of_a_single_iteration_is_kept_apart():

@@ -59,7 +59,7 @@ def infer_config(
   return dict(
     system="hat",
     embed=shapes[joint][0],
-    image=dict(kind="swin") | towers.infer_config(shapes, "vit_model."),
+    image=dict(kind="swin") | towers.swin_config(shapes, "vit_model."),
     text=text,
     levels=((3, depth - 1), (1, 3), (2, 9)),
   )
@@ -67,4 +67,4 @@ def infer_config(
 
 def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """Tables of another window or resolution are resized; everything else is left as it is."""
-  return towers.resize_tables(path, value, shape)
+  return towers.resize_swin_tables(path, value, shape)
