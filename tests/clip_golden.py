@@ -87,7 +87,7 @@ def optimizer(train: dict, schedule, params, **changes):
   return factory.make_optimizer(tiny.optim(**c | changes), schedule, params)
 
 
-def schedule(train: dict, run: schedules.Run):
+def schedule(train: dict, run: schedules.RunLength):
   warmup = f"{train['warmup']} steps"
   c = tiny.optim(lr=train["lr"], warmup=warmup, end=0.0, schedule="clip_itm")
   return schedules.make_schedule(c, run)

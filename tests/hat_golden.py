@@ -157,5 +157,5 @@ def schedule(epochs: int, steps_per_epoch: int = 1):
   c.lr, c.schedule, c.warmup = CONFIG["learning_rate"], "step", "0 steps"
   c.step_every, c.step_factor = f"{s['step_size']} epochs", s["gamma"]
   size = CONFIG["batch"]
-  run = schedules.Run(steps_per_epoch * size, size, f"{epochs} epochs")
+  run = schedules.RunLength(steps_per_epoch * size, size, f"{epochs} epochs")
   return schedules.make_schedule(c, run)

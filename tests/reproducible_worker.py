@@ -55,7 +55,7 @@ def run(config, steps: int, devices=None, plain: bool = False):
     config.reproducible = not plain
   built = setup.Built(config, devices)
   schedule = schedules.make_schedule(
-    config.optim, schedules.Run(48, config.batch_size, config.total)
+    config.optim, schedules.RunLength(48, config.batch_size, config.total)
   )
   tx = built.optimizer(schedule)
   shardings = built.state_shardings(tx)

@@ -89,11 +89,11 @@ def test_config_builds_full_size(name, variant, tmp_path):
     pathlib.Path(config.text.vocab).write_text("\n".join(words))
   config.mesh = (("data", 2), ("fsdp", 2), ("model", 2))
   built = setup.Built(config)
-  run = schedules.Run(100_000, config.batch_size, config.total)
+  run = schedules.RunLength(100_000, config.batch_size, config.total)
   tx = built.optimizer(schedules.make_schedule(config.optim, run), run.steps_per_epoch)
   built.state_shardings(tx)
-  schedules.steps(config.eval.every, run.steps_per_epoch)
-  schedules.steps(config.checkpoint.every, run.steps_per_epoch)
+  schedules.duration_to_steps(config.eval.every, run.steps_per_epoch)
+  schedules.duration_to_steps(config.checkpoint.every, run.steps_per_epoch)
   transform = inputs.Inputs(config).transform
   assert transform is None if config.data.regions else transform.crop == config.model.image.size
   if name in UNTRAINED:
@@ -139,7 +139,7 @@ def test_original_recipe_of_team():
   assert (c.model.same_image, c.data.rand_augment_mode) == ("zero", "original")
   assert (c.optim.trust, c.optim.schedule, c.optim.bounds) == ("original", "step", ())
   built = setup.Built(c)
-  schedule = schedules.make_schedule(c.optim, schedules.Run(100_000, c.batch_size, c.total))
+  schedule = schedules.make_schedule(c.optim, schedules.RunLength(100_000, c.batch_size, c.total))
   assert built.optimizer(schedule).update
   params = step_lib.nnx.to_pure_dict(built.params)
   decay = factory.per_param("optim.decay", c.optim.decay, params)
@@ -182,11 +182,11 @@ def test_import_is_light():
 
 
 def test_durations():
-  assert schedules.steps("500 steps", 7) == 500
-  assert schedules.steps("2.5 epochs", 10) == 25
-  assert schedules.steps("1 epoch", 10) == 10
+  assert schedules.duration_to_steps("500 steps", 7) == 500
+  assert schedules.duration_to_steps("2.5 epochs", 10) == 25
+  assert schedules.duration_to_steps("1 epoch", 10) == 10
   with pytest.raises(ValueError, match=r"expected e\.g\. '500 steps'"):
-    schedules.steps("five epochs", 10)
+    schedules.duration_to_steps("five epochs", 10)
 
 
 def test_rules_first_match_wins_and_none_is_an_error():
@@ -233,7 +233,7 @@ def test_decay_multiples_bounds_and_rounding():
 
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_schedule_in_jax_is_the_float64_one(name):
-  run = schedules.Run(413_915, 128, "5 epochs")
+  run = schedules.RunLength(413_915, 128, "5 epochs")
   c = tiny.optim(lr=1e-5, warmup="500 steps", end=0.1, schedule=name, milestones=["3000 steps"])
   schedule = schedules.make_schedule(c, run)
   steps = np.array([0, 1, 499, 500, 501, 3232, 3233, 9000, run.total_steps - 1])
@@ -254,7 +254,7 @@ def test_published_learning_rates():
     keys = [k for k in want if k.startswith(name)]
     if not keys:
       continue
-    run = schedules.Run(413_915, batch, total)
+    run = schedules.RunLength(413_915, batch, total)
     schedule = schedules.make_schedule(make(lr=1e-5), run)
     step = want[next(k for k in keys if "step" in k)]
     lr = want[next(k for k in keys if "lr" in k.removeprefix(name))]

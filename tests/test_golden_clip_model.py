@@ -152,7 +152,9 @@ def run(name, golden, **changes):
   inputs, _ = arrays(name)
   train = MANIFEST["models"][name]["train"]
   length = train["train_length_times_epochs"]
-  schedule = clip_golden.schedule(train, schedules.Run(length, length // train["steps"], "1 epoch"))
+  schedule = clip_golden.schedule(
+    train, schedules.RunLength(length, length // train["steps"], "1 epoch")
+  )
   tx = clip_golden.optimizer(train, schedule, golden.params, **changes)
   step = step_lib.make_train_step(golden.graphdef, tx, jax.random.key(0), None, schedule)
   state, log, states = golden.state(tx), [], []
@@ -168,7 +170,9 @@ def test_learning_rate(name, golden):
   _, want = arrays(name)
   train = MANIFEST["models"][name]["train"]
   length = train["train_length_times_epochs"]
-  schedule = clip_golden.schedule(train, schedules.Run(length, length // train["steps"], "1 epoch"))
+  schedule = clip_golden.schedule(
+    train, schedules.RunLength(length, length // train["steps"], "1 epoch")
+  )
   np.testing.assert_allclose(
     schedule(want["train_fp32/step_arg"], np), want["train_fp32/lr"], **TOLERANCE["lr"]
   )

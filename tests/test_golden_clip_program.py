@@ -112,7 +112,7 @@ def train(dataset, tokenizer, kind, **changes):
   dtype = jnp.float16 if kind == "half" else jnp.float32
   file = PROGRAM["model_file"].split("/")[-1]
   golden = clip_golden.Golden(MODEL, file, dtype)
-  run = schedules.Run(
+  run = schedules.RunLength(
     PROGRAM["train_captions"], PROGRAM["batch_size"], f"{PROGRAM['epochs']} epochs"
   )
   settings = MANIFEST["models"][MODEL]["train"] | {k: PROGRAM[k] for k in ("lr", "warmup")}

@@ -43,7 +43,7 @@ def optimizer(schedule, params, **changes):
 def test_six_steps_of_two_groups(golden):
   """The scalar, the tensor that starts at zero and the one without a gradient are among them."""
   params = of(golden, "init")
-  run = schedules.Run(samples=4, batch_size=1, total="2 epochs")
+  run = schedules.RunLength(samples=4, batch_size=1, total="2 epochs")
   recipe = dict(schedule="step", lr=0.01, step_every="1 epochs", step_factor=0.1)
   schedule = schedules.make_schedule(tiny.optim(warmup="0 steps", end=0.0, **recipe), run)
   tx = optimizer(schedule, params, lr_mult=((r"^low_lr", 0.1), (".*", 1.0)))
@@ -94,7 +94,7 @@ def test_optimizer_file_of_the_original():
 def test_learning_rates_of_thirty_epochs(variant):
   """One factor 0.1 every ten epochs; the second group, where there is one, at a tenth."""
   want = golden_files.arrays("team", variant, "outputs.npz")["schedule/lr_per_epoch_per_group"]
-  run = schedules.Run(samples=5_000_003, batch_size=1920, total="30 epochs")
+  run = schedules.RunLength(samples=5_000_003, batch_size=1920, total="30 epochs")
   recipe = dict(schedule="step", lr=1e-3, step_every="10 epochs", step_factor=0.1)
   schedule = schedules.make_schedule(tiny.optim(warmup="0 steps", end=0.0, **recipe), run)
   first = np.arange(30) * run.steps_per_epoch

@@ -311,7 +311,7 @@ def test_schedule(name):
   rates = want["schedule/lr_per_epoch_per_group"]
   c = tiny.optim(lr=rates[0].max(), warmup="0 steps", end=0.0, schedule="step")
   c |= dict(step_every="10 epochs", step_factor=0.1)
-  run = schedules.Run(7 * 5, 5, f"{len(rates)} epochs")
+  run = schedules.RunLength(7 * 5, 5, f"{len(rates)} epochs")
   schedule = schedules.make_schedule(c, run)
   ours = schedule(np.arange(run.total_steps), np).reshape(len(rates), -1)
   np.testing.assert_allclose(ours, np.broadcast_to(rates[:, :1], ours.shape), rtol=1e-12)

@@ -409,5 +409,5 @@ def test_schedules(name):
     c.milestones = tuple(f"{n} steps" for n in options.get("milestone_steps", ()))
   c.step_factor = options.get("gamma", 0.1)
   total = options.get("num_training_steps", len(want))
-  schedule = schedules.make_schedule(c, schedules.Run(BATCH, BATCH, f"{total} steps"))
+  schedule = schedules.make_schedule(c, schedules.RunLength(BATCH, BATCH, f"{total} steps"))
   np.testing.assert_allclose([schedule(s, np) for s in range(len(want))], want, atol=1e-12)

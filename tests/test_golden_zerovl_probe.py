@@ -96,7 +96,7 @@ def test_features():
 def test_steps():
   """Loss, accuracies, gradients, learning rate and weights of every recorded step."""
   p, want = section(), outputs()
-  schedule = linear_probe.make_schedule(p, schedules.Run(p.batch_size, p.batch_size, p.total))
+  schedule = linear_probe.make_schedule(p, schedules.RunLength(p.batch_size, p.batch_size, p.total))
   tx = linear_probe.make_optimizer(p, schedule)
   params = classifier("init")
   state = train_state.TrainState(jnp.int32(0), params, {}, tx.init(params))
@@ -123,7 +123,7 @@ def test_steps():
 def test_schedule_of_the_released_recipe():
   """config.probe on ImageNet-1K: 78 steps an epoch, 779 of 7020 steps of warm-up from 0."""
   p = config_lib.base().probe
-  run = schedules.Run(1281167, p.batch_size, p.total)
+  run = schedules.RunLength(1281167, p.batch_size, p.total)
   assert (run.steps_per_epoch, run.total_steps) == (78, 7020)
   lr = linear_probe.make_schedule(p, run)
   half = (1 + np.cos(np.pi * (3000 - 779) / (7020 - 779))) / 2

@@ -229,7 +229,7 @@ def test_one_update_compiles_without_a_loop_over_layers():
 
 
 def test_step_schedule():
-  run = schedules.Run(samples=1000, batch_size=96, total="30 epochs")  # 10 steps in an epoch
+  run = schedules.RunLength(samples=1000, batch_size=96, total="30 epochs")  # 10 steps in an epoch
   c = tiny.optim(lr=0.5, warmup="5 steps", end=0.0, schedule="step", step_every="2.5 epochs")
   schedule = schedules.make_schedule(c | dict(step_factor=0.1), run)
   steps = np.array([0, 4, 5, 24, 25, 49, 50, 299])

@@ -310,8 +310,8 @@ def test_an_epoch_of_a_run_is_the_sum_of_whole_batches(two_sets, tmp_path):
   # Rounded, so many epochs are no step of 4 and one of 5.
   with pytest.raises(ValueError, match=r"80 samples .* are 0 steps"):
     loop.train(config(two_sets, total="0.11 epochs", **changes), tmp_path)
-  assert schedules.Run(80, 16, "3 epochs").total_steps == 15
-  assert schedules.Run(80, 16, "3 epochs", 4).total_steps == 12
+  assert schedules.RunLength(80, 16, "3 epochs").total_steps == 15
+  assert schedules.RunLength(80, 16, "3 epochs", 4).total_steps == 12
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -33,7 +33,7 @@ def test_a_few_steps_lower_the_loss(name, tiny_data):
   config = read(name, tiny_data)
   config.batch_size, config.optim.warmup = 16, "1 steps"
   built = setup.Built(config, jax.devices()[:1])
-  run = schedules.Run(1600, 16, "1 epochs")
+  run = schedules.RunLength(1600, 16, "1 epochs")
   schedule = schedules.make_schedule(config.optim, run)
   tx = built.optimizer(schedule, run.steps_per_epoch)
   shardings = built.state_shardings(tx)

@@ -128,7 +128,7 @@ def floats(tree) -> set:
 @pytest.mark.parametrize("case", CASES)
 def test_train_step(case):
   config, b = built(case)
-  schedule = schedules.make_schedule(config.optim, schedules.Run(48, 16, config.total))
+  schedule = schedules.make_schedule(config.optim, schedules.RunLength(48, 16, config.total))
   seen = []
 
   def look(grads, state, params=None):

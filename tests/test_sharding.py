@@ -46,7 +46,7 @@ def run(name: str, sizes: tuple[int, int, int]):
   """(losses of a few steps, parameters, the compiled program's text, the sharded state)."""
   config = with_mesh(name, sizes)
   built = setup.Built(config, jax.devices()[: math.prod(sizes)])
-  schedule = schedules.make_schedule(config.optim, schedules.Run(48, 16, config.total))
+  schedule = schedules.make_schedule(config.optim, schedules.RunLength(48, 16, config.total))
   tx = built.optimizer(schedule)
   shardings = built.state_shardings(tx)
   state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()

@@ -234,7 +234,7 @@ def test_training_goes_on_where_the_file_is(tiny_data, tmp_path):
   config = tiny.config(tiny_data, **changes)
   loop.train(config, tmp_path / "straight")
   built = setup.Built(config)
-  run = schedules.Run(tiny.SIZES["train"], config.batch_size, config.total)
+  run = schedules.RunLength(tiny.SIZES["train"], config.batch_size, config.total)
   tx = built.optimizer(schedules.make_schedule(config.optim, run))
   new = functools.partial(step_lib.init_state, built.model, tx)
   want = checkpointer.abstract_state(jax.eval_shape(new), built.state_shardings(tx))

@@ -149,7 +149,7 @@ def test_no_recompilation_and_no_implicit_transfer(tiny_data):
   config = tiny.config(tiny_data)
   built, read = setup.Built(config), inputs.Inputs(config)
   schedule = schedules.make_schedule(
-    config.optim, schedules.Run(48, config.batch_size, config.total)
+    config.optim, schedules.RunLength(48, config.batch_size, config.total)
   )
   tx = built.optimizer(schedule)
   shardings = built.state_shardings(tx)

@@ -187,4 +187,4 @@ def schedule(warmup: bool):
   c.warmup = f"{t['warmup-period'] if warmup else 0} steps"
   c.warmup_from = "second"
   per_epoch = -(-len(captions("train")) // t["bs"])
-  return schedules.make_schedule(c, schedules.Run(per_epoch * t["bs"], t["bs"], "9 epochs"))
+  return schedules.make_schedule(c, schedules.RunLength(per_epoch * t["bs"], t["bs"], "9 epochs"))

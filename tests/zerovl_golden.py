@@ -168,4 +168,6 @@ def schedule(run: str):
   c = config_lib.base().optim
   c.lr, c.end, c.cycles = CONFIG["optimizer"]["lr"], s["min_lr_scale"], s["num_cycles"]
   c.warmup, c.warmup_from = f"{steps['warmup_steps']} steps", "zero"
-  return schedules.make_schedule(c, schedules.Run(BATCH, BATCH, f"{steps['total_steps']} steps"))
+  return schedules.make_schedule(
+    c, schedules.RunLength(BATCH, BATCH, f"{steps['total_steps']} steps")
+  )

@@ -186,7 +186,9 @@ def stepper(
   settings = config_lib.base().optim
   make = build(args)
   graphdef, abstract, _ = step.split(nnx.eval_shape(make))
-  run_length = schedules.Run(samples=args.batch * 1000, batch_size=args.batch, total="1 epochs")
+  run_length = schedules.RunLength(
+    samples=args.batch * 1000, batch_size=args.batch, total="1 epochs"
+  )
   schedule = schedules.make_schedule(settings, run_length)
   tx = factory.make_optimizer(settings, schedule, nnx.to_pure_dict(abstract))
   mesh = sharding.make_mesh((("data", -1),))

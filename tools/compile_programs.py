@@ -45,7 +45,7 @@ class Programs:
   def __init__(self, config: Any, devices: Sequence[jax.Device]):
     self.config, self.built = config, setup.Built(config, devices)
     self.lower: dict[str, Callable[[], Any]] = {"train": lambda: self.train().lower(*self.training)}
-    run = schedules.Run(1000 * config.batch_size, config.batch_size, config.total)
+    run = schedules.RunLength(1000 * config.batch_size, config.batch_size, config.total)
     self.schedule = schedules.make_schedule(config.optim, run)
     self.tx = self.built.optimizer(self.schedule, run.steps_per_epoch)
     self.shardings = self.built.state_shardings(self.tx)

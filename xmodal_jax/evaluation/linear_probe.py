@@ -82,7 +82,7 @@ def update(
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state), out
 
 
-def make_schedule(config: Any, run: schedules.Run) -> schedules.Schedule:
+def make_schedule(config: Any, run: schedules.RunLength) -> schedules.Schedule:
   """The probe's learning rate: a warm-up and half a cosine to 0. config: the section `probe`."""
   own = {k: config[k] for k in ("lr", "warmup", "warmup_from")}
   default = config_lib.base().optim.to_dict()
@@ -98,7 +98,9 @@ def make_optimizer(config: Any, schedule: schedules.Schedule) -> optax.GradientT
 class Cached:
   """Steps on features on the devices, one program for many. The order is that of `Streamed`."""
 
-  def __init__(self, built: setup.Built, found: Features, run: schedules.Run, seed: int, update):
+  def __init__(
+    self, built: setup.Built, found: Features, run: schedules.RunLength, seed: int, update
+  ):
     self.run, self.seed, self.samples = run, seed, len(found)
     self.period = run.steps_per_epoch  # a program's steps, at most
     rows = sharding.batch_sharding(built.mesh)
@@ -335,7 +337,7 @@ def _train(config, tower: Tower, inputs: inputs_lib.Inputs, features, checkpoint
   """(steps, classifier, facts) of training by LARS; None when asked to stop, with a checkpoint."""
   p, built, split = config.probe, tower.built, inputs.split("train")
   samples = len(split) if p.augment else len(features("train"))
-  run = schedules.Run(samples, p.batch_size, p.total)
+  run = schedules.RunLength(samples, p.batch_size, p.total)
   if run.total_steps < 1:
     raise ValueError(
       f"nothing to train: {samples} pictures in batches of config.probe.batch_size={p.batch_size} "
@@ -393,8 +395,8 @@ def _loop(config, run, advance, state, start, scorer, checkpoints, writer, meta,
   total, per_epoch, step = run.total_steps, run.steps_per_epoch, start
   every = {
     "log": advance.period,
-    "evaluate": schedules.steps(config.probe.every, per_epoch),
-    "save": schedules.steps(config.checkpoint.every, per_epoch),
+    "evaluate": schedules.duration_to_steps(config.probe.every, per_epoch),
+    "save": schedules.duration_to_steps(config.checkpoint.every, per_epoch),
   }
   while step < total:
     before, clock = step, time.monotonic()

@@ -79,7 +79,9 @@ def make_optimizer(
   decay = jax.tree.map(lambda m: m * config["weight_decay"], decay)
   adam, chain, frozen = (config["b1"], config["b2"], config["eps"]), [], []
   if config["freeze"]:
-    rules_of = [(p, schedules.steps(d, steps_per_epoch)) for p, d in config["freeze"]] + [(".*", 0)]
+    rules_of = [
+      (p, schedules.duration_to_steps(d, steps_per_epoch)) for p, d in config["freeze"]
+    ] + [(".*", 0)]
     starts = jax.tree.map(int, per_param("optim.freeze", rules_of, params))
     chain.append(transforms.hold(starts))  # what is frozen has no part in the norm that is clipped
     frozen = [transforms.hold(starts)]  # nor does it decay

@@ -11,7 +11,7 @@ Schedule = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunLength:
   """The length of a run: what durations and schedules are measured against."""
 
   samples: int  # training samples per epoch
@@ -26,10 +26,10 @@ class Run:
 
   @property
   def total_steps(self) -> int:
-    return steps(self.total, self.steps_per_epoch)
+    return duration_to_steps(self.total, self.steps_per_epoch)
 
 
-def steps(duration: str, steps_per_epoch: int) -> int:
+def duration_to_steps(duration: str, steps_per_epoch: int) -> int:
   """ "500 steps" -> 500; "2.5 epochs" -> 2.5 * steps_per_epoch, rounded. Raises ValueError."""
   m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?)\s*", duration)
   if not m:
@@ -42,7 +42,7 @@ WARMUP_FROM = ("zero", "first", "second")
 SCHEDULES = ("cosine", "linear", "constant", "step", "milestones", "clip_itm")
 
 
-def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
+def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
   """Learning rate as a function of the 0-based step; `schedule(step, xp=np)` is the float64 form.
 
   A linear warm-up, see config.optim.warmup_from, times
@@ -65,10 +65,10 @@ def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
     raise ValueError(f"optim.warmup_from is {config['warmup_from']!r}; there are {choices}")
   offset = WARMUP_FROM.index(config["warmup_from"])
   factor = config["step_factor"]
-  every = steps(config["step_every"], per_epoch)
+  every = duration_to_steps(config["step_every"], per_epoch)
   if name == "step" and every < 1:
     raise ValueError(f"optim.step_every={config['step_every']!r} are {every} steps")
-  milestones = [steps(m, per_epoch) for m in config["milestones"]]
+  milestones = [duration_to_steps(m, per_epoch) for m in config["milestones"]]
   if name == "milestones" and not milestones:
     raise ValueError("optim.milestones is empty; name durations such as '10 epochs'")
 
@@ -76,7 +76,7 @@ def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
     s, t = step, total
     if name == "clip_itm":
       s = samples * (step // per_epoch) + step % per_epoch
-      t = samples * steps(run.total, 1)
+      t = samples * duration_to_steps(run.total, 1)
     warm = xp.minimum((s + offset) / warmup, 1) if warmup else 1.0
     progress = xp.maximum(s - warmup, 0) / max(t - warmup, 1)
     if name == "constant":
@@ -94,11 +94,11 @@ def make_schedule(config: Mapping[str, Any], run: Run) -> Schedule:
   return schedule
 
 
-def _warmup(duration: str, run: Run) -> int:
+def _warmup(duration: str, run: RunLength) -> int:
   """Steps of a duration that may also be a share of the run, "2.5 %", rounded down."""
   if duration.strip().endswith("%"):
     try:
       return int(run.total_steps * float(duration.strip()[:-1]) / 100)
     except ValueError:
       pass
-  return steps(duration, run.steps_per_epoch)
+  return duration_to_steps(duration, run.steps_per_epoch)

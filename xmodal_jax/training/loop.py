@@ -30,7 +30,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   retrieval.check_splits(config, inputs)
   inputs.check_processes("train", *retrieval.splits(config))
   per_epoch = inputs.steps_per_epoch()
-  run = schedules.Run(inputs.samples(), config.batch_size, config.total, per_epoch)
+  run = schedules.RunLength(inputs.samples(), config.batch_size, config.total, per_epoch)
   if run.total_steps < 1:
     raise ValueError(
       f"nothing to train: {run.samples} samples in batches of config.batch_size={run.batch_size} "
@@ -85,7 +85,9 @@ def _loop(config, run, inputs, rows, state, start, train_step, boundary, writer,
   clock = logs.Clock()
   # The loops of a reproducible step have lengths that cannot be counted.
   peak = None if config.reproducible else flops.device_peak(jax.devices()[0].device_kind)
-  due = lambda every, step: (n := schedules.steps(every, run.steps_per_epoch)) > 0 and step % n == 0
+  due = lambda every, step: (
+    (n := schedules.duration_to_steps(every, run.steps_per_epoch)) > 0 and step % n == 0
+  )
   profile = _profile(config, workdir)
   if start >= total:
     return state
