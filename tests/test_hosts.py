@@ -116,8 +116,7 @@ def found(folder: pathlib.Path, name: str, count: int = 2) -> list[dict]:
 
 
 def params(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-  saved = checkpointer.Checkpoints(folder, keep=2, metric="rsum", read_only=True)
-  return restore.flat(saved.restore_model(step)["params"])
+  return restore.flat(checkpointer.load_model(folder / "checkpoints" / str(step))["params"])
 
 
 def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None = None) -> None:

@@ -59,8 +59,7 @@ def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
   assert loop.train(c, tmp_path)["test"] == first["test"]
   assert lines(tmp_path) == before
   # With its last checkpoint damaged it comes to the same end from the one before, to the bit.
-  saved = checkpointer.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
-  model = saved.restore_model(4)
+  model = checkpointer.load_model(tmp_path / "checkpoints" / "4")
   files = [p for p in (tmp_path / "checkpoints" / "4").rglob("*") if p.is_file()]
   path = max(files, key=lambda p: p.stat().st_size)
   data = bytearray(path.read_bytes())
@@ -71,7 +70,8 @@ def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
   name = path.relative_to(tmp_path / "checkpoints" / "4")
   assert f"checkpoint of step 4 is damaged and not used: {name} " in caplog.text
   assert "going on from step 3" in caplog.text and lines(tmp_path) == before
-  jax.tree.map(np.testing.assert_array_equal, saved.restore_model(4), model)
+  again = checkpointer.load_model(tmp_path / "checkpoints" / "4")
+  jax.tree.map(np.testing.assert_array_equal, again, model)
 
 
 def test_resume_on_another_mesh(tiny_data, tmp_path):
@@ -185,7 +185,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny_data, tmp_path):
   with pytest.raises(step_lib.NonFiniteLossError, match=r"first bad step is one of \d+\.\.\d+"):
     loop.train(c, tmp_path)
   checkpoints = checkpointer.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
-  model = checkpoints.restore_model(checkpoints.latest())
+  model = checkpointer.load_model(tmp_path / "checkpoints" / str(checkpoints.latest()))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(model["params"]))
 
 
@@ -210,14 +210,14 @@ FILL = """
 import resource, sys
 import jax
 import jax.numpy as jnp
-from xmodal_jax import checkpoint
-from xmodal_jax import step as step_lib
+from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.optim import train_state
 
-checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=1, metric="rsum")
+checkpoints = checkpointer.Checkpoints(sys.argv[1], keep=1, metric="rsum")
 noise = jax.random.normal(jax.random.key(0), (100_000,))  # does not compress
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-state = step_lib.TrainState(jnp.int32(2), {"w": noise}, {}, (jnp.zeros(3),))
+state = train_state.TrainState(jnp.int32(2), {"w": noise}, {}, (jnp.zeros(3),))
 checkpoints.save(2, state, {"pending": False})
 checkpoints.wait()
 """
@@ -236,7 +236,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
   assert "the latest is of step 1" in out.stderr
   again = checkpointer.Checkpoints(tmp_path, keep=1, metric="rsum")
   assert again.latest() == 1
-  assert (again.restore_model(1)["params"]["w"] == 1).all()
+  assert (again.restore_best()[2]["params"]["w"] == 1).all()
 
 
 def test_init_from_workdir(tiny_data, tmp_path):
@@ -245,8 +245,8 @@ def test_init_from_workdir(tiny_data, tmp_path):
   built = setup.Built(c)
   params, _, info = restore.load(str(tmp_path / "a"), "clip", built.params, built.stats)
   assert info["step"] == 2
-  saved = checkpointer.Checkpoints(tmp_path / "a", keep=1, metric="rsum", read_only=True)
-  jax.tree.map(np.testing.assert_array_equal, params, saved.restore_model(2)["params"])
+  saved = checkpointer.load_model(tmp_path / "a" / "checkpoints" / "2")
+  jax.tree.map(np.testing.assert_array_equal, params, saved["params"])
   # The same through a PyTorch file of the fine-tuned weights.
   tool = pathlib.Path(__file__).parents[1] / "tools" / "convert.py"
   command = [sys.executable, tool, "--system", "clip", "--to", "torch"]

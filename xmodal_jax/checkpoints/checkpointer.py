@@ -213,11 +213,6 @@ class Checkpoints:
     """want: ShapeDtypeStructs with shardings, of any mesh, not only the one it was saved on."""
     return self._proven(step, lambda folder: self._read_state(folder, want))
 
-  def restore_model(self, step: int, want: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Only the item `model`. want: {"params": ..., "stats": ...} of ShapeDtypeStructs; without it
-    arrays come to the host, whatever devices they were saved from."""
-    return self._proven(step, lambda folder: self._read_model(folder, want))
-
   def restore_latest(
     self, want: train_state.TrainState, check: Check = lambda step, meta: None
   ) -> tuple[int, Mapping[str, Any], train_state.TrainState] | None:
@@ -230,7 +225,10 @@ class Checkpoints:
   def restore_best(
     self, want: Mapping[str, Any] | None = None, check: Check = lambda step, meta: None
   ) -> tuple[int, Mapping[str, Any], dict[str, Any]] | None:
-    """(step, meta, model) of the best step that is intact, as `restore_latest`."""
+    """(step, meta, model) of the best step that is intact, as `restore_latest`.
+
+    want: {"params": ..., "stats": ...} of ShapeDtypeStructs with shardings; None: host arrays.
+    """
     read = lambda folder: self._read_model(folder, want)
     return self._first_intact(self._choose_best, check, read)
 
