@@ -117,7 +117,7 @@ def team(c):
 
 
 def tgdt(c):
-  from xmodal_jax.data import shapes  # what a detector would give of the scenes
+  from xmodal_jax.data.preparing import shapes  # what a detector would give of the scenes
   from xmodal_jax.models import tgdt as tgdt_lib
 
   stack = dict(heads=4, mlp=256, dropout=0.0)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from xmodal_jax.data import builder, shapes
+from xmodal_jax.data.preparing import builder, shapes
 
 NAMES = ("circle", "cross", "square", "star", "triangle")
 COLOURS = ("red", "yellow", "green", "blue", "purple")

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from xmodal_jax.data import builder, image, pictures, pipeline, records, sources, text
+from xmodal_jax.data import image, pipeline, records, text
+from xmodal_jax.data.preparing import builder, sources
 from xmodal_jax.evaluation import metrics
 from xmodal_jax.models import clip
 from xmodal_jax.optim import schedules
@@ -38,8 +39,8 @@ def dataset(tmp_path_factory):
     file = golden_files.path("clip", "mini_coco", name)
     (annotations / name).write_bytes(file.read_bytes())
   splits = sources.read_coco(annotations, images)
-  pictures.check_pictures(splits)
-  examples = {name: pictures.examples(split) for name, split in splits.items()}
+  annotations.check_images(splits)
+  examples = {name: annotations.examples(split) for name, split in splits.items()}
   return builder.write_dataset(root / "out", "coco", "1.0.0", examples, description="miniature")
 
 

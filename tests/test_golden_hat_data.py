@@ -13,7 +13,8 @@ import tiny
 from PIL import Image
 
 from tools import prepare_data
-from xmodal_jax.data import augment, image, inputs, records, sources, wordpiece
+from xmodal_jax.data import augment, image, inputs, records, wordpiece
+from xmodal_jax.data.preparing import sources
 from xmodal_jax.models import base, hat
 
 MANIFEST = golden_files.manifest("hat")

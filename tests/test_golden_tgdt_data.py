@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tools import prepare_data
-from xmodal_jax.data import detections, pipeline, records, wordpiece
+from xmodal_jax.data import pipeline, records, wordpiece
+from xmodal_jax.data.preparing import detections
 
 MANIFEST = golden_files.manifest("tgdt")
 INPUTS = golden_files.arrays("tgdt", "inputs.npz")

@@ -24,7 +24,7 @@ import tiny
 from test_train import lines
 
 from xmodal_jax.checkpoints import checkpointer, restore
-from xmodal_jax.data import shapes
+from xmodal_jax.data.preparing import shapes
 from xmodal_jax.distributed import processes as processes_lib
 from xmodal_jax.distributed import sharding
 from xmodal_jax.runtime import setup

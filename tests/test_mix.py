@@ -13,18 +13,8 @@ import pytest
 import tiny
 from test_pipeline import FakeSplit, assert_same, join, stream, take
 
-from xmodal_jax.data import (
-  builder,
-  image,
-  inputs,
-  mix,
-  order,
-  pictures,
-  pipeline,
-  records,
-  shapes,
-  sources,
-)
+from xmodal_jax.data import image, inputs, mix, order, pipeline, records
+from xmodal_jax.data.preparing import annotations, builder, shapes, sources
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.distributed import sharding
 from xmodal_jax.optim import schedules
@@ -54,7 +44,7 @@ def three_sets(request, two_sets, tmp_path_factory) -> list[str]:
     return [*two_sets, write_shapes(folder, 3, 35)]
   source = request.getfixturevalue("shared_data") / "flickr8k_mini"
   found = sources.read_karpathy(source / "dataset_flickr8k_mini.json", source / "images")
-  examples = {"train": pictures.examples(found["train"][:35])}
+  examples = {"train": annotations.examples(found["train"][:35])}
   path = builder.write_dataset(folder, "flickr8k_mini", "1.0.0", examples, description="x")
   return [*two_sets, str(path)]
 

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from xmodal_jax.data import augment as augment_lib
-from xmodal_jax.data import builder, image, order, pipeline, records, text
+from xmodal_jax.data import image, order, pipeline, records, text
+from xmodal_jax.data.preparing import builder
 
 SIZE, LENGTH = 8, 12
 TRANSFORM = image.clip_transform(SIZE)

@@ -17,7 +17,8 @@ from PIL import Image
 from test_records import picture
 
 from tools import prepare_data
-from xmodal_jax.data import builder, records
+from xmodal_jax.data import records
+from xmodal_jax.data.preparing import builder
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -11,7 +11,8 @@ import pytest
 from test_prepare_data import fails, run
 from test_records import picture
 
-from xmodal_jax.data import img2dataset, records, shards
+from xmodal_jax.data import records
+from xmodal_jax.data.preparing import img2dataset, shards
 
 MULTI = "--beam_options=--direct_running_mode=multi_processing --direct_num_workers=2"
 
@@ -222,7 +223,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
 
 def test_a_retried_shard(tmp_path):
   """An attempt that dies leaves nothing that counts, and another writes the same bytes."""
-  from xmodal_jax.data import builder
+  from xmodal_jax.data.preparing import builder
 
   crawl(tmp_path)
   job = shards.Job("train", 4, str(tmp_path / "in" / "00000.tar"))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xmodal_jax.data import builder, records, tfrecord
+from xmodal_jax.data import records, tfrecord
+from xmodal_jax.data.preparing import builder
 
 
 def picture(i: int, size: int = 8) -> bytes:
@@ -71,7 +72,7 @@ def test_equal_examples_give_equal_bytes():
   """Also in another process, where the hash tables of protobuf have another order."""
   given = {"image_id": 1, "filename": "f", "captions": ["a"], "caption_ids": [2]}
   given |= {"image": b"i", "caption_positions": [0]}
-  code = f"from xmodal_jax.data import builder; print(builder.encode({given}).hex())"
+  code = f"from xmodal_jax.data.preparing import builder; print(builder.encode({given}).hex())"
   root = pathlib.Path(__file__).parents[1]
   run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
   assert run([sys.executable, "-c", code]).stdout.strip() == builder.encode(given).hex()

@@ -15,8 +15,9 @@ from PIL import Image
 from test_pipeline import TOKENIZER
 from test_prepare_data import fails, run
 
-from xmodal_jax.data import builder, detections, pipeline, records, shapes
 from xmodal_jax.data import inputs as inputs_lib
+from xmodal_jax.data import pipeline, records
+from xmodal_jax.data.preparing import builder, detections, shapes
 from xmodal_jax.data.tfrecord import DatasetError
 
 WIDTH, COUNT = 8, 6  # of the features; pictures

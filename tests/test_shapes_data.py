@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xmodal_jax.data import records, shapes
+from xmodal_jax.data import records
+from xmodal_jax.data.preparing import shapes
 
 SMALL = {"train": 12, "val": 4, "test": 4}
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer
-from xmodal_jax.data import image, records, shapes
+from xmodal_jax.data import image, records
+from xmodal_jax.data.preparing import shapes
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.runtime import setup
 from xmodal_jax.visual import alignment

@@ -3,7 +3,7 @@
 import pathlib
 
 from xmodal_jax import config as config_lib
-from xmodal_jax.data import shapes
+from xmodal_jax.data.preparing import shapes
 
 BERT = dict(vocab=30522, context=24, width=24, depth=2, heads=2, mlp=48)
 BERT |= dict(dropout=0.1, attention_dropout=0.1)

@@ -18,8 +18,8 @@ Beam (`pip install xmodal_jax[beam]`): on the cores of this machine by --beam_ru
 
 regions writes no pictures but the regions that a detector found in them, from a folder with bu_att
 and bu_box, from tables of bottom-up attention or from an HDF5 file, whose layouts are listed in
-xmodal_jax/data/detections.py. --check reads all of them and reports what does not fit, without
-writing.
+xmodal_jax/data/preparing/detections.py. --check reads all of them and reports what does not fit,
+without writing.
 
 The data set goes to DATA_DIR/NAME/VERSION; give DATA_DIR/NAME as the data directory of a config.
 """
@@ -36,16 +36,16 @@ from etils import epath
 # Runs from a clone that is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from xmodal_jax.data import (
+from xmodal_jax.data.preparing import (
+  annotations,
   builder,
   detections,
+  folders,
   img2dataset,
-  pictures,
   regions,
   shapes,
   shards,
   sources,
-  trees,
 )
 
 SPLITS = ("train", "val", "test")
@@ -176,12 +176,12 @@ def _write(args: argparse.Namespace) -> epath.Path | None:
     sha256 = {f: sources.checksums(f).popitem()[1] for part in lists.values() for f, _ in part}
   elif args.source == "csv":
     options = {"valid_split": args.valid_split, "max_missing": args.max_missing}
-    splits = trees.read_csv(args.root, args.valid_split)
-    files = (epath.Path(args.root) / name for name in trees.CSV_FILES.values())
+    splits = folders.read_csv(args.root, args.valid_split)
+    files = (epath.Path(args.root) / name for name in folders.CSV_FILES.values())
     sha256 = {k: v for f in files if f.exists() for k, v in sources.checksums(f).items()}
   elif args.source == "folders":
     options = {"names": args.names}
-    splits, class_names = trees.read_folders(args.root, args.names)
+    splits, class_names = folders.read_folders(args.root, args.names)
     sha256 = sources.checksums(args.names) if args.names else {}
   else:
     names = ("image_column", "caption_column", "id_column", "split_column")
@@ -189,10 +189,10 @@ def _write(args: argparse.Namespace) -> epath.Path | None:
     splits = sources.read_pairs(args.annotations, args.images, **options)
   if sha256 is None:
     sha256 = sources.checksums(args.annotations)
-  splits = pictures.check_pictures(splits, args.check_images, args.max_missing)
+  splits = annotations.check_images(splits, args.check_images, args.max_missing)
   return builder.write_dataset(
     args.out,
-    splits={name: pictures.examples(split) for name, split in splits.items()},
+    splits={name: annotations.examples(split) for name, split in splits.items()},
     description=f"Pictures and {'labels' if class_names else 'captions'}, written by "
     f"prepare_data.py {args.source}.",
     sources={"source": args.source, "options": options, "sha256": sha256},

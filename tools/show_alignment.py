@@ -35,8 +35,9 @@ from flax import nnx
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import restore
-from xmodal_jax.data import image, records, shapes
+from xmodal_jax.data import image, records
 from xmodal_jax.data import inputs as inputs_lib
+from xmodal_jax.data.preparing import shapes
 from xmodal_jax.evaluation import retrieval
 from xmodal_jax.models import base
 from xmodal_jax.runtime import setup

@@ -10,7 +10,8 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from xmodal_jax.data import augment, image, mix, pipeline, records, shapes, text
+from xmodal_jax.data import augment, image, mix, pipeline, records, text
+from xmodal_jax.data.preparing import shapes
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.distributed import processes, sharding
 from xmodal_jax.models import registry

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from etils import epath
 
-from xmodal_jax.data.pictures import Picture, Splits
-from xmodal_jax.data.sources import rows
+from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits
+from xmodal_jax.data.preparing.sources import rows
 from xmodal_jax.data.tfrecord import DatasetError
 
 CSV_FILES = {"train": "train_anno.csv", "valid": "valid_anno.csv"}
@@ -35,7 +35,7 @@ def read_csv(root: epath.PathLike, valid_split: str = "val") -> Splits:
   return splits
 
 
-def _csv_pictures(file: epath.Path, images: epath.Path) -> list[Picture]:
+def _csv_pictures(file: epath.Path, images: epath.Path) -> list[AnnotatedImage]:
   found: dict[str, dict] = {}
   owner: dict[int, str] = {}  # image_id -> picture
   for position, (where, row) in enumerate(rows(file)):
@@ -62,7 +62,7 @@ def _csv_pictures(file: epath.Path, images: epath.Path) -> list[Picture]:
   if not found:
     raise DatasetError(f"{file}: no rows; expected a row per caption after a line of column names")
   return [
-    Picture(name, images / name, entry["id"], *zip(*entry["captions"], strict=True))
+    AnnotatedImage(name, images / name, entry["id"], *zip(*entry["captions"], strict=True))
     for name, entry in found.items()
   ]
 
@@ -118,7 +118,7 @@ def read_folders(
       before, first = len(pictures), sum(map(len, splits.values()))
       for i, path in enumerate(_files(root / part / folder, others)):
         name = str(path.relative_to(root / part))
-        pictures.append(Picture(name, path, first + i, (), label=labels[folder]))
+        pictures.append(AnnotatedImage(name, path, first + i, (), label=labels[folder]))
       if len(pictures) == before:
         raise DatasetError(
           f"{root / part / folder}: no picture in it, expected files of {', '.join(TYPES)}; "

@@ -22,7 +22,8 @@ from typing import Any
 
 from etils import epath
 
-from xmodal_jax.data import builder, tfrecord
+from xmodal_jax.data import tfrecord
+from xmodal_jax.data.preparing import builder
 from xmodal_jax.data.tfrecord import DatasetError
 
 # (path of a source shard, where it counts what it leaves out, by reason) -> examples with caption

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
-from xmodal_jax.data.builder import Example
+from xmodal_jax.data.preparing.builder import Example
 from xmodal_jax.data.tfrecord import DatasetError
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class AnnotatedImage:
   """A picture file and its captions; positions: their places in the split's list, if it has one.
 
   position: of the picture in the annotations' list, where they number pictures so and not by
@@ -32,19 +32,19 @@ class Picture:
   size: tuple[int, int] | None = None
 
 
-Splits = dict[str, list[Picture]]
+Splits = dict[str, list[AnnotatedImage]]
 
 
-def examples(pictures: Iterable[Picture]) -> Iterator[Example]:
+def examples(pictures: Iterable[AnnotatedImage]) -> Iterator[Example]:
   """Pictures -> examples of `builder`, reading each file as it comes."""
   return map(example, pictures)
 
 
-def example(picture: Picture) -> Example:
+def example(picture: AnnotatedImage) -> Example:
   return {"image": picture.path.read_bytes(), **fields(picture)}
 
 
-def fields(picture: Picture) -> dict:
+def fields(picture: AnnotatedImage) -> dict:
   """What an example holds beside the picture itself."""
   optional = ("caption_ids", "caption_positions", "label")
   given = {name: getattr(picture, name) for name in optional}
@@ -56,7 +56,7 @@ def fields(picture: Picture) -> dict:
   }
 
 
-def check_pictures(splits: Splits, decode: bool = False, max_missing: int = 0) -> Splits:
+def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> Splits:
   """The splits, having checked that every picture file exists and, if asked, decodes.
 
   Failures are listed in an error; up to max_missing files that do not exist are left out instead.
@@ -77,7 +77,7 @@ def check_pictures(splits: Splits, decode: bool = False, max_missing: int = 0) -
   return splits
 
 
-def _renumbered(pictures: list[Picture]) -> list[Picture]:
+def _renumbered(pictures: list[AnnotatedImage]) -> list[AnnotatedImage]:
   """Pictures of which some were left out, with caption positions 0..C-1 in the order they had."""
   if any(p.caption_positions is None for p in pictures):
     return pictures
@@ -87,10 +87,10 @@ def _renumbered(pictures: list[Picture]) -> list[Picture]:
   return [dataclasses.replace(p, caption_positions=now(p)) for p in pictures]
 
 
-Faults = list[tuple[Picture, str]]
+Faults = list[tuple[AnnotatedImage, str]]
 
 
-def _faults(splits: Splits, fault: Callable[[Picture], str | None]) -> Faults:
+def _faults(splits: Splits, fault: Callable[[AnnotatedImage], str | None]) -> Faults:
   """What `fault` says of the pictures of which it says something."""
   pictures = [p for split in splits.values() for p in split]
   # By the hundred: a task per picture of a set of millions would fill the memory.

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from xmodal_jax.data import detections
-from xmodal_jax.data.builder import Example
-from xmodal_jax.data.pictures import Picture, Splits, fields
+from xmodal_jax.data.preparing import detections
+from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits, fields
+from xmodal_jax.data.preparing.builder import Example
 from xmodal_jax.data.tfrecord import DatasetError
 
 _NAMED = 5  # pictures that a report names of each kind
@@ -20,7 +20,7 @@ _NAMED = 5  # pictures that a report names of each kind
 Key = Literal["auto", "id", "stem"]
 
 
-def key_of(picture: Picture, key: Key) -> str:
+def key_of(picture: AnnotatedImage, key: Key) -> str:
   """What a detector's files call a picture: "id", of the annotations; "stem", of its file name;
   "auto", its place in the annotations' list where they number pictures so (Flickr30K), else id."""
   if key == "stem":
@@ -74,7 +74,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-  picture: Picture
+  picture: AnnotatedImage
   key: str
   size: detections.Size | None  # None: as the detector's file says
 
@@ -112,7 +112,7 @@ class Joined:
 
   def _item(
     self,
-    picture: Picture,
+    picture: AnnotatedImage,
     key: str,
     split: str,
     sizes: detections.Sizes | None,

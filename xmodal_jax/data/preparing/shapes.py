@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
 
-from xmodal_jax.data import builder
+from xmodal_jax.data.preparing import builder
 
 NAME, VERSION = "shapes", "1.1.0"  # another version for other contents: see `ensure`
 SIZES = {"train": 4000, "val": 500, "test": 500}  # pictures of each split

@@ -23,8 +23,8 @@ from typing import IO, Any
 
 from etils import epath
 
-from xmodal_jax.data.builder import Example
-from xmodal_jax.data.pictures import decode_error
+from xmodal_jax.data.preparing.annotations import decode_error
+from xmodal_jax.data.preparing.builder import Example
 from xmodal_jax.data.tfrecord import DatasetError
 
 TYPES = ("jpg", "jpeg", "png", "webp")

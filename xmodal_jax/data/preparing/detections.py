@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from xmodal_jax.data import sources
-from xmodal_jax.data.pictures import Picture
+from xmodal_jax.data.preparing import sources
+from xmodal_jax.data.preparing.annotations import AnnotatedImage
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.interop.torch_files import FileFormatError, pickles
 
@@ -249,7 +249,7 @@ class Sizes:
   by_key: Mapping[str, Size]
   by_position: bool
 
-  def of(self, picture: Picture, key: str) -> Size | None:
+  def of(self, picture: AnnotatedImage, key: str) -> Size | None:
     return self.by_key.get(str(picture.position) if self.by_position else key)
 
 

@@ -1,6 +1,6 @@
 """Readers of the annotation files that image-text data sets come in.
 
-Each returns {split: [Picture]} in the order of its file, having checked what it read.
+Each returns {split: [AnnotatedImage]} in the order of its file, having checked what it read.
 """
 
 import collections
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from xmodal_jax.data.pictures import Picture, Splits
+from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits
 from xmodal_jax.data.tfrecord import DatasetError
 
 
@@ -89,7 +89,7 @@ def read_karpathy(
     if item.get("filepath") and not path.exists():
       path = images / item["filepath"] / item["filename"]
     splits[item["split"]].append(
-      Picture(
+      AnnotatedImage(
         item["filename"],
         path,
         int(item.get("cocoid", item.get("imgid"))),
@@ -150,7 +150,7 @@ def read_coco(
         "images); the id lists must not share images"
       )
     splits[split] = [
-      Picture(
+      AnnotatedImage(
         names[image],
         paths[image],
         int(image),
@@ -249,7 +249,9 @@ def read_pairs(
         f"{file}: picture {name} has the id {entry['id']!r}, expected an integer; name another "
         "--id_column, or a column that is not there to count from 0"
       ) from e
-    splits[entry["split"]].append(Picture(name, images / name, image_id, tuple(entry["captions"])))
+    splits[entry["split"]].append(
+      AnnotatedImage(name, images / name, image_id, tuple(entry["captions"]))
+    )
   asked = ["train"] + ["val"] * bool(val_fraction) + ["test"] * bool(test_fraction)
   if val_fraction + test_fraction:
     splits = {s: splits[s] for s in asked}  # an empty one is then an error when it is written
@@ -300,7 +302,7 @@ def read_albef(files: Mapping[str, Sequence[tuple[epath.PathLike, epath.PathLike
     logging.info(text, split, records, merged)
     first = len(owner) - len(found)
     splits[split] = [
-      Picture(name, path, first + i, tuple(captions))
+      AnnotatedImage(name, path, first + i, tuple(captions))
       for i, (name, path, captions) in enumerate(found.values())
     ]
   return splits
