@@ -304,7 +304,7 @@ def test_errors_of_config_and_parameters(tool, flags, tmp_path, capsys):
   cases = [
     ([f"{tmp_path}/none.py", "--init", init], "no file"),
     ([config.replace(":team", ":other"), "--init", init], "no variant 'other'"),
-    ([config.replace(":team", ":clip"), "--init", init], "clip does not relate tokens"),
+    ([config.replace(":team", ":clip"), "--init", init], "clip has no attention of caption tokens"),
     ([config, "--init", f"{tmp_path}/none"], "does not exist"),
     ([config, "--workdir", str(tmp_path)], "expected meta.json"),
   ]

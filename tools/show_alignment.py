@@ -71,8 +71,8 @@ class Model:
     self.config = config
     built = setup.Built(config, jax.devices()[:1])
     name, system = config.model.system, built.system
-    if type(system).relate is base.System.relate:
-      raise SystemExit(f"{name} does not relate tokens of a caption to places in a picture")
+    if type(system).token_attention is base.System.token_attention:
+      raise SystemExit(f"{name} has no attention of caption tokens over image tokens")
     self.inputs = inputs_lib.Inputs(config)
     if not hasattr(self.inputs.tokenizer, "pieces"):
       raise SystemExit(f"the tokenizer {config.text.tokenizer!r} does not name its pieces")
@@ -84,7 +84,7 @@ class Model:
     def relate(params, stats, batch):
       model = nnx.merge(built.graphdef, params, stats)
       images, texts = model.encode_image(batch), model.encode_text(batch)
-      out = model.relate(images, texts) | {"first": model.score(images, texts).diagonal()}
+      out = model.token_attention(images, texts) | {"first": model.score(images, texts).diagonal()}
       out["weights"] = out[weights]
       if self.second:
         each = jax.tree.map(lambda x: x[:, None], texts)

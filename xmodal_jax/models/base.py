@@ -79,7 +79,7 @@ class System(nnx.Module):
     """
     raise NotImplementedError(f"{type(self).__name__} has no second stage")
 
-  def relate(self, images: Features, texts: Features) -> dict[str, Array]:
+  def token_attention(self, images: Features, texts: Features) -> dict[str, Array]:
     """What the tokens of N texts look at in their N pictures, for people to see.
 
     attention float32 [N, L, P]: weights of each text token over the image tokens, in rows that sum
@@ -120,7 +120,7 @@ class System(nnx.Module):
     part = jax.checkpoint(lambda part: f(*part), prevent_cse=False)
     return jax.tree.map(join, jax.lax.map(part, (jax.tree.map(cut, dict(rows)), keys)))
 
-  def gathered(self, x: Any) -> Any:
+  def replicate(self, x: Any) -> Any:
     """The rows of a sharded batch, arrays [B, ...], on every device."""
     if self.batch_sharding is None or self.batch_sharding.mesh.size == 1:
       return x

@@ -143,7 +143,7 @@ class HAT(base.System):
     ]
 
   def score(self, images, texts):
-    return sum(self.level_scores(images, self.gathered(texts), self.first))
+    return sum(self.level_scores(images, self.replicate(texts), self.first))
 
   def rerank(self, images, texts):
     """What the levels that the first stage left out score; with stage_mix 1 the sum is all."""
@@ -166,7 +166,7 @@ class HAT(base.System):
     loss, metrics = triplet.hinges(
       lambda v, t: sum(self.level_scores(v, t, levels)),
       v,
-      t if self.ring else self.gathered(t),
+      t if self.ring else self.replicate(t),
       self.margin,
       self.reduce,
       self.ring,

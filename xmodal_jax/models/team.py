@@ -159,7 +159,7 @@ class TEAM(base.System):
     """The scores after all blocks, summed: in [-K, K] for K blocks."""
     return self.matching(images["tokens"], texts["tokens"], texts["mask"]).sum(-1)
 
-  def relate(self, images, texts):
+  def token_attention(self, images, texts):
     """The last block's; agreement is the cosine of a token with what it retrieved."""
     traced = self.matching.trace(images["tokens"], texts["tokens"][:, None], texts["mask"][:, None])
     return {k: traced[k][-1, :, 0] for k in ("attention", "relevance", "agreement")}

@@ -229,7 +229,7 @@ class TGDT(base.System):
 
   def score(self, images, texts):
     if self.option("first_stage") == "local":
-      return self.local_scores(images, self.gathered(texts))
+      return self.local_scores(images, self.replicate(texts))
     return triplet.MEASURES[self.option("measure")](images["embed"], texts["embed"])
 
   def rerank(self, images, texts):
@@ -252,7 +252,7 @@ class TGDT(base.System):
       metrics |= {"loss_matching": inter + intra, "loss_inter": inter, "loss_intra": intra}
     if self.option("loss") != "matching":
       v, t = ({k: x[k] for k in ("tokens", "mask", "zero")} for x in (images, texts))
-      t = t if self.ring else self.gathered(t)
+      t = t if self.ring else self.replicate(t)
       alignment, _ = triplet.hinges(self.local_scores, v, t, margin, reduce, self.ring)
       total += alignment
       metrics["loss_alignment"] = alignment

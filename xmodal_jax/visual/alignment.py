@@ -1,6 +1,6 @@
 """What the words of a caption look at in a picture, for people to see: numpy and Pillow only.
 
-`System.relate` gives weights of text tokens over image tokens. Here tokens become words, image
+`System.token_attention` gives weights of text tokens over image tokens. Here tokens become words, image
 tokens become places in the picture, and weights become pictures and numbers.
 """
 
