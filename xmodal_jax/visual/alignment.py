@@ -1,7 +1,7 @@
 """What the words of a caption look at in a picture, for people to see: numpy and Pillow only.
 
-`System.token_attention` gives weights of text tokens over image tokens. Here tokens become words, image
-tokens become places in the picture, and weights become pictures and numbers.
+`System.token_attention` gives weights of text tokens over image tokens. Here tokens become words,
+image tokens become places in the picture, and weights become pictures and numbers.
 """
 
 import base64
