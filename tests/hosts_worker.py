@@ -1,10 +1,10 @@
-"""One process of several, which the tests of many processes start: see test_hosts.py.
+"""Worker process of the multi-process tests in test_hosts.py.
 
-python hosts_worker.py JOB.json INDEX. The job: address, count, and runs, one after another
-in one process, because starting costs more than a toy run. A run has a name, a system of tiny.py,
-changes of its config, and what happens to it, in `hit`: [process, moment, what], for instance
-[1, "train", "SIGTERM"]. Moments are places in the program, no times.
-Each process writes what came of a run to NAME.INDEX.json; a HostsError ends the run, not the group.
+Usage: python hosts_worker.py JOB.json INDEX. The job has an address, a process count and a list of
+runs, which one group of processes executes in order, because starting processes costs more than a
+toy run. A run has a name, a system of tiny.py, config changes and injected faults: "hit" is a list
+of [process, moment, what], e.g. [1, "train", "SIGTERM"], where a moment is a place in the program.
+Each process writes the result of a run to NAME.INDEX.json. A ProcessError ends only the run.
 """
 
 import json
@@ -145,13 +145,13 @@ def checkpoints_of(folder: pathlib.Path) -> list[int]:
 
 def main() -> None:
   processes.initialize(JOB["address"], JOB["count"], INDEX)
-  with processes.together(), programs.remembered():
+  with processes.exit_together(), programs.remembered():
     logs.setup()
     for run in JOB["runs"]:
       try:
         found = one(run)
-      except processes.HostsError as e:
-        found = dict(error=f"HostsError: {e}")
+      except processes.ProcessError as e:
+        found = dict(error=f"ProcessError: {e}")
       (FOLDER / f"{run['name']}.{INDEX}.json").write_text(json.dumps(found))
 
 

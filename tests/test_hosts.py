@@ -195,7 +195,7 @@ def test_what_differs_is_named_in_every_process(runs_of_two):
   folder, _ = runs_of_two
   for one in found(folder, "config"):
     assert one["error"] == (
-      "HostsError: the processes differ in command, code and packages:\n"
+      "ProcessError: the processes differ in command, code and packages:\n"
       "  config.optim.lr: 0.001 in process 0, 0.5 in process 1"
     )
   for one in found(folder, "data"):
@@ -205,7 +205,7 @@ def test_what_differs_is_named_in_every_process(runs_of_two):
 def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
   folder, _ = runs_of_two
   here, _ = found(folder, "barrier")
-  assert here["error"] == "HostsError: barrier 'lunch': process 1 of 2 did not come within 1 s"
+  assert here["error"] == "ProcessError: barrier 'lunch': process 1 of 2 did not arrive within 1 s"
 
 
 def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, run_of_one, tmp_path):
@@ -286,10 +286,11 @@ def test_half_an_address(given, message):
 def test_one_process_needs_nobody():
   processes_lib.initialize()
   processes_lib.barrier("alone")
-  processes_lib.agree("alone", 1)
+  processes_lib.check_equal("alone", 1)
   assert (
-    processes_lib.gather("alone", (1, "a")) == [[1, "a"]] and processes_lib.first("alone", 2) == 2
+    processes_lib.all_gather("alone", (1, "a")) == [[1, "a"]]
+    and processes_lib.broadcast("alone", 2) == 2
   )
   answers = iter([False, True, False])
-  vote = processes_lib.Vote(lambda: next(answers))
+  vote = processes_lib.ConsensusFlag(lambda: next(answers))
   assert [vote() for _ in range(4)] == [False, True, True, True]

@@ -43,14 +43,14 @@ def main(argv: list[str]) -> None:
   tf.config.set_visible_devices([], "GPU")
   tf.config.set_visible_devices([], "TPU")
   processes.initialize(_COORDINATOR.value, _COUNT.value, _INDEX.value, cluster=_DISTRIBUTED.value)
-  with processes.together():
+  with processes.exit_together():
     run()
 
 
 def run() -> None:
   """Everything after the processes found each other."""
   logs.setup()
-  processes.check_joined()
+  processes.check_initialized()
   if jax.default_backend() == "cpu" and jax.device_count() > 1:
     # What JAX reads from its cache has lost the order of its collectives on CPUs (jaxlib 0.10.2):
     # steps hang.

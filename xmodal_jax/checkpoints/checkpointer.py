@@ -363,7 +363,7 @@ def _together(name: str, do: Callable[[], Any]) -> list[Any]:
   except Exception as e:
     out, error = None, e
   said = None if error is None else f"{type(error).__name__}: {error}"
-  views = processes.gather(f"checkpoint: {name}", [out, said], _TIMEOUT)
+  views = processes.all_gather(f"checkpoint: {name}", [out, said], _TIMEOUT)
   if error is not None:
     raise error
   for i, (_, said) in enumerate(views):

@@ -114,9 +114,9 @@ class Inputs:
     return hashlib.sha256(f"{self.config.data.mix}\n{split.fingerprint}".encode()).hexdigest()
 
   def check_processes(self, *keys: str) -> None:
-    """Raises HostsError where processes of a run see different data in these splits."""
+    """Raises ProcessError where processes of a run see different data in these splits."""
     found = {f"split {self.config.data[key]!r}": self.split(key).fingerprint for key in keys}
-    processes.agree("data", found)
+    processes.check_equal("data", found)
 
   def _augment(self) -> image.Augment | None:
     if self.regions:

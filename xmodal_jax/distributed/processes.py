@@ -1,11 +1,13 @@
-"""Many processes as one run: how they find each other, agree, and stop together.
+"""Multi-process runs: initialization, host-side collectives, and coordinated failure and exit.
 
-What they say to each other goes through the key-value store of jax.distributed's coordinator, which
-process 0 runs: no device takes part. A thread per process, the watch, tells that it lives, hears
-what the others have to say, and ends a process whose main thread waits for one that is gone. With
-one process all of this is nothing: gather gives one value, barriers are open, a vote is a question.
+The collectives exchange small JSON values through the key-value store of jax.distributed's
+coordinator, which runs in process 0; no device takes part. A heartbeat thread in each process
+publishes that the process is alive, reads the failures that others report, and terminates the
+process if its main thread stays blocked on one that failed. With one process all of this is a
+no-op: all_gather returns one value, and barrier returns at once.
 
-Every process calls gather, agree, first, barrier and votes in the same order.
+All processes must call all_gather, check_equal, broadcast, barrier and ConsensusFlag in the same
+order.
 """
 
 import collections
@@ -22,22 +24,22 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax._src import distributed  # the store has no public name
+from jax._src import distributed  # the key-value store has no public API
 
-TIMEOUT = 300.0  # seconds that processes wait for each other, where nobody says otherwise
-SILENCE = 20.0  # seconds without a sign of life after which a process counts as dead
-_GRACE = 6.0  # seconds that a process has to end by itself, once another one failed
-_LAST = 3.0  # more for process 0, which holds the store that the others read the reason from
-_PERIOD = 0.5  # of the watch
-_ROOT = "xmodal_jax"
-
-
-class HostsError(RuntimeError):
-  """Processes that differ, or that did not come."""
+TIMEOUT = 300.0  # default of how long processes wait for each other, in seconds
+HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a process counts as dead
+_EXIT_GRACE = 6.0  # seconds a process has to exit by itself after another one failed
+_COORDINATOR_GRACE = 3.0  # extra seconds of process 0, whose store the others still read from
+_HEARTBEAT_PERIOD = 0.5  # seconds
+_ROOT = "xmodal_jax"  # prefix of all keys in the store
 
 
-_turns: collections.Counter[str] = collections.Counter()  # calls by name, alike in every process
-_watch: "_Watch | None" = None
+class ProcessError(RuntimeError):
+  """Processes of a run disagree, or some of them are missing."""
+
+
+_call_counts: collections.Counter[str] = collections.Counter()  # by name, equal in all processes
+_heartbeat: "_Heartbeat | None" = None  # None with one process
 
 
 def initialize(
@@ -47,21 +49,29 @@ def initialize(
   *,
   cluster: bool | None = None,
   timeout: float = TIMEOUT,
-  silence: float = SILENCE,
+  heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
 ) -> None:
-  """Joins the other processes of the run, if there are any; before any device is touched.
+  """Connects this process to the others of the run, if any. Call it before any device is used.
 
-  coordinator: HOST:PORT of process 0, with the number of processes and which of them this is; or
-  $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and $JAX_PROCESS_ID. Without it, cluster=True asks
-  the TPU slice, SLURM or Open MPI; None does so in a SLURM step of several tasks. Raises ValueError
-  for half of an address, HostsError where the others do not come within `timeout` seconds.
+  Args:
+    coordinator: HOST:PORT of process 0. By default $JAX_COORDINATOR_ADDRESS.
+    count: number of processes. By default $JAX_NUM_PROCESSES.
+    index: index of this process. By default $JAX_PROCESS_ID.
+    cluster: without a coordinator, whether to detect the processes of a TPU slice, SLURM or Open
+      MPI. By default only in a SLURM step of several tasks.
+    timeout: seconds to wait for the other processes.
+    heartbeat_timeout: seconds without a heartbeat after which a process counts as dead.
+
+  Raises:
+    ValueError: some, but not all, of coordinator, count and index are given.
+    ProcessError: the other processes did not connect within `timeout` seconds.
   """
-  env = os.environ.get
-  coordinator = coordinator or env("JAX_COORDINATOR_ADDRESS", "")
-  count = _number(count, "JAX_NUM_PROCESSES")
-  index = _number(index, "JAX_PROCESS_ID")
+  coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+  count = _int_from_env(count, "JAX_NUM_PROCESSES")
+  index = _int_from_env(index, "JAX_PROCESS_ID")
   if cluster is None:
-    cluster = "SLURM_STEP_NODELIST" in os.environ and int(env("SLURM_NTASKS", 1)) > 1
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    cluster = "SLURM_STEP_NODELIST" in os.environ and tasks > 1
   given = bool(coordinator), count is not None, index is not None
   if any(given) and not all(given):
     raise ValueError(
@@ -71,43 +81,48 @@ def initialize(
     )
   if not any(given) and not cluster:
     return
-  # SIGTERM is ours: JAX's service would take it from the training loop.
+  # The training loop handles SIGTERM itself; JAX's service would replace its handler.
   jax.config.update("jax_enable_preemption_service", False)
-  address = dict(coordinator_address=coordinator, num_processes=count, process_id=index)
-  alone = dict(cluster_detection_method="deactivate") if any(given) else {}
+  address = {}
+  if any(given):
+    address = dict(
+      coordinator_address=coordinator,
+      num_processes=count,
+      process_id=index,
+      cluster_detection_method="deactivate",
+    )
   started = time.monotonic()
   try:
     jax.distributed.initialize(
-      **(address if any(given) else {}),
-      **alone,
+      **address,
       initialization_timeout=int(timeout),
-      # JAX itself ends processes should the watch be unable to. It beats twice in this time and may
-      # find out in half of it.
-      heartbeat_timeout_seconds=int(2 * (silence + _GRACE + _LAST + 1)),
+      # A fallback for when the heartbeat thread cannot terminate the process. JAX sends two
+      # heartbeats in this time and may give up after half of it, hence the factor.
+      heartbeat_timeout_seconds=int(2 * (heartbeat_timeout + _EXIT_GRACE + _COORDINATOR_GRACE + 1)),
       shutdown_timeout_seconds=60,
     )
-  except Exception as e:  # jaxlib's own types
-    raise HostsError(
-      f"process {index if any(given) else '(by the cluster)'} waited "
+  except Exception as e:  # jaxlib's own exception types
+    raise ProcessError(
+      f"process {index if any(given) else '(index from the cluster)'} waited "
       f"{time.monotonic() - started:.0f} s for the others at {coordinator or 'its coordinator'}: "
       f"start all of them, with the same address, within {timeout:.0f} s ({e})"
     ) from e
   if distributed.global_state.num_processes > 1:
-    global _watch
-    _watch = _Watch(silence)
-    _watch.start()
+    global _heartbeat
+    _heartbeat = _Heartbeat(heartbeat_timeout)
+    _heartbeat.start()
 
 
-def _number(value: int | None, name: str) -> int | None:
+def _int_from_env(value: int | None, name: str) -> int | None:
   if value is None and name in os.environ:
     return int(os.environ[name])
   return value
 
 
-def check_joined() -> None:
-  """Raises HostsError where the devices are of several processes that were never joined."""
-  if jax.process_count() > 1 and _watch is None:
-    raise HostsError(
+def check_initialized() -> None:
+  """Raises ProcessError on a host of a multi-host slice that did not connect to the others."""
+  if jax.process_count() > 1 and _heartbeat is None:
+    raise ProcessError(
       f"this machine is one of {jax.process_count()} of a slice: add --distributed, on all of them"
     )
 
@@ -116,282 +131,316 @@ def _client() -> Any:
   return distributed.global_state.client
 
 
-def _listed(found: list[int]) -> str:
-  return ("process " if len(found) == 1 else "processes ") + ", ".join(map(str, found))
+def _format_indices(indices: list[int]) -> str:
+  """[1, 3] -> "processes 1, 3"."""
+  return ("process " if len(indices) == 1 else "processes ") + ", ".join(map(str, indices))
 
 
-def _folder(path: str) -> dict[str, str]:
-  """{name: value} of a folder of the store."""
+def _read_dir(path: str) -> dict[str, str]:
+  """{last part of the key: value} of all keys under `path` in the store."""
   return {k.rsplit("/", 1)[1]: v for k, v in _client().key_value_dir_get(f"{path}/")}
 
 
 def barrier(name: str, timeout: float = TIMEOUT) -> None:
-  """Waits until every process is here. HostsError after `timeout` seconds, naming who is not."""
+  """Blocks until all processes call it.
+
+  Raises ProcessError, naming the missing processes, if they do not within `timeout` seconds.
+  """
   if jax.process_count() == 1:
     return
-  _turns[name] += 1
-  path = f"{_ROOT}/barrier/{name}/{_turns[name]}"
+  _call_counts[name] += 1
+  path = f"{_ROOT}/barrier/{name}/{_call_counts[name]}"
   _client().key_value_set(f"{path}/{jax.process_index()}", socket.gethostname())
   try:
     _client().wait_at_barrier(path, int(timeout * 1000))
   except jax.errors.JaxRuntimeError as e:
     try:
-      here = {int(p) for p in _folder(path)}
+      arrived = {int(p) for p in _read_dir(path)}
     except jax.errors.JaxRuntimeError:
-      raise HostsError(f"barrier {name!r}: process 0, the coordinator, does not answer") from e
-    missing = sorted(set(range(jax.process_count())) - here)
-    came = f"{_listed(missing)} of {jax.process_count()} did not come" if missing else "it broke"
+      raise ProcessError(f"barrier {name!r}: process 0, the coordinator, does not answer") from e
+    missing = sorted(set(range(jax.process_count())) - arrived)
+    what = (
+      f"{_format_indices(missing)} of {jax.process_count()} did not arrive"
+      if missing
+      else "it failed"
+    )
     why = "" if "DEADLINE" in str(e) else f" ({str(e).splitlines()[0]})"
-    raise HostsError(f"barrier {name!r}: {came} within {timeout:g} s{why}") from e
-  if jax.process_index() == 0:  # all have passed: nobody reads it any more
+    raise ProcessError(f"barrier {name!r}: {what} within {timeout:g} s{why}") from e
+  if jax.process_index() == 0:  # all processes have passed, so no one reads the keys any more
     _client().key_value_delete(path)
 
 
-def gather(name: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
-  """`value`, anything that json can hold, of every process, in their order. Raises HostsError."""
+def all_gather(name: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
+  """Returns the `value` of every process, in the order of their indices.
+
+  value: anything that JSON can encode; other types become str. Raises ProcessError if a process
+  does not call it within `timeout` seconds.
+  """
   value = json.loads(json.dumps(value, default=str))
   if jax.process_count() == 1:
     return [value]
-  _turns[f"gather {name}"] += 1
-  turn = _turns[f"gather {name}"]
+  _call_counts[f"gather {name}"] += 1
+  call = _call_counts[f"gather {name}"]
   path = f"{_ROOT}/gather/{name}"
-  _client().key_value_set(f"{path}/{turn}/{jax.process_index()}", json.dumps(value))
+  _client().key_value_set(f"{path}/{call}/{jax.process_index()}", json.dumps(value))
   barrier(name, timeout)
-  found = _folder(f"{path}/{turn}")
-  if jax.process_index() == 0 and turn > 1:  # everyone here has read the turn before
-    _client().key_value_delete(f"{path}/{turn - 1}")
-  return [json.loads(found[str(p)]) for p in range(jax.process_count())]
+  values = _read_dir(f"{path}/{call}")
+  if jax.process_index() == 0 and call > 1:  # all processes have read the values of the last call
+    _client().key_value_delete(f"{path}/{call - 1}")
+  return [json.loads(values[str(p)]) for p in range(jax.process_count())]
 
 
-def first(name: str, value: Any, timeout: float = TIMEOUT) -> Any:
-  """The `value` of process 0, in every process; that of the others is not looked at."""
-  return gather(name, value if jax.process_index() == 0 else None, timeout)[0]
+def broadcast(name: str, value: Any, timeout: float = TIMEOUT) -> Any:
+  """Returns the `value` of process 0 in every process; the others' values are ignored."""
+  return all_gather(name, value if jax.process_index() == 0 else None, timeout)[0]
 
 
-def agree(name: str, value: Any, timeout: float = TIMEOUT) -> None:
-  """Raises HostsError, in every process, where `value` is not the same in all of them.
+def check_equal(name: str, value: Any, timeout: float = TIMEOUT) -> None:
+  """Raises ProcessError in every process if `value` is not the same in all of them.
 
-  The message names the values of two processes, of a Mapping only the keys that differ.
+  The message gives the values of process 0 and of the first that differs; of a Mapping only the
+  keys that differ.
   """
   if jax.process_count() == 1:
     return
   text = json.dumps(value, sort_keys=True, default=str)
-  digests = gather(name, hashlib.sha256(text.encode()).hexdigest(), timeout)
+  digests = all_gather(name, hashlib.sha256(text.encode()).hexdigest(), timeout)
   other = next((p for p, d in enumerate(digests) if d != digests[0]), None)
   if other is None:
     return
-  mine = value if jax.process_index() in (0, other) else None
-  told = gather(f"{name}, values", mine, timeout)
-  a, b = told[0], told[other]
+  # Only the two processes that are compared send their value, which may be large.
+  own = value if jax.process_index() in (0, other) else None
+  values = all_gather(f"{name}, values", own, timeout)
+  a, b = values[0], values[other]
   if not isinstance(a, Mapping) or not isinstance(b, Mapping):
     a, b = {name: a}, {name: b}
   differ = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
   lines = [f"\n  {k}: {a.get(k)!r} in process 0, {b.get(k)!r} in process {other}" for k in differ]
-  raise HostsError(f"the processes differ in {name}:" + "".join(lines))
+  raise ProcessError(f"the processes differ in {name}:" + "".join(lines))
 
 
-def all_see(path: Any) -> bool:
-  """Whether a file is there in every process, in each of them the same answer."""
-  return all(gather("file", path.exists()))
+def visible_everywhere(path: Any) -> bool:
+  """Whether the file `path` exists in every process; the same result in all of them."""
+  return all(all_gather("file", path.exists()))
 
 
-class Vote:
-  """A yes of one process becomes a yes of all, from the same call on in each of them.
+class ConsensusFlag:
+  """A local condition that becomes true in all processes at the same call.
 
-  The processes call it equally often. A call costs a lock, no message, until someone says yes: then
-  each says how many calls it has begun, and the answer is yes from the next after the largest on.
+  All processes must call the flag equally often. While the condition is false everywhere a call
+  takes a lock and sends no message. Once it is true in one process, each process publishes how many
+  calls it has begun; the flag is true from the call after the largest of these numbers on.
+
+      stop = ConsensusFlag(lambda: sigterm_received)
+      for step in range(total):
+        train_step()
+        if stop():  # true after the same step in all processes
+          break
   """
 
-  def __init__(self, ask: Callable[[], bool]):
-    self.ask, self.calls, self.answer = ask, 0, False
-    self._at: int | None = None  # calls begun when a yes was heard of
-    self._from: int | None = None  # first call whose answer is yes
-    _turns["vote"] += 1
-    self.path = f"{_ROOT}/vote/{_turns['vote']}"
-    if _watch is not None:
-      _watch.add(self)
+  def __init__(self, condition: Callable[[], bool]):
+    self.condition, self.calls, self.value = condition, 0, False
+    self._published: int | None = None  # the number of calls that this process published
+    self._true_from: int | None = None  # index, from 1, of the first call that returns True
+    _call_counts["flag"] += 1
+    self.id = str(_call_counts["flag"])
+    self._path = f"{_ROOT}/flag/{self.id}"
+    if _heartbeat is not None:
+      _heartbeat.register(self)
 
   def __call__(self) -> bool:
-    if self.answer:
+    if self.value:
       return True
-    if _watch is None:
-      self.answer = self.ask()
-      return self.answer
-    with _watch.lock:
+    if _heartbeat is None:
+      self.value = self.condition()
+      return self.value
+    with _heartbeat.lock:
       self.calls += 1
-      if self._at is None and self.ask():
-        _client().key_value_set(f"{_ROOT}/asked/{self.path.rsplit('/', 1)[1]}", "", True)
-        self._freeze(self.calls - 1)
-    if self._at is not None:
-      self.answer = self.calls >= self._first_yes()
-    return self.answer
+      if self._published is None and self.condition():
+        _client().key_value_set(f"{_ROOT}/flag_set/{self.id}", "", True)
+        self._publish(self.calls - 1)  # without the current call, which may return True itself
+    if self._published is not None:
+      self.value = self.calls >= self._first_true_call()
+    return self.value
 
-  def _freeze(self, calls: int) -> None:
-    """Called with the lock held."""
-    self._at = calls
-    _client().key_value_set(f"{self.path}/{jax.process_index()}", str(calls))
+  def on_set(self) -> None:
+    """The heartbeat thread saw that another process set the flag. Requires the lock."""
+    if self._published is None:
+      self._publish(self.calls)
 
-  def hear(self) -> None:
-    """Another process said yes. Called with the lock held."""
-    if self._at is None:
-      self._freeze(self.calls)
+  def _publish(self, calls: int) -> None:
+    """Requires the lock."""
+    self._published = calls
+    _client().key_value_set(f"{self._path}/{jax.process_index()}", str(calls))
 
-  def _first_yes(self) -> int:
-    if self._from is None:
-      end, count = time.monotonic() + TIMEOUT, jax.process_count()
-      while len(found := _folder(self.path)) < count:
-        if time.monotonic() > end:
-          missing = sorted(set(range(count)) - {int(p) for p in found})
-          raise HostsError(f"asked to stop, but {_listed(missing)} did not answer")
+  def _first_true_call(self) -> int:
+    if self._true_from is None:
+      deadline, count = time.monotonic() + TIMEOUT, jax.process_count()
+      while len(published := _read_dir(self._path)) < count:
+        if time.monotonic() > deadline:
+          missing = sorted(set(range(count)) - {int(p) for p in published})
+          raise ProcessError(
+            f"a process was asked to stop, but {_format_indices(missing)} did not answer within "
+            f"{TIMEOUT:g} s"
+          )
         time.sleep(0.02)
-      self._from = max(map(int, found.values())) + 1
-    return self._from
+      self._true_from = max(map(int, published.values())) + 1
+    return self._true_from
 
 
-class _Watch(threading.Thread):
-  """Beats, listens, and ends the process where its main thread cannot."""
+class _Heartbeat(threading.Thread):
+  """Publishes that this process is alive and ends it if its main thread cannot after a failure."""
 
-  def __init__(self, silence: float):
-    super().__init__(name="watch", daemon=True)
+  def __init__(self, timeout: float):
+    super().__init__(name="heartbeat", daemon=True)
     self.lock = threading.Lock()
-    self.silence, self.votes, self.over = silence, {}, threading.Event()
+    self.timeout, self.stopped = timeout, threading.Event()
+    self.flags: dict[str, ConsensusFlag] = {}
     state = distributed.global_state
     self.index, self.count = state.process_id, state.num_processes
-    self.period = max(_PERIOD, self.count / 256)  # some hundred messages a second, however many
-    self.beats, self.seen = 0, {}  # of the others, at process 0: index -> (beat, when it changed)
-    self.failed: dict[int, str] = {}  # what they said themselves
-    self.dead: dict[int, str] = {}  # what process 0 says of them
-    self.deadline: float | None = None
+    # Bounds the load of the coordinator to some hundred messages a second.
+    self.period = max(_HEARTBEAT_PERIOD, self.count / 256)
+    self.beats = 0
+    # In process 0 only: index -> (last heartbeat, time when it changed).
+    self.last_beats: dict[int, tuple[str, float]] = {}
+    self.failed: dict[int, str] = {}  # reported by the failing process itself
+    self.dead: dict[int, str] = {}  # reported by process 0 after missing heartbeats
+    self.deadline: float | None = None  # set once a failure is known
 
-  def add(self, vote: Vote) -> None:
+  def register(self, flag: ConsensusFlag) -> None:
     with self.lock:
-      self.votes[vote.path.rsplit("/", 1)[1]] = vote
+      self.flags[flag.id] = flag
 
   def run(self) -> None:
-    while not self.over.wait(self.period):
+    while not self.stopped.wait(self.period):
       try:
-        self._look()
+        self._tick()
       except jax.errors.JaxRuntimeError as e:
-        if not self.over.is_set():
-          self._leave(f"process 0, the coordinator, does not answer: it died or ended ({e})")
+        if not self.stopped.is_set():
+          self._abort(f"process 0, the coordinator, does not answer: it died or ended ({e})")
       except Exception:
-        logging.exception("the watch of process %d failed", self.index)
-        self._leave("nobody watches this one any more")
-      # Where all of them fail alike, each has what it takes to finish its checkpoint and end.
+        logging.exception("the heartbeat thread of process %d failed", self.index)
+        self._abort("its heartbeat thread failed")
+      # If all processes failed on their own, each may take its time to finish its checkpoint.
       late = self.deadline is not None and time.monotonic() > self.deadline
       if late and len(self.failed) < self.count:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-          self._name_silent()
-        self._leave("its main thread waits for the others")
+          self._log_unresponsive()
+        self._abort("its main thread is blocked on the others")
 
-  def _look(self) -> None:
+  def _tick(self) -> None:
     self.beats += 1
-    _client().key_value_set(f"{_ROOT}/alive/{self.index}", str(self.beats), True)
-    for number in _folder(f"{_ROOT}/asked"):
+    _client().key_value_set(f"{_ROOT}/heartbeat/{self.index}", str(self.beats), True)
+    for flag_id in _read_dir(f"{_ROOT}/flag_set"):
       with self.lock:
-        # A vote that this process has not come to yet is heard of as soon as it has.
-        if number in self.votes:
-          self.votes[number].hear()
+        # A flag that this process has not created yet is handled in a later tick.
+        if flag_id in self.flags:
+          self.flags[flag_id].on_set()
     if self.index == 0:
-      self._count_beats()
-    self._hear_failures()
+      self._find_dead()
+    self._read_failures()
 
-  def _count_beats(self) -> None:
-    now, beats = time.monotonic(), _folder(f"{_ROOT}/alive")
+  def _find_dead(self) -> None:
+    now, beats = time.monotonic(), _read_dir(f"{_ROOT}/heartbeat")
     for p in range(1, self.count):
       beat = beats.get(str(p), "")
-      if p not in self.seen or self.seen[p][0] != beat:
-        self.seen[p] = beat, now
-      elif now - self.seen[p][1] > self.silence and p not in self.failed | self.dead:
-        text = f"no sign of life for {self.silence:g} s: it was killed, or its machine is gone"
+      if p not in self.last_beats or self.last_beats[p][0] != beat:
+        self.last_beats[p] = beat, now
+      elif now - self.last_beats[p][1] > self.timeout and p not in self.failed | self.dead:
+        text = f"no heartbeat for {self.timeout:g} s: it was killed, or its machine is down"
         _client().key_value_set(f"{_ROOT}/dead/{p}", text, True)
 
-  def _hear_failures(self) -> None:
-    for folder, heard in (("failed", self.failed), ("dead", self.dead)):
-      for p, text in _folder(f"{_ROOT}/{folder}").items():
-        if int(p) not in heard and int(p) != self.index:
+  def _read_failures(self) -> None:
+    for folder, known in (("failed", self.failed), ("dead", self.dead)):
+      for p, text in _read_dir(f"{_ROOT}/{folder}").items():
+        if int(p) not in known and int(p) != self.index:
           logging.error("process %s of %d failed: %s", p, self.count, text)
-        heard[int(p)] = text
+        known[int(p)] = text
     if (self.failed or self.dead) and self.deadline is None:
-      _client().key_value_set(f"{_ROOT}/heard/{self.index}", "", True)
-      self.deadline = time.monotonic() + _GRACE + _LAST * (self.index == 0)
+      _client().key_value_set(f"{_ROOT}/acknowledged/{self.index}", "", True)
+      grace = _EXIT_GRACE + _COORDINATOR_GRACE * (self.index == 0)
+      self.deadline = time.monotonic() + grace
 
-  def tell(self, error: BaseException) -> None:
-    """Tells the others that this process fails."""
+  def report(self, error: BaseException) -> None:
+    """Reports to the other processes that this one fails."""
     text = f"{type(error).__name__}: {error}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       _client().key_value_set(f"{_ROOT}/failed/{self.index}", text[:4000], True)
 
-  def _leave(self, why: str) -> None:
-    """Ends the process without a word to JAX, whose own end would wait for all."""
+  def _abort(self, why: str) -> None:
+    """Ends the process without jax.distributed.shutdown, which would wait for all processes."""
     logging.error(
-      "process %d of %d stops, because another one failed; %s. The same command, on all of them, "
-      "goes on from the last checkpoint", self.index, self.count, why
+      "process %d of %d stops because another one failed: %s. Rerun the same command on all of "
+      "them to resume from the last checkpoint", self.index, self.count, why
     )  # fmt: skip
-    self.end(1)
+    self.exit(1)
 
-  def end(self, code: int) -> None:
+  def exit(self, code: int) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-      _client().key_value_set(f"{_ROOT}/bye/{self.index}", "", True)
+      _client().key_value_set(f"{_ROOT}/exited/{self.index}", "", True)
       if self.index == 0:
-        self._wait_for("bye", _GRACE + 2)
+        self._wait_for("exited", _EXIT_GRACE + 2)
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
-  def _wait_for(self, folder: str, seconds: float) -> list[int]:
-    """Waits until all but the dead are in a folder of the store; returns who is not."""
+  def _wait_for(self, folder: str, seconds: float) -> None:
+    """Waits, at most so long, until all processes but the dead have a key in `folder`."""
     end = time.monotonic() + seconds
     while True:
-      found = {int(p) for p in _folder(f"{_ROOT}/{folder}")}
-      missing = sorted(set(range(self.count)) - found - self.dead.keys())
+      present = {int(p) for p in _read_dir(f"{_ROOT}/{folder}")}
+      missing = set(range(self.count)) - present - self.dead.keys()
       if not missing or time.monotonic() > end:
-        return missing
+        return
       time.sleep(0.1)
 
-  def fail(self) -> None:
-    """The end of a process whose main thread failed."""
+  def exit_after_failure(self) -> None:
+    """Ends the process after its main thread failed, once the others know of the failure."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-      self._wait_for("heard", 5)
-      self._name_silent()
-    self.end(1)
+      self._wait_for("acknowledged", 5)
+      self._log_unresponsive()
+    self.exit(1)
 
-  def _name_silent(self) -> None:
-    """Says who did not hear of a failure, and is therefore the likely cause of it."""
-    heard = {int(p) for p in _folder(f"{_ROOT}/heard")} | self.failed.keys() | self.dead.keys()
-    if silent := sorted(set(range(self.count)) - heard):
+  def _log_unresponsive(self) -> None:
+    """Logs which processes did not acknowledge the failure: they are its likely cause."""
+    known = {int(p) for p in _read_dir(f"{_ROOT}/acknowledged")}
+    known |= self.failed.keys() | self.dead.keys()
+    if unresponsive := sorted(set(range(self.count)) - known):
       logging.error(
-        "no word from %s: killed, or the machine is gone. The same command, on all of them, goes "
-        "on from the last checkpoint", _listed(silent)
+        "no answer from %s: killed, or the machine is down. Rerun the same command on all "
+        "processes to resume from the last checkpoint", _format_indices(unresponsive)
       )  # fmt: skip
 
 
 @contextlib.contextmanager
-def telling() -> Iterator[None]:
-  """Around what may fail in one process alone, inside of what would wait for the others when it is
-  left: they hear of the failure at once, and all have ended some seconds later."""
+def report_failure() -> Iterator[None]:
+  """Reports an exception in this block to the other processes at once; all exit seconds later.
+
+  Use it inside context managers whose exit waits for the other processes, such as checkpoint
+  writers: without it they learn of the failure only by a timeout.
+  """
   try:
     yield
   except BaseException as e:
-    if _watch is not None:
-      _watch.tell(e)
+    if _heartbeat is not None:
+      _heartbeat.report(e)
     raise
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-  """Around the work of a program: its processes end together, well or with a non-zero exit code."""
-  if _watch is None:
+def exit_together() -> Iterator[None]:
+  """Wraps the program's work: its processes all succeed, or all exit with a non-zero code."""
+  if _heartbeat is None:
     yield
     return
   try:
-    with telling():
+    with report_failure():
       yield
       barrier("the end", 2 * TIMEOUT)
   except BaseException:
     logging.exception("process %d of %d failed", jax.process_index(), jax.process_count())
-    _watch.fail()
-  _watch.over.set()
-  _watch.join()
+    _heartbeat.exit_after_failure()
+  _heartbeat.stopped.set()
+  _heartbeat.join()
   jax.distributed.shutdown()

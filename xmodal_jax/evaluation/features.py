@@ -69,7 +69,7 @@ class Tower:
     split = zero_shot.labelled(inputs, key)
     sections = ("model", "dtype", "precision", "data.image")
     file = retrieval.cache_file(folder, "features", self.config, sections, split, self.source)
-    if processes.all_see(file):
+    if processes.visible_everywhere(file):
       found = retrieval.load_arrays(file)
     else:
       logging.info("features of %d pictures of split %r", len(split), split.name)

@@ -78,7 +78,7 @@ class Evaluator:
     batches = lambda n: -(-n // self.config.eval.batch_size)
     image_bank = self.bank(batches(len(split)))
     text_bank = self.bank(batches(int(split.captions_per_record.sum())))
-    if cache and processes.all_see(cache):
+    if cache and processes.visible_everywhere(cache):
       (images, image_id), (texts, caption_image) = _load_features(cache)
     elif self.streams:
       texts, caption_image = self.encode(state, "text", self.inputs.texts(split))

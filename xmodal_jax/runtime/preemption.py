@@ -13,7 +13,7 @@ class Preemption:
 
   def __init__(self):
     self.asked = False
-    self.vote = processes.Vote(lambda: self.asked)
+    self._stop = processes.ConsensusFlag(lambda: self.asked)
     signal.signal(signal.SIGTERM, self._note)
 
   def _note(self, signum, frame):
@@ -21,4 +21,4 @@ class Preemption:
     self.asked = True
 
   def __call__(self) -> bool:
-    return self.vote()
+    return self._stop()

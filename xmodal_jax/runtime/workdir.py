@@ -88,11 +88,11 @@ def _seen(path: epath.Path) -> str:
 
 
 def check_processes(config: Any, workdir: str, mode: str) -> None:
-  """Raises HostsError where processes of a run differ in their command, code or packages."""
+  """Raises ProcessError where processes of a run differ in their command, code or packages."""
   facts = {f"config.{k}": v for k, v in json_like(workdir_lib.flatten(config)).items()}
   facts |= {"--workdir": str(workdir), "--mode": mode, "xmodal_jax sources": _sources()}
   facts |= {f"{k} version": v for k, v in _versions().items()}
-  processes.agree("command, code and packages", facts)
+  processes.check_equal("command, code and packages", facts)
 
 
 def _sources() -> str:

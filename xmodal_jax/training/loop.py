@@ -46,7 +46,8 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
         checkpointer.Checkpoints(workdir, keep=config.checkpoint.keep, metric=config.eval.metric)
       )
     )
-    stack.enter_context(processes.telling())  # of a failure before the checkpoints wait for all
+    # Report a failure before the checkpoint writer waits for the other processes.
+    stack.enter_context(processes.report_failure())
     meta = dict(
       system=config.model.system,
       seed=config.seed,
