@@ -116,7 +116,7 @@ def one(run: dict) -> dict:
     if process == INDEX:
       arm(*rest)
   if run.get("check"):
-    workdir.check_processes(config, str(folder), "train")
+    workdir.check_processes(workdir.flatten(config), str(folder), "train")
   if barrier := run.get("barrier"):
     if barrier["missing"] != INDEX:
       processes.barrier("lunch", barrier["seconds"])

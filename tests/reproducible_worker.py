@@ -53,13 +53,13 @@ def run(config, steps: int, devices=None, plain: bool = False):
   """
   with config.unlocked():
     config.reproducible = not plain
-  built = setup.Built(config, devices)
+  built = setup.build(config, devices)
   schedule = schedules.make_schedule(
     config.optim, schedules.RunLength(48, config.batch_size, config.total)
   )
-  tx = built.optimizer(schedule)
+  tx = built.optimizer(config.optim, schedule)
   shardings = built.state_shardings(tx)
-  state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
+  state = jax.jit(lambda: step_lib.init_state(built.init_model, tx), out_shardings=shardings)()
   step = built.train_step(tx, jax.random.key(0), shardings, schedule)
   return _steps(state, step, built.batch_sharding, test_accumulate.batch(config, 64), steps)
 

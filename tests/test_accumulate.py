@@ -61,9 +61,9 @@ def gradients(
   if not dropout:
     without_dropout(config.model)
   config.mesh = mesh
-  built = setup.Built(config, jax.devices()[:devices])
+  built = setup.build(config, jax.devices()[:devices])
   rows = sharding.batch_sharding(built.mesh)
-  init = lambda: nnx.to_pure_dict(step_lib.split(built.model())[1])
+  init = lambda: nnx.to_pure_dict(step_lib.split(built.init_model())[1])
   params = jax.jit(init, out_shardings=built.params_shardings)()
 
   @jax.jit
@@ -153,7 +153,7 @@ def temporaries(name: str, accumulate: int, size: int) -> int:
   """Bytes of temporaries of a training step's loss and gradient."""
   config = SYSTEMS[name]("unused", batch_size=size, accumulate=accumulate)
   config.mesh = (("data", -1),)
-  built = setup.Built(config, jax.devices()[:1])
+  built = setup.build(config, jax.devices()[:1])
   params = nnx.to_pure_dict(built.params)
   b = {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch(config, 8).items()}
 
@@ -186,7 +186,7 @@ def test_parts_need_no_ring_of_their_own():
 
   def moved(accumulate):
     config = tiny.team("unused", batch_size=BATCH, accumulate=accumulate)
-    built = setup.Built(config)
+    built = setup.build(config)
     b = batch(config)
 
     def loss(params):
@@ -208,7 +208,7 @@ def test_parts_need_no_ring_of_their_own():
 def test_parts_that_do_not_divide_the_batch(changes, error):
   config = tiny.config("unused", **dict(batch_size=BATCH) | changes)
   with pytest.raises(ValueError, match=error):
-    setup.Built(config)
+    setup.build(config)
 
 
 def test_batch_norm_sees_the_whole_batch():
@@ -216,4 +216,4 @@ def test_batch_norm_sees_the_whole_batch():
   with config.unlocked():
     config.model.image = dict(kind="resnet", size=32, width=8, depths=(1, 1, 1, 1))
   with pytest.raises(ValueError, match="accumulate is 2, but this model has BatchNorm"):
-    setup.Built(config)
+    setup.build(config)

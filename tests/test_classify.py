@@ -31,7 +31,7 @@ def config(data: str, **changes):
 @pytest.fixture(scope="module")
 def model(labelled_data, tmp_path_factory) -> tuple[str, setup.Built]:
   """A converted directory of a random CLIP, and its shapes."""
-  built = setup.Built(config(labelled_data))
+  built = setup.build(config(labelled_data))
   folder = tmp_path_factory.mktemp("clip") / "model"
   meta = dict(system="clip", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
   checkpointer.save_model(folder, *weights(built), meta)

@@ -88,9 +88,11 @@ def test_config_builds_full_size(name, variant, tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(config.model.text.vocab - 4))]
     pathlib.Path(config.text.vocab).write_text("\n".join(words))
   config.mesh = (("data", 2), ("fsdp", 2), ("model", 2))
-  built = setup.Built(config)
+  built = setup.build(config)
   run = schedules.RunLength(100_000, config.batch_size, config.total)
-  tx = built.optimizer(schedules.make_schedule(config.optim, run), run.steps_per_epoch)
+  tx = built.optimizer(
+    config.optim, schedules.make_schedule(config.optim, run), run.steps_per_epoch
+  )
   built.state_shardings(tx)
   schedules.duration_to_steps(config.eval.every, run.steps_per_epoch)
   schedules.duration_to_steps(config.checkpoint.every, run.steps_per_epoch)
@@ -138,9 +140,9 @@ def test_original_recipe_of_team():
   c = config_lib.resolve(config)
   assert (c.model.same_image, c.data.rand_augment_mode) == ("zero", "original")
   assert (c.optim.trust, c.optim.schedule, c.optim.bounds) == ("original", "step", ())
-  built = setup.Built(c)
+  built = setup.build(c)
   schedule = schedules.make_schedule(c.optim, schedules.RunLength(100_000, c.batch_size, c.total))
-  assert built.optimizer(schedule).update
+  assert built.optimizer(c.optim, schedule).update
   params = step_lib.nnx.to_pure_dict(built.params)
   decay = factory.per_param("optim.decay", c.optim.decay, params)
   tensors = conversion.tensors_of(tables.rule_table(c.model.system).RULES, params)

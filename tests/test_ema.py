@@ -52,8 +52,9 @@ def test_no_average():
 
 def test_average_is_sharded_as_the_parameters():
   mesh = (("data", 2), ("fsdp", 2), ("model", 2))
-  built = setup.Built(tiny.config("unused", optim__ema=0.9, mesh=mesh))
-  shardings = built.state_shardings(built.optimizer(lambda step: 0.1))
+  c = tiny.config("unused", optim__ema=0.9, mesh=mesh)
+  built = setup.build(c)
+  shardings = built.state_shardings(built.optimizer(c.optim, lambda step: 0.1))
   assert restore.flat(shardings.opt_state[-1].average) == restore.flat(built.params_shardings)
 
 
@@ -72,9 +73,9 @@ def checkpoints_of(workdir):
 
 def saved(c, workdir, step) -> tuple[dict, dict]:
   """(averaged parameters, parameters) of a checkpoint."""
-  built = setup.Built(c)
-  tx = built.optimizer(lambda step: 0.1)
-  shapes = jax.eval_shape(lambda: step_lib.init_state(built.model, tx))
+  built = setup.build(c)
+  tx = built.optimizer(c.optim, lambda step: 0.1)
+  shapes = jax.eval_shape(lambda: step_lib.init_state(built.init_model, tx))
   want = checkpointer.abstract_state(shapes, built.state_shardings(tx))
   state = checkpoints_of(workdir).restore(step, want)
   return restore.flat(state.params), restore.flat(transforms.averaged(state).params)
@@ -88,7 +89,7 @@ def test_who_reads_a_workdir_gets_the_average(averaged_run):
     np.testing.assert_allclose(value, (before[path] + raw[path]) / 2, atol=1e-6, err_msg=path)
   kernel = "image/blocks/q/kernel"
   assert abs(average[kernel] - raw[kernel]).max() > 1e-3
-  built, best = setup.Built(c), checkpoints_of(workdir).best()
+  built, best = setup.build(c), checkpoints_of(workdir).best()
   params, _, info = restore.load(str(workdir), "clip", built.params, built.stats)
   assert info["step"] == best
   want, _ = saved(c, workdir, best)
@@ -111,14 +112,16 @@ def test_resumed_run_goes_on_from_the_parameters(averaged_run, tmp_path):
 def test_average_starts_from_the_towers_of_files(tiny_data, monkeypatch):
   """Which replace those that the optimizer was initialised with."""
   c = tiny.config(tiny_data, optim__ema=0.5, init_image="a file")
-  built = setup.Built(c)
+  built = setup.build(c)
   path = "image/blocks/q/kernel"
   found = {path: np.full((2, 32, 32), 3, np.float32)}
   monkeypatch.setattr(restore, "load_tower", lambda *args: found)
-  tx = built.optimizer(lambda step: 0.1)
-  new = lambda: step_lib.init_state(built.model, tx)
+  tx = built.optimizer(c.optim, lambda step: 0.1)
+  new = lambda: step_lib.init_state(built.init_model, tx)
   state = initial_state.with_towers(
-    c, built, jax.jit(new, out_shardings=built.state_shardings(tx))()
+    initial_state.Sources.from_config(c),
+    built,
+    jax.jit(new, out_shardings=built.state_shardings(tx))(),
   )
   average = restore.flat(state.opt_state[-1].average)[path]
   assert (average == 3).all() and average.sharding == restore.flat(built.params_shardings)[path]

@@ -28,11 +28,11 @@ def config(tiny_data):
 
 @pytest.fixture(scope="module")
 def built(config):
-  return setup.Built(config)
+  return setup.build(config)
 
 
 def make_state(built):
-  params, stats = jax.jit(lambda: step_lib.split(built.model())[1:])()
+  params, stats = jax.jit(lambda: step_lib.split(built.init_model())[1:])()
   pure = lambda s: jax.tree.map(jnp.asarray, step_lib.nnx.to_pure_dict(s))
   return train_state.TrainState(None, pure(params), pure(stats), None)
 

@@ -64,7 +64,7 @@ def evaluator(data_dir, **changes):
   golden = hat_golden.Golden(**changes)
   c.model = golden.config
   c.eval.batch_size, c.eval.block, c.eval.rerank_block = 8, (8, 16), (2, 2)
-  ev = retrieval.Evaluator(c, inputs.Inputs(c), setup.Built(c))
+  ev = retrieval.Evaluator(c, inputs.Inputs(c), setup.build(c))
   return ev, train_state.TrainState(None, golden.params, {}, None)
 
 

@@ -62,7 +62,7 @@ def evaluated(name: str, data_dir: str):
   c.text.clean, c.text.max_words = "albef", 30
   c.eval.batch_size, c.eval.block, c.eval.rerank_block = 8, (8, 32), (2, 4)
   assert (golden.model().top_k_text, golden.model().top_k_image) == (TOP, TOP)
-  built = setup.Built(c)
+  built = setup.build(c)
   read = inputs.Inputs(c)
   ev = retrieval.Evaluator(c, read, built)
   state = train_state.TrainState(None, golden.params, {}, None)

@@ -238,7 +238,7 @@ def test_from_files_to_recalls(norm, tmp_path):
   c.text.tokenizer, c.text.vocab = "bert", str(golden_files.path("zerovl", "vocab.txt"))
   c.text.length = zerovl_golden.CONFIG["max_length"]
   c.eval.batch_size, c.eval.block = 8, (8, 32)
-  built = setup.Built(c)
+  built = setup.build(c)
   read = inputs.Inputs(c)
   ev = retrieval.Evaluator(c, read, built)
   state = train_state.TrainState(None, golden.params, {}, None)

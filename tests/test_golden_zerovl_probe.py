@@ -47,7 +47,7 @@ def loaded(file: str):
   c.model.update(
     dict(system="zerovl", image=zerovl_golden.image_config(), classes=PROBE["classes"])
   )
-  built = setup.Built(c)
+  built = setup.build(c)
   path = str(golden_files.path("zerovl", file))
   params, stats, _ = restore.load(path, "zerovl", built.params, built.stats)
   return nnx.merge(built.graphdef, params, stats), params

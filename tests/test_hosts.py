@@ -137,8 +137,8 @@ def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None 
 def straight(config, folder: pathlib.Path, devices: int) -> dict:
   """The same run in this process alone."""
   with pytest.MonkeyPatch.context() as patch, programs.remembered():
-    built = functools.partial(setup.Built, devices=jax.devices()[:devices])
-    patch.setattr(loop.setup, "Built", built)
+    built = functools.partial(setup.build, devices=jax.devices()[:devices])
+    patch.setattr(loop.setup, "build", built)
     return loop.train(config, folder)
 
 
@@ -218,7 +218,7 @@ def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, run_of_one, tmp
   ends = start(tmp_path, [dict(run, hit=[[0, "train", "SIGTERM", 2]])], 2, 2)
   assert [e.code for e in ends] == [0, 0], ends[0].log[-3000:]
   # Of step 4 the save was under way when the process died; that of step 2 was whole.
-  assert re.search("going on from step [24]", ends[0].log)
+  assert re.search("resuming from step [24]", ends[0].log)
   assert found(tmp_path, "run")[0]["results"] is None
   straight(tiny.config(tiny_data, **SHORT), tmp_path / "run", 4)
   assert_same_run(tmp_path / "run", run_of_one[0], 20, "train")

@@ -197,7 +197,7 @@ def test_rules_and_axes_agree_on_what_is_stacked(variant):
   config = config_lib.base()
   module = registry.system_module("clip")
   config.model.update(module.preset(variant))
-  built = setup.Built(config)
+  built = setup.build(config)
   leaves, _ = jax.tree_util.tree_flatten_with_path(
     built.params, is_leaf=lambda v: hasattr(v, "get_metadata")
   )
@@ -214,7 +214,7 @@ def test_rules_and_axes_agree_on_what_is_stacked(variant):
     config.optim.trust = trust
     decay = config.optim.decay if trust == "optax" else ((".*", 1.0),)
     config.optim.decay = decay
-    built.state_shardings(built.optimizer(optax.constant_schedule(0.1)))
+    built.state_shardings(built.optimizer(config.optim, optax.constant_schedule(0.1)))
 
 
 def test_one_update_compiles_without_a_loop_over_layers():

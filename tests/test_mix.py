@@ -307,10 +307,10 @@ def test_an_epoch_of_a_run_is_the_sum_of_whole_batches(two_sets, tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_loss_takes_such_batches(two_sets, accumulate):
   c = config(two_sets, batch_size=16, accumulate=accumulate)
-  built = setup.Built(c)
+  built = setup.build(c)
   batch = sharding.put_batch(first(1, inputs.Inputs(c))[0], sharding.batch_sharding(built.mesh))
   assert batch["dataset"].shape == (16,)
-  loss = lambda batch: built.model().loss(batch, jax.random.key(0))[0]
+  loss = lambda batch: built.init_model().loss(batch, jax.random.key(0))[0]
   assert jax.eval_shape(loss, batch).shape == ()
 
 

@@ -32,12 +32,12 @@ def read(name, tiny_data):
 def test_a_few_steps_lower_the_loss(name, tiny_data):
   config = read(name, tiny_data)
   config.batch_size, config.optim.warmup = 16, "1 steps"
-  built = setup.Built(config, jax.devices()[:1])
+  built = setup.build(config, jax.devices()[:1])
   run = schedules.RunLength(1600, 16, "1 epochs")
   schedule = schedules.make_schedule(config.optim, run)
-  tx = built.optimizer(schedule, run.steps_per_epoch)
+  tx = built.optimizer(config.optim, schedule, run.steps_per_epoch)
   shardings = built.state_shardings(tx)
-  state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
+  state = jax.jit(lambda: step_lib.init_state(built.init_model, tx), out_shardings=shardings)()
   step = step_lib.make_train_step(built.graphdef, tx, jax.random.key(0), shardings, schedule)
   stream = inputs.Inputs(config).train(0)
   batch = sharding.put_batch(next(stream), sharding.batch_sharding(built.mesh))

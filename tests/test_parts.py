@@ -12,7 +12,7 @@ from xmodal_jax.distributed import sharding
 from xmodal_jax.losses import contrastive
 from xmodal_jax.models import layers
 from xmodal_jax.models.layers import attention as attention_lib
-from xmodal_jax.runtime import flops, logs
+from xmodal_jax.runtime import flops, logs, metric_writers
 
 RULES = {"vocab": "model", "heads": "model", "mlp": "model", "embed": "fsdp"}
 
@@ -100,7 +100,7 @@ def test_blocks_are_the_same_scanned_unrolled_and_recomputed():
 
 
 def test_metrics_file_drops_what_will_come_again(tmp_path):
-  writer = logs.JsonlWriter(tmp_path)
+  writer = metric_writers.JsonlWriter(tmp_path)
   for step in (1, 2, 3, 4):
     writer.write(step, "train", {"loss": np.float32(step)})
   writer.write(2, "val", {"rsum": 5.0})

@@ -112,7 +112,7 @@ def built(case: str):
     for key, value in changes.items():
       config.model[key] = value
   config.mesh = (("data", -1),)
-  return config, setup.Built(config, jax.devices()[:1])
+  return config, setup.build(config, jax.devices()[:1])
 
 
 def shapes(config):
@@ -136,10 +136,10 @@ def test_train_step(case):
     return inner.update(grads, state, params)
 
   config.optim.ema = 0.9
-  inner = b.optimizer(schedule)
+  inner = b.optimizer(config.optim, schedule)
   tx = optax.GradientTransformation(inner.init, look)
   shardings = b.state_shardings(inner)
-  state = jax.eval_shape(lambda: step_lib.init_state(b.model, tx))
+  state = jax.eval_shape(lambda: step_lib.init_state(b.init_model, tx))
   step = step_lib.make_train_step(b.graphdef, tx, jax.random.key(0), shardings, schedule)
   traced = step.trace(state, shapes(config))
   assert not wrong(traced.jaxpr)

@@ -64,7 +64,7 @@ def test_terminated_and_killed(tiny_data, tmp_path):
   process = start(folder, config)
   _, log = process.communicate(timeout=300)
   assert process.returncode == 0, log[-3000:]
-  assert "going on from step" in log
+  assert "resuming from step" in log
 
   straight = tmp_path / "straight"
   changes = dict(total="24 steps", checkpoint__every="4 steps", eval__every="8 steps")

@@ -45,7 +45,7 @@ STEPS = 3 * (COUNT["train"] // 16)
 def tower(labelled_data, tmp_path_factory) -> pathlib.Path:
   """A converted directory of a random tower."""
   folder = tmp_path_factory.mktemp("tower") / "model"
-  params, stats = weights(setup.Built(config(labelled_data)))
+  params, stats = weights(setup.build(config(labelled_data)))
   meta = dict(system="zerovl", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
   checkpointer.save_model(folder, params, stats, meta)
   return folder
@@ -154,7 +154,7 @@ def test_streamed(labelled_data, tower, cached, tmp_path):
 
 
 def test_device_count_changes_nothing(labelled_data, tower, cached, tmp_path, monkeypatch):
-  monkeypatch.setattr(setup, "Built", functools.partial(setup.Built, devices=jax.devices()[:1]))
+  monkeypatch.setattr(setup, "build", functools.partial(setup.build, devices=jax.devices()[:1]))
   linear_probe.linear_probe(config(labelled_data, tower), tmp_path)
   same(tmp_path, cached, 1e-5)
 
@@ -173,7 +173,7 @@ def test_first_classifier_is_uniform():
 def test_features_are_those_of_the_model(labelled_data, tower, tmp_path):
   def extract(c):
     read = inputs.Inputs(c)
-    of = features.Tower(c, setup.Built(c))
+    of = features.Tower(c, setup.build(c))
     return of.extract(read, "val", tmp_path, lambda: False), next(read.images(read.split("val")))
 
   c = config(labelled_data, tower)
@@ -181,7 +181,7 @@ def test_features_are_those_of_the_model(labelled_data, tower, tmp_path):
   assert found.features.shape == (COUNT["val"], 32) and found.features.dtype == np.float32
   want = [(COUNT["train"] + i) % len(NAMES) for i in range(COUNT["val"])]
   np.testing.assert_array_equal(found.label, want)
-  built = setup.Built(c)
+  built = setup.build(c)
   model = nnx.merge(
     built.graphdef, *restore.load(str(tower), "zerovl", built.params, built.stats)[:2]
   )
@@ -205,7 +205,7 @@ def test_towers_give_their_vectors():
   image = jnp.asarray(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), np.uint8))
   c = tiny.config("")
   c.model.image = dict(kind="resnet", size=32, width=16, depths=(1, 1, 1, 1))
-  built = setup.Built(c)
+  built = setup.build(c)
   abstract = lambda: nnx.merge(built.graphdef, *weights(built)).probe_features({"image": image})
   assert jax.eval_shape(abstract).shape == (2, 16)  # the attention pool's
 
@@ -217,7 +217,7 @@ def test_towers_give_their_vectors():
 
   for c in (tiny.config(""), tiny.team("")):
     c.model.image.size, c.model.image.patch, c.model.image.depth = 32, 16, 1
-    built = setup.Built(c)
+    built = setup.build(c)
     got, tokens = jax.jit(lambda p, s: both(nnx.merge(built.graphdef, p, s)))(*weights(built))
     assert got.shape == (2, 32) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, tokens[:, 0], rtol=0, atol=1e-5)
@@ -239,7 +239,7 @@ def test_ranks_and_ties():
 
 def test_scorer_leaves_out_padding_and_collapsed_is_chance(labelled_data):
   c = config(labelled_data)
-  mesh, rng = setup.Built(c).mesh, np.random.default_rng(0)
+  mesh, rng = setup.build(c).mesh, np.random.default_rng(0)
   label = np.arange(40, dtype=np.int32) % 20
   x = rng.standard_normal((40, 8)).astype(np.float32)
   kernel = rng.standard_normal((8, 20)).astype(np.float32)
@@ -329,7 +329,7 @@ def test_what_a_regression_learns_from(labelled_data, monkeypatch):
   monkeypatch.setattr(lbfgs, "make_fit", lambda *a: fit)
   writer = types.SimpleNamespace(scalars=lambda step, kind, values: tries.append(values["l2"]))
   c = config(labelled_data, probe__optim="lbfgs")
-  run = lambda: linear_probe._regress(c, setup.Built(c), parts.__getitem__, writer, lambda: False)
+  run = lambda: linear_probe._regress(c, setup.build(c), parts.__getitem__, writer, lambda: False)
   *_, facts = run()
   assert len(tries) == len(seen) - 1 and facts["train_images"] == 28 and facts["l2"] == seen[-1][0]
   for l2, x, label in seen[:-1]:
@@ -415,5 +415,5 @@ def test_going_on_with_something_else():
 def test_random_tower_is_said_to_be_one(labelled_data, caplog):
   c = config(labelled_data)
   with caplog.at_level(logging.WARNING):
-    of = features.Tower(c, setup.Built(c))
+    of = features.Tower(c, setup.build(c))
   assert "config.init is empty" in caplog.text and of.source["kind"] == "random weights"

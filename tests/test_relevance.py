@@ -137,7 +137,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def built(tiny_data):
-  return {name: setup.Built(getattr(tiny, name)(tiny_data)) for name in ("config", "team")}
+  return {name: setup.build(getattr(tiny, name)(tiny_data)) for name in ("config", "team")}
 
 
 OWNER = np.repeat(np.arange(12), 5)

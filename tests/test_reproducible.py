@@ -156,13 +156,13 @@ def test_resume_on_another_number_of_devices(tiny_data, tmp_path, monkeypatch):
     (dict(micro_shards=6), "micro_shards is 6: set it to a power of two"),
     (dict(micro_shards=0), "micro_shards is 0"),
     (dict(micro_shards=32), "32, which does not divide config.batch_size=16"),
-    (dict(micro_shards=4), "8 devices do not share config.micro_shards=4"),
-    (dict(accumulate=2), "config.accumulate=2 has no meaning"),
+    (dict(micro_shards=4), "micro_shards=4 cannot be divided among 8 devices"),
+    (dict(accumulate=2), "ignores config.accumulate=2: set it to 1"),
   ],
 )
 def test_what_cannot_be_reproduced(changes, error):
   with pytest.raises(ValueError, match=error):
-    setup.Built(tiny.config("unused", reproducible=True, **changes))
+    setup.build(tiny.config("unused", reproducible=True, **changes))
 
 
 def test_batch_norm_sees_the_whole_batch():
@@ -170,7 +170,7 @@ def test_batch_norm_sees_the_whole_batch():
   with c.unlocked():
     c.model.image = dict(kind="resnet", size=32, width=8, depths=(1, 1, 1, 1))
   with pytest.raises(ValueError, match="reproducible is set, but this model has BatchNorm"):
-    setup.Built(c)
+    setup.build(c)
 
 
 def test_tiles_may_not_change_at_a_resume():

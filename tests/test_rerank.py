@@ -71,8 +71,8 @@ def test_merged_directions():
 
 
 def run(config, devices=8):
-  built = setup.Built(config, jax.devices()[:devices])
-  params = jax.jit(lambda: step_lib.nnx.to_pure_dict(step_lib.split(built.model())[1]))()
+  built = setup.build(config, jax.devices()[:devices])
+  params = jax.jit(lambda: step_lib.nnx.to_pure_dict(step_lib.split(built.init_model())[1]))()
   state = train_state.TrainState(None, jax.tree.map(np.asarray, params), {}, None)
   read = inputs.Inputs(config)
   ev = retrieval.Evaluator(config, read, built)
@@ -93,7 +93,7 @@ def second_scores(config, devices=8):
 def test_scores_against_the_plain_loop_on_any_devices(tiny_data):
   config = tiny.team(tiny_data)
   _, (by_image, by_text), (ev, state, split) = second_scores(config)
-  model = step_lib.nnx.merge(setup.Built(config).graphdef, state.params, {})
+  model = step_lib.nnx.merge(setup.build(config).graphdef, state.params, {})
   rows = lambda batches, encode: [
     {k: np.asarray(v)[i] for k, v in f.items()}
     for b in batches

@@ -22,7 +22,7 @@ def objective(name: str, devices: int, loss_chunk: int):
   config = SYSTEMS[name]("unused", batch_size=SMALL, loss_chunk=loss_chunk)
   without_dropout(config.model)
   config.mesh = (("data", -1),)
-  built = setup.Built(config, jax.devices()[:devices])
+  built = setup.build(config, jax.devices()[:devices])
   rng = np.random.default_rng(0)
 
   def filled(x):
@@ -79,7 +79,7 @@ def test_ring_trains_the_same(name):
 def test_tiles_that_do_not_divide_the_batch():
   config = tiny.config("unused", batch_size=BATCH, loss_chunk=3)
   with pytest.raises(ValueError, match=r"loss_chunk is 3.*config\.batch_size=64 over 8"):
-    setup.Built(config, jax.devices())
+    setup.build(config, jax.devices())
   config.loss_chunk = 4
-  system = setup.Built(config, jax.devices()).system
+  system = setup.build(config, jax.devices()).system
   assert system.ring.chunk == 4 and system.ring.batch_sharding == system.batch_sharding

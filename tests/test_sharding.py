@@ -45,11 +45,11 @@ def fields(config) -> dict:
 def run(name: str, sizes: tuple[int, int, int]):
   """(losses of a few steps, parameters, the compiled program's text, the sharded state)."""
   config = with_mesh(name, sizes)
-  built = setup.Built(config, jax.devices()[: math.prod(sizes)])
+  built = setup.build(config, jax.devices()[: math.prod(sizes)])
   schedule = schedules.make_schedule(config.optim, schedules.RunLength(48, 16, config.total))
-  tx = built.optimizer(schedule)
+  tx = built.optimizer(config.optim, schedule)
   shardings = built.state_shardings(tx)
-  state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
+  state = jax.jit(lambda: step_lib.init_state(built.init_model, tx), out_shardings=shardings)()
   step = step_lib.make_train_step(built.graphdef, tx, jax.random.key(0), shardings, schedule)
   rows = sharding.put_batch(fields(config), sharding.batch_sharding(built.mesh))
   program = step.lower(state, rows).compile()
@@ -130,7 +130,7 @@ def spec_of(params: nnx.State, mesh, **kw) -> dict:
 
 def test_heads_are_not_cut_and_what_does_not_divide_is_listed_once(caplog):
   """Two heads of 16 on four devices: their matrices stay whole, the MLP's do not."""
-  built = setup.Built(with_mesh("clip", (1, 1, 1)), jax.devices()[:1])
+  built = setup.build(with_mesh("clip", (1, 1, 1)), jax.devices()[:1])
   mesh = sharding.make_mesh((("data", 1), ("fsdp", 2), ("model", 4)))
   with caplog.at_level(logging.WARNING, logger="absl"):
     specs = spec_of(built.params, mesh, min_size=64)
@@ -146,9 +146,10 @@ def test_heads_are_not_cut_and_what_does_not_divide_is_listed_once(caplog):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_parameter_has_names_for_its_axes(name):
   """All but the layers that lead; a name is one that the rules know."""
-  built = setup.Built(SYSTEMS[name]("unused"), jax.devices()[:1])
+  config = SYSTEMS[name]("unused")
+  built = setup.build(config, jax.devices()[:1])
   is_variable = lambda v: isinstance(v, nnx.Variable)
-  known = {*built.config.rules, None}
+  known = {*config.rules, None}
   for path, v in jax.tree_util.tree_leaves_with_path(built.params, is_leaf=is_variable):
     axes, stacked = v.get_metadata()["axes"], any(k.key in ("blocks", "rest") for k in path)
     assert len(axes) == len(v.shape) - stacked and set(axes) <= known, (path, axes, v.shape)

@@ -140,8 +140,8 @@ def get_config(variant=None):
 """
   (folder / "small.py").write_text(code)
   config = tiny.team(tiny_data, model__text__context=48, text__length=48)
-  built = setup.Built(config_lib.resolve(config))
-  params = nnx.to_pure_dict(nnx.state(built.model(), nnx.Param))
+  built = setup.build(config_lib.resolve(config))
+  params = nnx.to_pure_dict(nnx.state(built.init_model(), nnx.Param))
   meta = dict(system="team", source="none", sha256="", config={}, ignored={})
   meta |= dict(converter=meta_lib.VERSION)
   checkpointer.save_model(folder / "model", params, {}, meta)

@@ -288,7 +288,7 @@ def test_scales_stop_learning_beyond_their_bound(small):
 
 def test_built_for_a_mesh_knows_its_rows():
   config = tiny.team("unused")
-  built = setup.Built(config)
+  built = setup.build(config)
   assert nnx.merge(
     built.graphdef, built.params, built.stats
   ).batch_sharding == sharding.batch_sharding(built.mesh)

@@ -31,7 +31,7 @@ def toy(image=None):
   if image:
     with config.model.ignore_type():
       config.model.image = image
-  return setup.Built(config)
+  return setup.build(config)
 
 
 def shapes(state):
@@ -233,10 +233,10 @@ def test_training_goes_on_where_the_file_is(tiny_data, tmp_path):
   changes = dict(total="6 steps", eval__test=False, eval__every="0 steps")
   config = tiny.config(tiny_data, **changes)
   loop.train(config, tmp_path / "straight")
-  built = setup.Built(config)
+  built = setup.build(config)
   run = schedules.RunLength(tiny.SIZES["train"], config.batch_size, config.total)
-  tx = built.optimizer(schedules.make_schedule(config.optim, run))
-  new = functools.partial(step_lib.init_state, built.model, tx)
+  tx = built.optimizer(config.optim, schedules.make_schedule(config.optim, run))
+  new = functools.partial(step_lib.init_state, built.init_model, tx)
   want = checkpointer.abstract_state(jax.eval_shape(new), built.state_shardings(tx))
   saved = checkpointer.Checkpoints(tmp_path / "straight", keep=2, metric="", read_only=True)
   state = jax.device_get(saved.restore(3, want))

@@ -439,16 +439,17 @@ class Nothing:
 
 def first_params(c) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], setup.Built]:
   """What a run of this config starts from, what it would without files, and how it is built."""
-  built = setup.Built(c, jax.devices()[:1])  # one compiles faster than eight
-  tx = built.optimizer(lambda step: 0.0)
-  state, step, _ = initial_state._first_state(
-    c, built, tx, built.state_shardings(tx), Nothing(), {}
+  built = setup.build(c, jax.devices()[:1])  # one compiles faster than eight
+  tx = built.optimizer(c.optim, lambda step: 0.0)
+  sources = initial_state.Sources.from_config(c)
+  state, step, _ = initial_state.first_state(
+    built, tx, built.state_shardings(tx), Nothing(), "", sources
   )
   assert step == 0 and int(state.step) == 0
   have = restore.flat(state.params)
   places = restore.flat(built.params_shardings)
   assert {k: v.sharding for k, v in have.items()} == places
-  new = restore.flat(nnx.to_pure_dict(nnx.state(jax.jit(built.model)(), nnx.Param)))
+  new = restore.flat(nnx.to_pure_dict(nnx.state(jax.jit(built.init_model)(), nnx.Param)))
   return jax.device_get(have), jax.device_get(new), built
 
 
@@ -499,7 +500,7 @@ def test_a_run_trains_on_and_resumes_without_them(files, tiny_data, tmp_path):
   c, run = tiny.team(tiny_data, **SHORT, **copies), tmp_path / "run"
   loop.train(c, str(run))
   saved = checkpointer.load_model(run / "checkpoints" / "1")
-  have, params = restore.flat(saved["params"]), setup.Built(c).params
+  have, params = restore.flat(saved["params"]), setup.build(c).params
   for side in ("image", "text"):
     for path, value in restore.load_tower(copies[f"init_{side}"], side, "team", params).items():
       np.testing.assert_array_equal(have[path], value, path)

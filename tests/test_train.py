@@ -69,7 +69,7 @@ def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
     assert loop.train(c, tmp_path)["test"] == first["test"]
   name = path.relative_to(tmp_path / "checkpoints" / "4")
   assert f"checkpoint of step 4 is damaged and not used: {name} " in caplog.text
-  assert "going on from step 3" in caplog.text and lines(tmp_path) == before
+  assert "resuming from step 3" in caplog.text and lines(tmp_path) == before
   again = checkpointer.load_model(tmp_path / "checkpoints" / "4")
   jax.tree.map(np.testing.assert_array_equal, again, model)
 
@@ -147,13 +147,13 @@ class Compilations(logging.Handler):
 
 def test_no_recompilation_and_no_implicit_transfer(tiny_data):
   config = tiny.config(tiny_data)
-  built, read = setup.Built(config), inputs.Inputs(config)
+  built, read = setup.build(config), inputs.Inputs(config)
   schedule = schedules.make_schedule(
     config.optim, schedules.RunLength(48, config.batch_size, config.total)
   )
-  tx = built.optimizer(schedule)
+  tx = built.optimizer(config.optim, schedule)
   shardings = built.state_shardings(tx)
-  state = jax.jit(lambda: step_lib.init_state(built.model, tx), out_shardings=shardings)()
+  state = jax.jit(lambda: step_lib.init_state(built.init_model, tx), out_shardings=shardings)()
   rng = jax.device_put(jax.random.key(0), built.replicated)
   step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
   evaluator = retrieval.Evaluator(config, read, built)
@@ -190,10 +190,10 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny_data, tmp_path):
 
 
 def test_workdir_of_another_config(tiny_data, tmp_path):
-  workdir.claim(tmp_path, tiny.config(tiny_data))
-  workdir.claim(tmp_path, tiny.config(tiny_data, log_every=7))  # where and how it runs may differ
+  workdir.claim(tmp_path, workdir.flatten(tiny.config(tiny_data)))
+  workdir.claim(tmp_path, workdir.flatten(tiny.config(tiny_data, log_every=7)))
   with pytest.raises(workdir.WorkdirError, match=r"optim\.lr: 0\.01 -> 0\.5"):
-    workdir.claim(tmp_path, tiny.config(tiny_data, optim__lr=0.5))
+    workdir.claim(tmp_path, workdir.flatten(tiny.config(tiny_data, optim__lr=0.5)))
 
 
 def test_changed_data(tiny_data, tmp_path):
@@ -242,7 +242,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
 def test_init_from_workdir(tiny_data, tmp_path):
   c = tiny.config(tiny_data, total="2 steps", eval__test=False)
   loop.train(c, tmp_path / "a")
-  built = setup.Built(c)
+  built = setup.build(c)
   params, _, info = restore.load(str(tmp_path / "a"), "clip", built.params, built.stats)
   assert info["step"] == 2
   saved = checkpointer.load_model(tmp_path / "a" / "checkpoints" / "2")
@@ -256,7 +256,7 @@ def test_init_from_workdir(tiny_data, tmp_path):
   assert info["kind"] == "zip"
   jax.tree.map(np.testing.assert_array_equal, again, params)
   c.model.embed = 24
-  built = setup.Built(c)
+  built = setup.build(c)
   with pytest.raises(
     checkpointer.CheckpointError, match=r"image/proj/kernel: \(32, 16\) in the file"
   ):

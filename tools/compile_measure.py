@@ -30,7 +30,7 @@ def measure(programs: compile_programs.Programs, compiled: Any, steps: int) -> M
 
   Raises FloatingPointError where the loss is not finite: what is timed would be another work.
   """
-  init = lambda: step_lib.init_state(programs.built.model, programs.tx)
+  init = lambda: step_lib.init_state(programs.built.init_model, programs.tx)
   state = jax.jit(init, out_shardings=programs.shardings)()
   batch = noise(programs.training[1], programs.config.model.text.vocab)
   batch = sharding.put_batch(batch, programs.built.batch_sharding)

@@ -43,13 +43,13 @@ class Programs:
   """step: name of a program -> what lowers it; "train" and, unless it cannot, what evaluates."""
 
   def __init__(self, config: Any, devices: Sequence[jax.Device]):
-    self.config, self.built = config, setup.Built(config, devices)
+    self.config, self.built = config, setup.build(config, devices)
     self.lower: dict[str, Callable[[], Any]] = {"train": lambda: self.train().lower(*self.training)}
     run = schedules.RunLength(1000 * config.batch_size, config.batch_size, config.total)
     self.schedule = schedules.make_schedule(config.optim, run)
-    self.tx = self.built.optimizer(self.schedule, run.steps_per_epoch)
+    self.tx = self.built.optimizer(config.optim, self.schedule, run.steps_per_epoch)
     self.shardings = self.built.state_shardings(self.tx)
-    state = jax.eval_shape(lambda: step_lib.init_state(self.built.model, self.tx))
+    state = jax.eval_shape(lambda: step_lib.init_state(self.built.init_model, self.tx))
     self.state = jax.tree.map(_placed, state, self.shardings)
     self.training = self.state, batch(config, config.batch_size, self.built.batch_sharding)
     self._evaluation()

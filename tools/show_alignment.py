@@ -69,7 +69,7 @@ class Model:
 
   def __init__(self, config: Any, source: str, weights: str):
     self.config = config
-    built = setup.Built(config, jax.devices()[:1])
+    built = setup.build(config, jax.devices()[:1])
     name, system = config.model.system, built.system
     if type(system).token_attention is base.System.token_attention:
       raise SystemExit(f"{name} has no attention of caption tokens over image tokens")

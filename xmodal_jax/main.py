@@ -61,7 +61,7 @@ def run() -> None:
 
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
   config = config_lib.resolve(_CONFIG.value, overrides)
-  workdir.check_processes(config, _WORKDIR.value, _MODE.value)
+  workdir.check_processes(workdir.flatten(config), _WORKDIR.value, _MODE.value)
   logging.info("devices: %s", jax.devices())
   modes = {
     "train": loop.train,

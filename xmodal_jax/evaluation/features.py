@@ -92,12 +92,13 @@ def _load(config: Any, built: setup.Built) -> tuple[Any, dict[str, Any]]:
   if config.init:
     return retrieval.load_state(config, built, config.init)
   tx = optax.identity()
-  new = functools.partial(step_lib.init_state, built.model, tx)
+  new = functools.partial(step_lib.init_state, built.init_model, tx)
   state = jax.jit(new, out_shardings=built.state_shardings(tx))()
   if config.init_image:
+    sources = initial_state.Sources.from_config(config)
     with local_copy(epath.Path(config.init_image).expanduser()) as local:
       source = dict(kind="image tower", source=local.name, sha256=torch_files.sha256(local))
-    return initial_state.with_towers(config, built, state), source
+    return initial_state.with_towers(sources, built, state), source
   logging.warning("config.init is empty: the classifier is of a random tower")
   return state, dict(kind="random weights", seed=config.seed)
 

@@ -34,7 +34,7 @@ from xmodal_jax.evaluation import lbfgs, retrieval, zero_shot
 from xmodal_jax.evaluation.features import Features, Scorer, Tower
 from xmodal_jax.losses import classification
 from xmodal_jax.optim import schedules, train_state, transforms
-from xmodal_jax.runtime import logs, preemption, setup
+from xmodal_jax.runtime import logs, metric_writers, preemption, setup
 from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.runtime import workdir as workdir_lib
 
@@ -183,7 +183,7 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
     raise ValueError(f"config.probe.optim is {p.optim!r}; there are lars, lbfgs")
   if p.optim == "lbfgs" and p.augment:
     raise ValueError("config.probe.augment needs optim='lars': lbfgs takes all features at once")
-  built = setup.Built(config)
+  built = setup.build(config)
   inputs = inputs_lib.Inputs(config, built.batch_sharding)
   shards = sharding.batch_shards(built.mesh)
   for key, size in (("probe", p.batch_size), ("eval", config.eval.batch_size)):
@@ -197,7 +197,7 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
         "classifier is trained and tested on the same"
       )
   inputs.check_processes("test", *(() if p.classifier else ("train", config.eval.select)))
-  workdir = workdir_lib.claim(workdir, config)
+  workdir = workdir_lib.claim(workdir, workdir_lib.flatten(config))
   with contextlib.closing(
     checkpointer.Checkpoints(workdir, keep=config.checkpoint.keep, metric="top1")
   ) as checkpoints:
@@ -213,7 +213,7 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
 
     try:
       test = features("test")
-      with contextlib.closing(logs.Writer(workdir)) as writer:
+      with contextlib.closing(metric_writers.Writer(workdir)) as writer:
         if p.classifier or p.optim == "lbfgs":
           writer.jsonl.resume(0)  # these begin again
         if p.classifier:
@@ -242,7 +242,14 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
     features=test.features.shape[1],
     ties="lower index first",
   )
-  return workdir_lib.write_results(workdir, config, inputs, report, tower.source, protocol | facts)
+  return workdir_lib.write_results(
+    workdir,
+    report,
+    protocol=protocol | facts,
+    dataset=workdir_lib.dataset_name(config.data),
+    fingerprint=inputs.split("test").fingerprint,
+    source=tower.source,
+  )
 
 
 def _refuse_training_run(checkpoints: checkpointer.Checkpoints, workdir: epath.Path) -> None:
@@ -287,7 +294,7 @@ def _given(source: str, tower: Tower, test: Features) -> Params:
   )
 
 
-def _regress(config: Any, built: setup.Built, features, writer: logs.Writer, asked):
+def _regress(config: Any, built: setup.Built, features, writer: metric_writers.Writer, asked):
   """(steps, classifier, facts) of logistic regression. Raises Interrupted."""
   p, train, select = config.probe, features("train"), features(config.eval.select)
   x, y, held = train.features, train.label, np.zeros(len(train), bool)
@@ -386,7 +393,7 @@ def _first_state(new, checkpoints, meta, replicated) -> tuple[train_state.TrainS
   if (found := checkpoints.restore_latest(want, check)) is None:
     return jax.jit(new, out_shardings=replicated)(), 0
   step, _, state = found
-  logging.info("going on from step %d", step)
+  logging.info("resuming from step %d", step)
   return state, step
 
 

@@ -407,6 +407,21 @@ def _block(tree: Any, start: int, size: int, to: NamedSharding) -> Any:
   return jax.tree.map(one, tree)
 
 
+def protocol(config: Any, name: str, split: records.Split) -> dict[str, Any]:
+  """How the numbers of a split came about, for results.json; config: the `eval` section."""
+  return dict(
+    split=name,
+    images=len(split),
+    captions=int(split.captions_per_record.sum()),
+    folds=config.folds,
+    score_dtype=config.score_dtype,
+    eccv_caption=bool(config.eccv_dir),
+    ndcg=config.ndcg,
+    published=config.protocol == "original",
+    ties="lower index first",
+  )
+
+
 def log_table(name: str, report: Mapping[str, float]) -> None:
   """A table of each stage and of the published protocol, then every other number on one line."""
   first = "first_rsum" in report
@@ -436,7 +451,7 @@ def _table(name: str, report: Mapping[str, float], prefix: str = "") -> list[str
 
 def evaluate(config: Any, workdir: str) -> dict[str, Any]:
   """`--mode eval`: the test split with config.init, or with the workdir's own best checkpoint."""
-  built = setup.Built(config)
+  built = setup.build(config)
   inputs = inputs_lib.Inputs(config, built.batch_sharding)
   inputs.check_processes("test")
   source = config.init or workdir
@@ -448,4 +463,12 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
   cache = evaluator.cache_path(folder, inputs.split("test"), info)
   report = evaluator(state, "test", cache)
   log_table(f"test, {info['kind']}", report)
-  return workdir_lib.write_results(folder, config, inputs, report, info)
+  split = inputs.split("test")
+  return workdir_lib.write_results(
+    folder,
+    report,
+    protocol=protocol(config.eval, config.data.test, split),
+    dataset=workdir_lib.dataset_name(config.data),
+    fingerprint=split.fingerprint,
+    source=info,
+  )

@@ -193,7 +193,7 @@ def classify(config: Any, workdir: str) -> dict[str, Any]:
     )
   if not config.model.get("text"):
     raise ValueError("config.model has no text tower: zero-shot classification needs one")
-  built = setup.Built(config)
+  built = setup.build(config)
   inputs = inputs_lib.Inputs(config, built.batch_sharding)
   split = labelled(inputs, "test")
   inputs.check_processes("test")
@@ -223,4 +223,11 @@ def classify(config: Any, workdir: str) -> dict[str, Any]:
     templates=forms,
     ties="lower index first",
   )
-  return workdir_lib.write_results(folder, config, inputs, result, info, protocol)
+  return workdir_lib.write_results(
+    folder,
+    result,
+    protocol=protocol,
+    dataset=workdir_lib.dataset_name(config.data),
+    fingerprint=split.fingerprint,
+    source=info,
+  )

@@ -40,12 +40,14 @@ Batch = Mapping[str, Array]
 OPTIONS = {"cpu": {"xla_disable_hlo_passes": "algsimp"}}
 
 
-def check(config: Any, mesh: jax.sharding.Mesh, stats: Any) -> None:
-  """Raises ValueError where a batch cannot be cut so, or the model or the mesh does not allow it.
+def check(
+  mesh: jax.sharding.Mesh, stats: Any, *, batch_size: int, micro_shards: int, accumulate: int
+) -> None:
+  """Raises ValueError if the batch, the mesh or the model does not allow a reproducible step.
 
   stats: the model's running statistics, abstract or not.
   """
-  n, devices, batch_size = config.micro_shards, sharding.batch_shards(mesh), config.batch_size
+  n, devices = micro_shards, sharding.batch_shards(mesh)
   if n < 1 or n & (n - 1):
     raise ValueError(f"config.micro_shards is {n}: set it to a power of two")
   if batch_size % n:
@@ -54,23 +56,23 @@ def check(config: Any, mesh: jax.sharding.Mesh, stats: Any) -> None:
     )
   if split := [f"{a}={k}" for a, k in mesh.shape.items() if a != "data" and k > 1]:
     raise ValueError(
-      f"config.reproducible is set, and config.mesh has {', '.join(split)}: parameters are then "
-      "whole on every device; set config.mesh to (('data', -1),)"
+      f"config.reproducible needs replicated parameters, but config.mesh has {', '.join(split)}: "
+      "set config.mesh to (('data', -1),)"
     )
   if n % devices:
     raise ValueError(
-      f"config.reproducible is set: {devices} devices do not share config.micro_shards={n} evenly; "
-      f"use a power of two of devices, {n} at most, or start with more micro-shards"
+      f"config.reproducible is set, but config.micro_shards={n} cannot be divided among {devices} "
+      f"devices: use a power of two of at most {n} devices, or start with more micro-shards"
     )
-  if config.accumulate != 1:
+  if accumulate != 1:
     raise ValueError(
-      f"config.reproducible is set: a batch is encoded in micro-shards, and config.accumulate="
-      f"{config.accumulate} has no meaning; set it to 1, and config.micro_shards to more"
+      f"config.reproducible encodes a batch in micro-shards and ignores config.accumulate="
+      f"{accumulate}: set it to 1, and raise config.micro_shards to save memory"
     )
   if jax.tree.leaves(stats):
     raise ValueError(
-      "config.reproducible is set, but this model has BatchNorm, whose statistics are those of the "
-      "whole batch; set it to False"
+      "config.reproducible is set, but this model has BatchNorm, whose statistics need the whole "
+      "batch: set it to False"
     )
 
 

@@ -1,52 +1,95 @@
 """The first train state: restored from the workdir, loaded from config.init, or random."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 from flax import nnx
 
 from xmodal_jax.checkpoints import checkpointer, restore
 from xmodal_jax.distributed import sharding
 from xmodal_jax.interop import optimizer_state
+from xmodal_jax.models import registry
 from xmodal_jax.optim import train_state, transforms
+from xmodal_jax.runtime import setup
 from xmodal_jax.runtime import step as step_lib
 
+TrainState = train_state.TrainState
 
-def first_state(config, built, tx, shardings, checkpoints, meta):
-  """(state, its step, whether its evaluation is still to be done): restored, from init, or new."""
-  new = functools.partial(step_lib.init_state, built.model, tx)
 
-  def check(step, saved):
-    if saved["fingerprint"] != meta["fingerprint"]:
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """Files that a new run starts from: the init keys of a config, which documents them."""
+
+  init: str = ""
+  init_image: str = ""
+  init_text: str = ""
+  init_half: bool = False
+  init_optimizer: str = ""
+
+  @classmethod
+  def from_config(cls, config: Any) -> "Sources":
+    return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+
+
+def first_state(
+  built: setup.Built,
+  tx: optax.GradientTransformation,
+  shardings: TrainState,
+  checkpoints: checkpointer.Checkpoints,
+  fingerprint: str,
+  sources: Sources,
+) -> tuple[TrainState, int, bool]:
+  """Returns (state, its step, pending): pending if its evaluation was interrupted.
+
+  The workdir's latest checkpoint takes precedence over `sources`. fingerprint: of the training
+  data. Raises CheckpointError if the checkpoint was trained on other data, ValueError for sources
+  that exclude each other, and what loading them raises.
+  """
+  new = functools.partial(step_lib.init_state, built.init_model, tx)
+
+  def check_data(step: int, meta: Mapping[str, Any]) -> None:
+    if meta["fingerprint"] != fingerprint:
       raise checkpointer.CheckpointError(
-        f"the training data changed since step {step}: fingerprint {saved['fingerprint'][:12]} "
-        f"then, {meta['fingerprint'][:12]} now. Use the same data, or a new --workdir"
+        f"the training data changed since step {step}: its fingerprint was "
+        f"{meta['fingerprint'][:12]} and is now {fingerprint[:12]}. Use the same data, or a new "
+        "--workdir"
       )
 
   want = checkpointer.abstract_state(jax.eval_shape(new), shardings)
-  if (found := checkpoints.restore_latest(want, check)) is not None:
-    step, saved, state = found
-    logging.info("going on from step %d", step)
-    return transforms.averaged(state), step, saved["pending"]
-  if config.init and (config.init_image or config.init_text):
+  if (found := checkpoints.restore_latest(want, check_data)) is not None:
+    step, meta, state = found
+    logging.info("resuming from step %d", step)
+    return transforms.averaged(state), step, meta["pending"]
+  if sources.init and (sources.init_image or sources.init_text):
     raise ValueError(
       "config.init is a whole model: set it, or config.init_image and config.init_text, not both"
     )
-  opt_state, start = None, 0
-  check = getattr(built.module, "check_start", None)
-  if check is not None and not config.init and (doubt := check(config.model)):
-    logging.warning("%s", doubt)
-  if config.init_optimizer:
+  if sources.init or sources.init_optimizer:
+    return *_load(built, tx, shardings, sources), False
+  check_start = getattr(registry.system_module(built.system_name), "check_start", None)
+  if check_start is not None and (warning := check_start(built.model_config)):
+    logging.warning("%s", warning)
+  return with_towers(sources, built, jax.jit(new, out_shardings=shardings)()), 0, False
+
+
+def _load(
+  built: setup.Built, tx: optax.GradientTransformation, shardings: TrainState, sources: Sources
+) -> tuple[TrainState, int]:
+  """(state, step) with the parameters of sources.init and the moments of init_optimizer."""
+  system, opt_state, start = built.system_name, None, 0
+  if sources.init_optimizer:
     shapes = nnx.to_pure_dict(built.params)
     opt_state, start = optimizer_state.for_init(
-      config.init, config.init_optimizer, config.model.system, shapes, tx
+      sources.init, sources.init_optimizer, system, shapes, tx
     )
-  if not config.init:
-    return with_towers(config, built, jax.jit(new, out_shardings=shardings)()), 0, False
   params, stats, _ = restore.load(
-    config.init, config.model.system, built.params, built.stats, config.model
+    sources.init, system, built.params, built.stats, built.model_config
   )
   if opt_state is not None:
     opt_state = transforms.restart_average(opt_state, params)
@@ -57,17 +100,17 @@ def first_state(config, built, tx, shardings, checkpoints, meta):
     opt_state = restore.put(opt_state, shardings.opt_state)
   step = sharding.place(np.int32(start), built.replicated)
   stats = restore.put(stats, built.stats_shardings)
-  return train_state.TrainState(step, params, stats, opt_state), start, False
+  return TrainState(step, params, stats, opt_state), start
 
 
-def with_towers(config, built, state):
-  """A first state whose towers are those of config.init_image and config.init_text."""
+def with_towers(sources: Sources, built: setup.Built, state: TrainState) -> TrainState:
+  """The state with the towers of sources.init_image and sources.init_text, where given."""
   params = restore.flat(state.params)
   shardings = restore.flat(built.params_shardings)
-  for side, source in (("image", config.init_image), ("text", config.init_text)):
+  for side, source in (("image", sources.init_image), ("text", sources.init_text)):
     if source:
-      half = config.init_half and side == "image"
-      leaves = restore.load_tower(source, side, config.model.system, built.params, half)
+      half = sources.init_half and side == "image"
+      leaves = restore.load_tower(source, side, built.system_name, built.params, half)
       params |= {k: sharding.place(v, shardings[k]) for k, v in leaves.items()}
   params = restore.nested(params)
   opt_state = transforms.restart_average(state.opt_state, params)

@@ -1,4 +1,4 @@
-"""SIGTERM as a request to stop that all processes of a run see at the same step."""
+"""SIGTERM as a request to stop, agreed on by all processes at the same step."""
 
 import signal
 
@@ -6,19 +6,19 @@ from xmodal_jax.distributed import processes
 
 
 class Preemption:
-  """Turns SIGTERM into a question that the loop asks after every step.
+  """Callable that returns whether the run was asked to stop, by SIGTERM in any process.
 
-  Of several processes any may get it: the answer becomes yes in all of them, at the same question.
+  All processes have to call it equally often; they all get True from the same call on.
   """
 
   def __init__(self):
-    self.asked = False
-    self._stop = processes.ConsensusFlag(lambda: self.asked)
-    signal.signal(signal.SIGTERM, self._note)
+    self.requested = False
+    self._stop = processes.ConsensusFlag(lambda: self.requested)
+    signal.signal(signal.SIGTERM, self._on_sigterm)
 
-  def _note(self, signum, frame):
+  def _on_sigterm(self, signum, frame):
     del signum, frame
-    self.asked = True
+    self.requested = True
 
   def __call__(self) -> bool:
     return self._stop()

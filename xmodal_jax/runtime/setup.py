@@ -1,12 +1,14 @@
-"""From a config to a mesh, an abstract model and its shardings."""
+"""From a config to a mesh, an abstract model, its shardings, its optimizer and its train step."""
 
+import dataclasses
 import functools
-import math
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from xmodal_jax.distributed import sharding
 from xmodal_jax.interop import conversion, tables
 from xmodal_jax.models import registry
+from xmodal_jax.models.base import System
 from xmodal_jax.optim import factory, schedules, train_state
 from xmodal_jax.runtime import deterministic
 from xmodal_jax.runtime import step as step_lib
@@ -22,84 +25,160 @@ from xmodal_jax.runtime import step as step_lib
 def compute_dtype(name: str, platform: str) -> jnp.dtype:
   """ "auto" is bfloat16 on accelerators and float32 on CPU, where bfloat16 is emulated.
 
-  platform: of the devices that the program is for, which need not be those of this process.
+  platform: of the devices that the program is compiled for, which may be another machine's.
   """
   if name == "auto":
     name = "float32" if platform == "cpu" else "bfloat16"
   return jnp.dtype(name)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Built:
-  """mesh; platform: of its devices; system: the model without values; graphdef; params, stats:
-  abstract nnx.States; *_shardings: nested dicts like them."""
+  """An abstract model on a mesh: its structure and shapes, and the shardings of its arrays."""
 
-  def __init__(self, config: Any, devices: Sequence[jax.Device] | None = None):
-    if config.precision != "default":
-      jax.config.update("jax_default_matmul_precision", config.precision)
-    self.config = config
-    self.mesh = sharding.make_mesh(config.mesh, devices)
-    self.platform = self.mesh.devices.flat[0].platform
-    self.module = registry.system_module(config.model.system)
-    model = nnx.eval_shape(self.model)
-    self.system = model
-    self.graphdef, self.params, self.stats = step_lib.split(model)
-    place = functools.partial(
-      sharding.param_shardings,
-      mesh=self.mesh,
-      rules=config.rules.to_dict(),
-      min_size=config.min_shard,
-    )
-    self.params_shardings, self.stats_shardings = place(self.params), place(self.stats)
-    self._check_accumulate()
-    if self.system.ring:
-      self.system.ring.tile(config.batch_size)  # raises where it does not divide
-    if config.reproducible:
-      deterministic.check(config, self.mesh, self.stats)
-    self.replicated = NamedSharding(self.mesh, P())
-    self.batch_sharding = sharding.batch_sharding(self.mesh)
+  mesh: jax.sharding.Mesh
+  model_config: dict[str, Any]  # config.model
+  init_model: Callable[[], System]  # the model with parameters drawn from config.seed
+  system: System  # the abstract model: ShapeDtypeStructs in place of arrays
+  graphdef: nnx.GraphDef
+  params: nnx.State  # abstract
+  stats: nnx.State  # abstract; empty for a model without BatchNorm
+  params_shardings: dict[str, Any]  # nested like params
+  stats_shardings: dict[str, Any]
+  replicated: NamedSharding
+  batch_sharding: NamedSharding  # batch rows over the "data" and "fsdp" axes
+  micro_shards: int  # of the reproducible train step; 0: the plain step
 
-  def model(self) -> nnx.Module:
-    """The model with fresh parameters, drawn from config.seed."""
-    config = self.config.model.to_dict()
-    dtype = compute_dtype(self.config.dtype, self.platform)
-    model = self.module.build(config, dtype=dtype, rngs=nnx.Rngs(self.config.seed))
-    for _, module in nnx.iter_modules(model):
-      if hasattr(module, "batch_sharding"):  # the system, and what has activations to spread
-        module.batch_sharding = sharding.batch_sharding(self.mesh)
-    model.accumulate, model.loss_chunk = self.config.accumulate, self.config.loss_chunk
-    return model
+  @property
+  def system_name(self) -> str:
+    return self.model_config["system"]
 
-  def _check_accumulate(self) -> None:
-    n, size = self.config.accumulate, self.config.batch_size
-    shards = math.prod(self.mesh.shape[a] for a in sharding.BATCH_AXES if a in self.mesh.shape)
-    if n < 1 or (n > 1 and size % (n * shards)):
-      raise ValueError(
-        f"config.accumulate is {n}: config.batch_size={size} does not divide into so many parts on "
-        f"each of {shards} devices"
-      )
-    if n > 1 and jax.tree.leaves(self.stats):
-      raise ValueError(
-        f"config.accumulate is {n}, but this model has BatchNorm, whose statistics are those of "
-        "the whole batch; set it to 1"
-      )
+  @property
+  def platform(self) -> str:
+    """Platform of the mesh's devices: "cpu", "tpu", "gpu"."""
+    return self.mesh.devices.flat[0].platform
 
-  def train_step(self, tx, rng: jax.Array, shardings: train_state.TrainState, schedule):
-    """The jitted (state, batch) -> (state, metrics) that config.reproducible asks for."""
-    args = self.graphdef, tx, rng, shardings, schedule
-    if not self.config.reproducible:
-      return step_lib.make_train_step(*args)
-    return deterministic.make_train_step(*args, self.batch_sharding, self.config.micro_shards)
-
-  def optimizer(self, schedule: schedules.Schedule, steps_per_epoch: int = 0):
-    """The optax chain; steps_per_epoch: of the run, where config.optim.freeze counts epochs."""
-    params, config = nnx.to_pure_dict(self.params), self.config
-    tensors = ()
-    if config.optim.name == "lamb":  # norms are taken of the tensors of the published optimizer
-      rules = tables.rule_table(config.model.system).RULES
+  def optimizer(
+    self, optim: Mapping[str, Any], schedule: schedules.Schedule, steps_per_epoch: int = 0
+  ) -> optax.GradientTransformation:
+    """The optax chain of config.optim. steps_per_epoch converts epochs in `optim.freeze`."""
+    params, tensors = nnx.to_pure_dict(self.params), ()
+    if optim["name"] == "lamb":  # trust ratios are per tensor of the original PyTorch model
+      rules = tables.rule_table(self.system_name).RULES
       tensors = conversion.tensors_of(rules, params)
-    return factory.make_optimizer(config.optim, schedule, params, tensors, steps_per_epoch)
+    return factory.make_optimizer(optim, schedule, params, tensors, steps_per_epoch)
 
-  def state_shardings(self, tx) -> train_state.TrainState:
+  def state_shardings(self, tx: optax.GradientTransformation) -> train_state.TrainState:
+    """Shardings of a whole TrainState; moments are sharded like their parameters."""
     params = nnx.to_pure_dict(self.params)
     opt = sharding.opt_shardings(tx, params, self.params_shardings, self.mesh)
     return train_state.TrainState(self.replicated, self.params_shardings, self.stats_shardings, opt)
+
+  def train_step(
+    self,
+    tx: optax.GradientTransformation,
+    rng: jax.Array,
+    shardings: train_state.TrainState,
+    schedule: schedules.Schedule,
+  ) -> step_lib.TrainStep:
+    """The jitted (state, batch) -> (state, metrics), reproducible if config.reproducible is set."""
+    args = self.graphdef, tx, rng, shardings, schedule
+    if not self.micro_shards:
+      return step_lib.make_train_step(*args)
+    return deterministic.make_train_step(*args, self.batch_sharding, self.micro_shards)
+
+
+def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
+  """Builds the model of a config abstractly on a mesh of `devices` (default: all).
+
+  Also sets JAX's default matmul precision to config.precision. Raises ValueError for a mesh, batch
+  size, accumulate, loss_chunk or micro_shards that do not fit each other.
+
+  ```
+  built = setup.build(config)
+  params = jax.jit(
+    lambda: nnx.to_pure_dict(nnx.state(built.init_model(), nnx.Param)),
+    out_shardings=built.params_shardings,
+  )()
+  ```
+  """
+  if config.precision != "default":
+    jax.config.update("jax_default_matmul_precision", config.precision)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  batch_sharding = sharding.batch_sharding(mesh)
+  module = registry.system_module(config.model.system)
+  model_config = config.model.to_dict()
+  init_model = functools.partial(
+    _init_model,
+    module,
+    model_config,
+    dtype=compute_dtype(config.dtype, mesh.devices.flat[0].platform),
+    seed=config.seed,
+    batch_sharding=batch_sharding,
+    accumulate=config.accumulate,
+    loss_chunk=config.loss_chunk,
+  )
+  system = nnx.eval_shape(init_model)
+  graphdef, params, stats = step_lib.split(system)
+  shardings_of = functools.partial(
+    sharding.param_shardings,
+    mesh=mesh,
+    rules=config.rules.to_dict(),
+    min_size=config.min_shard,
+  )
+  params_shardings, stats_shardings = shardings_of(params), shardings_of(stats)
+  _check_accumulate(config.accumulate, config.batch_size, mesh, stats)
+  if system.ring:
+    system.ring.tile(config.batch_size)  # raises ValueError if loss_chunk does not divide it
+  if config.reproducible:
+    deterministic.check(
+      mesh,
+      stats,
+      batch_size=config.batch_size,
+      micro_shards=config.micro_shards,
+      accumulate=config.accumulate,
+    )
+  return Built(
+    mesh=mesh,
+    model_config=model_config,
+    init_model=init_model,
+    system=system,
+    graphdef=graphdef,
+    params=params,
+    stats=stats,
+    params_shardings=params_shardings,
+    stats_shardings=stats_shardings,
+    replicated=NamedSharding(mesh, P()),
+    batch_sharding=batch_sharding,
+    micro_shards=config.micro_shards if config.reproducible else 0,
+  )
+
+
+def _init_model(
+  module: types.ModuleType,
+  model_config: Mapping[str, Any],
+  *,
+  dtype: jnp.dtype,
+  seed: int,
+  batch_sharding: NamedSharding,
+  accumulate: int,
+  loss_chunk: int,
+) -> System:
+  model = module.build(model_config, dtype=dtype, rngs=nnx.Rngs(seed))
+  step_lib.set_batch_sharding(model, batch_sharding)
+  model.accumulate, model.loss_chunk = accumulate, loss_chunk
+  return model
+
+
+def _check_accumulate(n: int, batch_size: int, mesh: jax.sharding.Mesh, stats: nnx.State) -> None:
+  shards = sharding.batch_shards(mesh)
+  if n < 1 or (n > 1 and batch_size % (n * shards)):
+    raise ValueError(
+      f"config.accumulate is {n}: config.batch_size={batch_size} does not divide into {n} equal "
+      f"parts on each of {shards} devices"
+    )
+  if n > 1 and jax.tree.leaves(stats):
+    raise ValueError(
+      f"config.accumulate is {n}, but this model has BatchNorm, whose statistics need the whole "
+      "batch: set it to 1"
+    )

@@ -1,4 +1,4 @@
-"""TrainState, and the jitted steps of training and evaluation, written once for every system."""
+"""The jitted steps of training and evaluation, the same for every system."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,18 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from xmodal_jax.optim.train_state import TrainState
 
 Array = jax.Array
+Batch = Mapping[str, Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 class NonFiniteLossError(ValueError):
-  """The loss or the gradient is NaN or infinite; nothing was saved since the last finite step."""
+  """The loss or the gradient is NaN or infinite. Saved checkpoints are all from finite steps."""
 
 
 def check_finite(metrics: Mapping[str, np.ndarray], last: int, step: int) -> Mapping[str, Any]:
-  """metrics of `step`; `last` is the last step known to be finite. Raises NonFiniteLossError."""
+  """Returns the metrics of `step`, on the host; raises NonFiniteLossError.
+
+  last: the last step whose metrics were checked; the error names the steps in between.
+  """
   bad = [k for k in ("loss", "grad_norm") if not np.isfinite(metrics[k])]
   if bad:
     raise NonFiniteLossError(
@@ -35,9 +41,26 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
   return nnx.split(model, nnx.Param, nnx.BatchStat)
 
 
-def init_state(build: Callable[[], nnx.Module], tx: optax.GradientTransformation) -> TrainState:
-  """A first state. Run it under `jax.jit(..., out_shardings=...)`, so that it is born sharded."""
-  _, params, stats = split(build())
+def set_batch_sharding(model: nnx.Module, batch_sharding: NamedSharding) -> None:
+  """Sets the sharding of batch rows in every module that constrains its activations."""
+  for _, module in nnx.iter_modules(model):
+    if hasattr(module, "batch_sharding"):
+      module.batch_sharding = batch_sharding
+
+
+def init_state(
+  init_model: Callable[[], nnx.Module], tx: optax.GradientTransformation
+) -> TrainState:
+  """The state of step 0: `init_model`'s parameters and a fresh optimizer state.
+
+  Call it under jit, so that every array is created with its sharding:
+
+  ```
+  new = functools.partial(step.init_state, built.init_model, tx)
+  state = jax.jit(new, out_shardings=built.state_shardings(tx))()
+  ```
+  """
+  _, params, stats = split(init_model())
   params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
   return TrainState(jnp.int32(0), params, stats, tx.init(params))
 
@@ -48,14 +71,14 @@ def make_train_step(
   rng: Array,
   shardings: TrainState,
   schedule: Callable[[Array], Array],
-) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
-  """The step: loss over the global batch, gradient, update. The state is donated.
+) -> TrainStep:
+  """The jitted train step: loss over the global batch, gradient, update. The state is donated.
 
-  rng is a key of the run; a resumed run draws the same keys, because they depend on the step alone.
-  Metrics are float32 scalars: loss, grad_norm, lr, and those of the system.
+  rng: the run's key. The key of a step is folded from it and `state.step` alone, so a resumed run
+  draws the same keys. Metrics are float32 scalars: loss, grad_norm, lr, and the system's own.
   """
 
-  def train_step(state: TrainState, batch: Mapping[str, Array]):
+  def train_step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(rng, state.step)
 
     def loss_fn(params):
@@ -80,14 +103,14 @@ def make_train_step(
 def make_embed_step(
   graphdef: nnx.GraphDef,
   side: str,
-  whole: Any,
-  rows: Any,
+  replicated: NamedSharding,
+  batch_sharding: NamedSharding,
   second_stage: Sequence[str] | None = (),
 ) -> Callable[..., Any]:
   """jitted (params, stats, batch) -> (first, second): features of `side` ("image" or "text").
 
-  second: those named by second_stage, None for all, sharded as `rows`; first: the others, sharded
-  as `whole`, with `valid` and `image_id` of the batch, from every process's rows.
+  second: the features named by second_stage (None: all), which stay sharded as the batch; first:
+  the others with the batch's `valid` and `image_id`, replicated on every device.
   """
 
   def embed_step(params, stats, batch):
@@ -97,11 +120,11 @@ def make_embed_step(
     second = {k: features.pop(k) for k in names if k in features}
     return features | {k: batch[k] for k in ("valid", "image_id")}, second
 
-  return jax.jit(embed_step, out_shardings=(whole, rows))
+  return jax.jit(embed_step, out_shardings=(replicated, batch_sharding))
 
 
-def make_score_step(graphdef: nnx.GraphDef, out_sharding: Any) -> Callable[..., Array]:
-  """jitted (params, stats, image features, text features) -> float32 [I, T]."""
+def make_score_step(graphdef: nnx.GraphDef, out_sharding: NamedSharding) -> Callable[..., Array]:
+  """jitted (params, stats, image features, text features) -> first-stage scores float32 [I, T]."""
 
   def score_step(params, stats, images, texts):
     return nnx.merge(graphdef, params, stats).score(images, texts).astype(jnp.float32)

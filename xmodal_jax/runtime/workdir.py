@@ -1,4 +1,4 @@
-"""What a workdir says about itself: config.json when it starts, results.json when it is done."""
+"""The json files of a workdir: config.json, written when a run starts, and results.json."""
 
 import hashlib
 import importlib.metadata
@@ -14,13 +14,13 @@ from etils import epath
 
 from xmodal_jax import __version__
 from xmodal_jax.distributed import processes
-from xmodal_jax.runtime import logs
-from xmodal_jax.runtime import workdir as workdir_lib
+from xmodal_jax.runtime import metric_writers
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
-# What may differ when a workdir is resumed: where and how it runs, not what it computes.
-FREE = (
+# Config keys that may change when a workdir is resumed: where and how it runs, not what it
+# computes. A section stands for all keys in it.
+MAY_CHANGE_ON_RESUME = (
   "mesh", "rules", "min_shard", "loss_chunk", "log_every", "profile", "checkpoint",
   "data.dir", "data.eval_dir", "data.threads",
   "eval.batch_size", "eval.block", "eval.rerank_block",
@@ -28,53 +28,82 @@ FREE = (
   "classify",
 )  # fmt: skip
 
-
-_VISIBLE = 30.0  # seconds until a file must be seen by all processes
+_VISIBLE_SECONDS = 30.0  # within which every process must see a file that process 0 wrote
 
 
 class WorkdirError(ValueError):
-  """A workdir that another config made."""
+  """A workdir that was made by another config, or that not all processes share."""
 
 
-def _versions() -> dict[str, str]:
-  out = {"xmodal_jax": __version__}
-  for name in _PACKAGES:
-    try:
-      out[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      out[name] = "absent"
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested config -> {dotted key: value}, with tuples as lists, as json reads them back.
+
+  >>> flatten({"optim": {"lr": 0.1, "decay": (("kernel$", 1.0),)}})
+  {'optim.lr': 0.1, 'optim.decay': [['kernel$', 1.0]]}
+  """
+  out: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict) and len(value):
+      out |= flatten(value, f"{prefix}{key}.")
+    else:
+      out[prefix + key] = _as_lists(value)
   return out
 
 
-def claim(workdir: epath.PathLike, config: Any) -> epath.Path:
-  """Makes the folder and writes config.json, or checks that it is of the same config.
+def _as_lists(value: Any) -> Any:
+  return [_as_lists(v) for v in value] if isinstance(value, tuple | list) else value
 
-  Raises WorkdirError listing the keys that differ, of which those in config.FREE may, and where a
-  process does not see what another one wrote.
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """What keeps a workdir of the flat config `old` from being resumed with `new`.
+
+  Returns a line "key: old value -> new value" for every key that differs and is not one of
+  MAY_CHANGE_ON_RESUME.
+  """
+  # The order in which tiles of pairs are summed depends on loss_chunk.
+  fixed = ("loss_chunk",) if new.get("reproducible") else ()
+
+  def may_change(key: str) -> bool:
+    sections = (key == k or key.startswith(f"{k}.") for k in MAY_CHANGE_ON_RESUME)
+    return key not in fixed and any(sections)
+
+  missing = "(absent)"
+  return [
+    f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
+    for key in sorted(old.keys() | new.keys())
+    if not may_change(key) and old.get(key, missing) != new.get(key, missing)
+  ]
+
+
+def claim(workdir: epath.PathLike, flat_config: Mapping[str, Any]) -> epath.Path:
+  """Creates the workdir and its config.json, or checks that it was made by the same config.
+
+  flat_config: from `flatten`. Returns the absolute path. Raises WorkdirError, listing the keys that
+  differ, or if this process does not see the config.json that process 0 wrote.
   """
   workdir = epath.Path(workdir).expanduser()
   # Orbax and TensorBoard take absolute paths only.
   workdir = workdir if "://" in str(workdir) else workdir.resolve()
-  flat = workdir_lib.flatten(config)
   path = workdir / "config.json"
   if jax.process_index() == 0 and not path.exists():
     workdir.mkdir(parents=True, exist_ok=True)
     devices = dict(kind=jax.devices()[0].device_kind, count=jax.device_count())
-    logs.write_json(path, dict(config=flat, versions=_versions(), devices=devices))
+    content = dict(config=flat_config, versions=_versions(), devices=devices)
+    metric_writers.write_json(path, content)
   processes.barrier("claim of the workdir")
-  changed = workdir_lib.difference(json.loads(_seen(path))["config"], json_like(flat))
+  changed = difference(json.loads(_read_when_visible(path))["config"], json_like(flat_config))
   if changed:
     listing = "\n  ".join(changed)
     raise WorkdirError(
-      f"{workdir} was made by another config; it differs in\n  {listing}\n"
+      f"{workdir} was made by another config, which differs in\n  {listing}\n"
       "Use the config it was made with, or a new --workdir"
     )
   return workdir
 
 
-def _seen(path: epath.Path) -> str:
-  """What process 0 wrote; network file systems may show it to others some seconds later."""
-  end = time.monotonic() + _VISIBLE
+def _read_when_visible(path: epath.Path) -> str:
+  """Text of a file that process 0 wrote; network file systems may show it seconds later."""
+  end = time.monotonic() + _VISIBLE_SECONDS
   while True:
     try:
       return path.read_text()
@@ -87,16 +116,26 @@ def _seen(path: epath.Path) -> str:
       time.sleep(0.5)
 
 
-def check_processes(config: Any, workdir: str, mode: str) -> None:
-  """Raises ProcessError where processes of a run differ in their command, code or packages."""
-  facts = {f"config.{k}": v for k, v in json_like(workdir_lib.flatten(config)).items()}
-  facts |= {"--workdir": str(workdir), "--mode": mode, "xmodal_jax sources": _sources()}
+def check_processes(flat_config: Mapping[str, Any], workdir: str, mode: str) -> None:
+  """Raises ProcessError if the processes of a run differ in their command, code or packages."""
+  facts = {f"config.{k}": v for k, v in json_like(flat_config).items()}
+  facts |= {"--workdir": str(workdir), "--mode": mode, "xmodal_jax sources": _source_digest()}
   facts |= {f"{k} version": v for k, v in _versions().items()}
   processes.check_equal("command, code and packages", facts)
 
 
-def _sources() -> str:
-  """sha256, abbreviated, of the package's source files."""
+def _versions() -> dict[str, str]:
+  out = {"xmodal_jax": __version__}
+  for name in _PACKAGES:
+    try:
+      out[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      out[name] = "absent"
+  return out
+
+
+def _source_digest() -> str:
+  """The first 16 digits of the sha256 of the package's source files."""
   digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
   for path in sorted(root.rglob("*.py")):
     digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
@@ -104,72 +143,35 @@ def _sources() -> str:
 
 
 def json_like(value: Any) -> Any:
-  """What json gives back for `value`."""
+  """`value` after a round trip through json: tuples as lists, other objects as strings."""
   return json.loads(json.dumps(value, default=str))
+
+
+def dataset_name(data: Mapping[str, Any]) -> str:
+  """The dataset whose test split is evaluated, from the `data` section of a config."""
+  return str(data["eval_dir"] or data["dir"]) or data["tfds"]
 
 
 def write_results(
   workdir: epath.Path,
-  config: Any,
-  inputs: Any,
   report: Mapping[str, float],
-  source: Mapping,
-  protocol: Mapping[str, Any] | None = None,
+  *,
+  protocol: Mapping[str, Any],
+  dataset: str,
+  fingerprint: str,
+  source: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """results.json: numbers, protocol, data set fingerprint, where the parameters came from.
+  """Writes results.json and returns its content.
 
-  protocol: how the numbers came about, where they are not those of retrieval.
+  report: the numbers by name. protocol: how they were computed. dataset, fingerprint: name and
+  content hash of the evaluated split. source: where the parameters came from.
   """
-  split = inputs.split("test")
-  e = config.eval
-  retrieval = dict(
-    split=config.data.test,
-    images=len(split),
-    captions=int(split.captions_per_record.sum()),
-    folds=e.folds,
-    score_dtype=e.score_dtype,
-    eccv_caption=bool(e.eccv_dir),
-    ndcg=e.ndcg,
-    published=e.protocol == "original",
-    ties="lower index first",
-  )
   results = dict(
     test=dict(report),
-    protocol=dict(protocol or retrieval),
-    data=dict(
-      name=str(config.data.eval_dir or config.data.dir) or config.data.tfds,
-      fingerprint=split.fingerprint,
-    ),
+    protocol=dict(protocol),
+    data=dict(name=dataset, fingerprint=fingerprint),
     checkpoint=dict(source),
     versions=_versions(),
   )
-  logs.write_json(workdir / "results.json", results)
+  metric_writers.write_json(workdir / "results.json", results)
   return results
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested config -> {dotted key: value}, tuples as lists, as json would give it back."""
-  out: dict[str, Any] = {}
-  for key, value in config.items():
-    if isinstance(value, Mapping | ml_collections.ConfigDict) and len(value):
-      out |= flatten(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = _listed(value)
-  return out
-
-
-def _listed(value: Any) -> Any:
-  return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Lines "key: old -> new" for what differs between two flat configs and is not in FREE."""
-  # Tiles of pairs are added up in their order.
-  bound = ("loss_chunk",) if new.get("reproducible") else ()
-  free = lambda key: key not in bound and any(key == f or key.startswith(f + ".") for f in FREE)
-  missing = "(absent)"
-  return [
-    f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
-    for key in sorted(old.keys() | new.keys())
-    if not free(key) and old.get(key, missing) != new.get(key, missing)
-  ]
