@@ -1,4 +1,4 @@
-"""The default config: every key that exists, with its meaning. configs/*.py change values only."""
+"""The default config: every key, with its meaning. configs/*.py only change values."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,112 +10,115 @@ ConfigDict = ml_collections.ConfigDict
 
 
 def base() -> ConfigDict:
-  """Durations are strings, "500 steps" or "5 epochs". Lists of rules are (regex, value) pairs over
-  parameter paths; the first that matches counts."""
+  """The default config.
+
+  Durations are strings: "500 steps" or "5 epochs". Rules are lists of (regex, value) pairs over
+  parameter paths; the first match wins.
+  """
   c = ConfigDict()
-  c.seed = 0  # initialisation, data order, augmentation and dropout
+  c.seed = 0  # of initialisation, data order, augmentation and dropout
   c.recipe = "default"  # a key of `recipes`: a named set of changes to this config
   c.recipes = ConfigDict({"default": ConfigDict()})  # name -> {dotted key with "/": value}
-  c.init = ""  # converted directory, workdir, checkpoint or foreign file; "" for random weights
-  # Public files of single towers, where a system starts from those: see its TOWERS. What they do
-  # not hold is random. init_half: an image tower's matrices pass through float16 (CLIP).
+  c.init = ""  # converted directory, workdir, checkpoint or PyTorch file; "": random parameters
+  # Public files of single towers, for systems that define TOWERS; parameters missing from them are
+  # randomly initialised. init_half: round the image tower's matrices to float16, as CLIP does.
   c.init_image, c.init_text, c.init_half = "", "", False
-  # A PyTorch optimizer state that belongs to config.init, to go on with a published run.
+  # PyTorch optimizer state that belongs to config.init, to continue a published run.
   c.init_optimizer = ""
-  c.model = ConfigDict()  # a preset of the system, filled in by the config file
+  c.model = ConfigDict()  # a preset of the system, set by the config file
   c.dtype = "auto"  # compute dtype: bfloat16 on accelerators, float32 on CPU; or a dtype's name
   c.precision = "default"  # of float32 matmuls: default, high, highest
   c.mesh = (("data", -1), ("fsdp", 1), ("model", 1))
   c.rules = ConfigDict(dict(vocab="model", heads="model", mlp="model", embed="fsdp"))
-  c.min_shard = 2**16  # parameters with fewer elements stay replicated
+  c.min_shard = 2**16  # parameters with fewer elements are replicated
 
   c.batch_size = 256  # global
-  # A batch goes through the towers in so many parts, one after another, and the gradient is still
-  # that of the whole batch: less memory for one more forward pass. See System.chunked.
+  # Gradient accumulation with exact contrastive gradients (GradCache): the towers encode a batch in
+  # this many parts, which saves memory and costs one more forward pass. See System.chunked.
   c.accumulate = 1
-  # Losses over all pairs: 0 holds the scores of all of them, every device those of its rows; n, at
-  # most n x n on a device at a time, with one side's rows passing by. The result is the same.
+  # Losses over all pairs. 0: every device holds the scores of its rows with the whole batch; n:
+  # tiles of at most n x n scores per device, computed in a ring. The result is the same.
   c.loss_chunk = 0
-  # The same parameters to the last bit on any number of devices and processes. Every batch is cut
-  # into micro_shards, a power of two that the number of devices divides, and parameters are whole
-  # on every device; it costs the towers' forward pass once more. See reproducible.
+  # Bitwise the same parameters on any number of devices and processes: batches are cut into
+  # micro_shards (a power of two that the number of devices divides) and parameters are replicated.
+  # Costs one more forward pass of the towers. See runtime/deterministic.py.
   c.reproducible, c.micro_shards = False, 8
   c.total = "5 epochs"
-  c.log_every = 20
-  c.profile = ConfigDict(dict(first_step=0, steps=5))  # 0: no profile
+  c.log_every = 20  # steps
+  c.profile = ConfigDict(dict(first_step=0, steps=5))  # first_step 0: no profile
 
   d = c.data = ConfigDict()
-  # A data set written by tools/prepare_data.py; "shapes" for the embedded one. Several, with commas
-  # between them, are trained on together, as `mix` says; val and test are then those of eval_dir.
+  # Folder of a dataset written by tools/prepare_data.py; "shapes": the embedded one. Several,
+  # separated by commas, are mixed for training (see mix); eval_dir then has the val and test split.
   d.dir = ""
-  # "shuffle": one shuffle over all. "sequential": one after another in each epoch. "debias": every
-  # batch is of one data set, drawn in proportion to their sizes (ZeroVL).
+  # "shuffle": all samples in one shuffle. "sequential": dataset after dataset in each epoch.
+  # "debias": each batch from one dataset, drawn in proportion to their sizes (ZeroVL).
   d.mix = "shuffle"
-  d.eval_dir = ""  # the data set whose val and test count; "" for data.dir
-  d.tfds = ""  # where data.dir is empty: a data set by its TFDS name, in TFDS's own folder
-  d.tfds_captions = 5  # captions of a picture that count there; 0 for all
+  d.eval_dir = ""  # dataset of the val and test split; "": data.dir
+  d.tfds = ""  # TFDS name of a dataset in the TFDS folder, used if data.dir is empty
+  d.tfds_captions = 5  # captions used per image of a TFDS dataset; 0: all
   d.train, d.val, d.test = "train", "val", "test"
-  d.captions = "all"  # "all": an epoch visits every caption; "one": every picture, one caption
-  # The evaluation transform; size 0 is that of the model. See data.image.Transform.
+  d.captions = "all"  # an epoch has "all" captions, or "one" caption per image
+  # The evaluation transform; size 0: that of the model. See data.image.Transform.
   d.image = ConfigDict(dict(size=0, resize="shorter", interpolation="bicubic", rgb_first=False))
-  d.image.exif = False  # turn pictures as their EXIF orientation says
-  # For systems that read regions: so many of each picture, padded; 0 for pixels. A picture with
-  # more is an error, unless truncate_regions: then the first ones count, of a detector the surest.
+  d.image.exif = False  # rotate images by their EXIF orientation
+  # For systems that read region features: the number of regions per image, padded; 0: pixels.
+  # More regions are an error, or with truncate_regions only the first (most confident) are used.
   d.regions, d.truncate_regions = 0, False
-  # Training pictures are changed in this order; see data.augment.
-  d.crop = "center"  # training crop: "center" as in evaluation, or "random" resized
-  d.crop_scale = (0.5, 1.0)  # share of the area that a random crop keeps
-  d.crop_ratio = (3 / 4, 4 / 3)  # width to height of a random crop, before it is resized
-  d.jitter = (0.0, 0.0, 0.0, 0.0)  # of brightness, contrast, saturation and hue; 0: none
-  d.jitter_p = 0.8  # probability of jitter, where there is any
-  d.grayscale = 0.0  # probability that a training picture loses its colour
+  # Augmentation of training images, in this order; see data.augment.
+  d.crop = "center"  # "center", as in evaluation, or "random" resized
+  d.crop_scale = (0.5, 1.0)  # fraction of the area that a random crop keeps
+  d.crop_ratio = (3 / 4, 4 / 3)  # aspect ratio (width / height) of a random crop
+  d.jitter = (0.0, 0.0, 0.0, 0.0)  # strength of brightness, contrast, saturation, hue; 0: none
+  d.jitter_p = 0.8  # probability of jitter
+  d.grayscale = 0.0  # probability of conversion to grey
   d.blur = 0.0  # probability of a Gaussian blur
-  d.blur_radius = (0.1, 2.0)  # range of its standard deviation in pixels
-  d.flip = 0.0  # probability that a training picture is mirrored
-  d.rand_augment = (0, 0)  # operations per picture (0: none), magnitude 0 to 10
-  d.rand_augment_mode = "corrected"  # "original": with the overflows and one-sided warps of TEAM
-  d.auto_augment = ""  # "imagenet": the learned policy of Cubuk et al. (2019), as ZeroVL has it
-  d.erase = 0.0  # probability that boxes of a training picture are erased
+  d.blur_radius = (0.1, 2.0)  # range of its standard deviation, pixels
+  d.flip = 0.0  # probability of a horizontal flip
+  d.rand_augment = (0, 0)  # number of operations (0: none), magnitude 0 to 10
+  d.rand_augment_mode = "corrected"  # "original": TEAM's, with its overflows and one-sided warps
+  d.auto_augment = ""  # "imagenet": the policy of Cubuk et al. (2019), as used by ZeroVL
+  d.erase = 0.0  # probability of random erasing
   d.erase_mode = "pixel"  # noise per "pixel", per box and channel ("rand"), or the mean ("const")
-  d.erase_count = (1, 1)  # fewest and most boxes
-  d.max_bad_fraction = 1e-4  # share of undecodable training records that a run survives
-  d.eval_max_bad_fraction = 0.0
-  d.threads = 0  # host threads that decode; 0: TensorFlow's choice
+  d.erase_count = (1, 1)  # minimum and maximum number of boxes
+  d.max_bad_fraction = 1e-4  # training records that may fail to decode, as a fraction
+  d.eval_max_bad_fraction = 0.0  # the same for evaluation
+  d.threads = 0  # host threads for decoding; 0: TensorFlow chooses
 
   t = c.text = ConfigDict()
   t.tokenizer = "clip_bpe"  # or "bert": WordPiece
-  t.vocab = ""  # file; "" for the packaged one
-  t.max_merges = 0  # CLIP BPE: use only the first merges; 0 for all
-  t.lowercase = True  # BERT: lower-case and strip accents; False keeps both
+  t.vocab = ""  # file; "": the packaged one
+  t.max_merges = 0  # CLIP BPE: use only the first merges; 0: all
+  t.lowercase = True  # BERT: lower-case and strip accents
   t.clean = "none"  # BERT: caption clean-up before the tokenizer, "none" or "albef"
-  t.max_words = 0  # words that the clean-up keeps; 0 for all
-  # BERT, training only: share of word pieces that are masked, replaced or deleted (ZeroVL: 0.2).
+  t.max_words = 0  # words that the clean-up keeps; 0: all
+  # BERT, training only: fraction of word pieces that are masked, replaced or deleted (ZeroVL: 0.2).
   t.corrupt = 0.0
-  t.length = 77
-  t.truncate = True  # False: a caption that is too long is an error
+  t.length = 77  # tokens
+  t.truncate = True  # False: a longer caption is an error
 
   o = c.optim = ConfigDict()
   o.name = "adamw"  # or "lamb"
-  # LAMB's norms: "optax", of each array and layer; "original", of the original's tensors (query,
-  # key and value are one where they are fused), and no ratio where there is no weight decay.
+  # LAMB's trust ratios. "optax": per array and layer; "original": per tensor of the PyTorch model,
+  # where query, key and value may be fused, and none for tensors without weight decay.
   o.trust = "optax"
   o.lr, o.b1, o.b2, o.eps = 1e-5, 0.9, 0.98, 1e-6
   o.weight_decay = 0.2
-  o.decay = ((r"kernel$", 1.0), (".*", 0.0))  # multiples of weight_decay
-  o.lr_mult = ((".*", 1.0),)
-  # (regex, duration): parameters that do not change before; their moments begin then, too.
+  o.decay = ((r"kernel$", 1.0), (".*", 0.0))  # rules: multiples of weight_decay
+  o.lr_mult = ((".*", 1.0),)  # rules: multiples of lr
+  # (regex, duration): parameters frozen for the duration; their moments start after it.
   o.freeze = ()
   o.grad_clip = 0.0  # global norm; 0: none
-  # A warm-up may also be a share of all steps, "2.5 %". warmup_from: rate of step s, from 0 on:
-  # "first", lr (s + 1) / warmup; "zero", lr s / warmup, so that the first step changes nothing;
-  # "second", lr (s + 2) / warmup (TGDT).
+  # A warm-up may also be a fraction of all steps, "2.5 %". warmup_from, with steps s from 0:
+  # "first": lr (s + 1) / warmup; "zero": lr s / warmup, so that the first step changes nothing;
+  # "second": lr (s + 2) / warmup (TGDT).
   o.schedule, o.warmup, o.end, o.warmup_from = "cosine", "500 steps", 0.0, "first"
-  o.cycles = 0.5  # periods of the cosine: 0.5 only falls
+  o.cycles = 0.5  # periods of the cosine; 0.5: it only decreases
   o.step_every, o.step_factor = "10 epochs", 0.1  # schedule "step": lr * factor ** (step // every)
   o.milestones = ()  # schedule "milestones": lr * step_factor at each of these durations
-  o.bounds = ()  # (regex, low, high): parameters kept inside after every update
-  # Decay of a moving average of the parameters; 0.0: none. The average is then what is evaluated,
-  # and what everybody who reads a workdir gets; training goes on from the parameters themselves.
+  o.bounds = ()  # (regex, low, high): parameters clipped to this range after every update
+  # Decay of an exponential moving average of the parameters; 0: none. Evaluation and readers of a
+  # workdir use the average; training continues from the raw parameters.
   o.ema = 0.0
   o.round_to, o.round_paths = "", ()  # dtype that parameters matching the regexes are rounded to
 
@@ -123,62 +126,63 @@ def base() -> ConfigDict:
   e.every = "1 epochs"
   e.batch_size = 256
   e.block = (1024, 5120)  # images x captions scored at a time
-  e.select = "val"  # split evaluated in training, which the best checkpoint is chosen on
-  e.metric = "rsum"
+  e.select = "val"  # split that is evaluated while training, to select the best checkpoint
+  e.metric = "rsum"  # by which the best checkpoint is selected
   e.test = True  # evaluate data.test once at the end, with the best checkpoint
-  # Second stage: candidates of a picture, of a caption, weight of the first stage in their scores.
-  # None: the system's own; 0 candidates: first stage only.
+  # Second stage: candidates per image and per caption, weight of the first-stage score. None: the
+  # system's own; 0 candidates: first stage only.
   e.top_k_text = config_dict.placeholder(int)
   e.top_k_image = config_dict.placeholder(int)
   e.stage_mix = config_dict.placeholder(float)
-  e.rerank_block = (8, 8)  # pictures x captions of each that a device scores in a call
-  e.token_dtype = "auto"  # of the features kept on the devices for it, as `dtype`
+  e.rerank_block = (8, 8)  # images x captions of each that a device scores per call
+  e.token_dtype = "auto"  # of the features kept on the devices for the second stage, as `dtype`
   e.score_dtype = "float32"  # float16 reproduces CLIP_ITM's published decimals
   e.folds = 0  # COCO 1K: 5
   e.eccv_dir = ""  # id files of ECCV Caption and CxC, for the COCO 5K test split
-  # NDCG at 25 by these relevances, with commas between them: "rougeL", "spice"; "" for none. Files
-  # NAME-SPLIT-METHOD.npy of relevance_dir are read; ROUGE-L is computed where there is none.
+  # NDCG@25 by relevances "rougeL", "spice", separated by commas; "": none. Read from relevance_dir,
+  # NAME-SPLIT-METHOD.npy; ROUGE-L is computed where its file is missing.
   e.ndcg, e.relevance_dir = "", ""
-  # "original": also the numbers of TGDT's program, as published_*: rank 0 where a shortlist has no
-  # positive, six times the mean RSUM of folds, NDCG of image to text only over what is not 0.
+  # "original": also report TGDT's published numbers as published_*: rank 0 for a shortlist without
+  # a positive, six times the mean RSUM over folds, image-to-text NDCG over nonzero values only.
   e.protocol = "right"
-  e.cache = False  # keep embeddings in the workdir; not with a second stage
+  e.cache = False  # keep embeddings in the workdir; first stage only
 
   c.checkpoint = ConfigDict(dict(every="1000 steps", keep=2))
 
-  # --mode linear_probe: a linear classifier of what the frozen image tower makes of labelled
-  # pictures, trained on data.train and tested on data.test. The values are ZeroVL's for ImageNet.
+  # --mode linear_probe: a linear classifier on features of the frozen image tower, trained on
+  # data.train and tested on data.test. The values are ZeroVL's for ImageNet.
   p = c.probe = ConfigDict()
-  p.optim = "lars"  # or "lbfgs": logistic regression on all features at once, until it converges
-  # False: the tower sees every picture once, unchanged, and its features are kept in the workdir.
-  # True: pictures change as data.crop and so on say, and pass through the tower in every epoch.
+  p.optim = "lars"  # or "lbfgs": logistic regression on all features, until convergence
+  # False: features of unaugmented images are computed once and cached in the workdir. True: images
+  # are augmented as in `data` and encoded in every epoch.
   p.augment = False
   p.batch_size, p.total = 16384, "90 epochs"
   p.every = "2 epochs"  # evaluations on eval.select
-  p.lr, p.warmup, p.warmup_from = 6.4, "11.11 %", "zero"  # lr goes with the batch: 0.1 per 256
+  p.lr, p.warmup, p.warmup_from = 6.4, "11.11 %", "zero"  # lr scales with the batch: 0.1 per 256
   p.momentum, p.dampening, p.nesterov = 0.9, 0.0, False
   p.weight_decay, p.eta = 0.0, 0.001
-  # lbfgs: half of it times the squared weights is added to the summed loss, the inverse of what C
-  # is elsewhere. None: the best of 1e-6 to 1e6 on data.val, or, where that is tested, on a share
-  # `holdout` of the training pictures; the classifier is then trained on these pictures as well.
+  # lbfgs: the penalty l2 / 2 * |weights|^2 is added to the summed loss (1 / C in scikit-learn).
+  # None: the best of 1e-6 to 1e6 on data.val, or, if that is the test split, on a fraction
+  # `holdout` of the training images; the final classifier is trained on the held-out images too.
   p.l2 = config_dict.placeholder(float)
   p.holdout = 0.1
   p.max_steps = 1000
-  # Evaluated in place of a trained one: a classifier.npz, or "model" for that of config.init.
+  # Evaluate this classifier instead of training one: a classifier.npz, or "model": config.init's.
   p.classifier = ""
 
-  # --mode zeroshot_classify: pictures of data.test by the texts that score highest with them.
+  # --mode zeroshot_classify: classify images of data.test by the best-scoring class prompt.
   k = c.classify = ConfigDict()
-  k.names = ""  # a file with a line per class; "" for the names in the data set
-  k.templates = ""  # a file with a line per template, {} for the name; "" for "a photo of a {}."
-  k.block = 1024  # texts that a batch of pictures is scored with at a time
+  k.names = ""  # file with a class name per line; "": the names in the dataset
+  k.templates = ""  # file with a prompt template per line, {} for the name; "": "a photo of a {}."
+  k.block = 1024  # prompts that a batch of images is scored with at a time
   return c
 
 
 def resolve(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-  """Applies config.recipes[config.recipe]; what was set on the command line (overrides) wins.
+  """Returns a locked copy with config.recipes[config.recipe] applied.
 
-  Raises ValueError for an unknown recipe or a recipe that names an unknown key.
+  overrides: keys set on the command line, which take precedence over the recipe. Raises ValueError
+  for an unknown recipe or a recipe that sets an unknown key.
   """
   config = config.copy_and_resolve_references()
   config.lock()

@@ -18,19 +18,19 @@ _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   ["train", "eval", "linear_probe", "zeroshot_classify"],
-  "train: train, evaluate, test; the same command again goes on. eval: only test config.init, or "
-  "the workdir's best checkpoint. linear_probe: train and test a linear classifier on the image "
-  "tower of config.init. zeroshot_classify: classify pictures by texts that name their classes.",
+  "train: train, evaluate and test; rerunning the command resumes the run. eval: test config.init, "
+  "or the workdir's best checkpoint. linear_probe: train and test a linear classifier on the image "
+  "tower of config.init. zeroshot_classify: classify images by prompts with their class names.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   None,
-  "This is one of several processes, which the TPU slice, SLURM or Open MPI knows. Found out in a "
-  "SLURM step; processes started by hand have the next three in its place.",
+  "This is one of several processes started by a TPU slice, SLURM or Open MPI. Detected in a SLURM "
+  "step. For processes started by hand set the next three flags instead.",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
 _COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.", lower_bound=1)
-_INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
+_INDEX = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
   import tensorflow as tf
 
-  # TensorFlow only reads data; it must not take the accelerator's memory.
+  # TensorFlow only reads data: keep it from reserving accelerator memory.
   tf.config.set_visible_devices([], "GPU")
   tf.config.set_visible_devices([], "TPU")
   processes.initialize(_COORDINATOR.value, _COUNT.value, _INDEX.value, cluster=_DISTRIBUTED.value)
@@ -48,12 +48,12 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """Everything after the processes found each other."""
+  """Runs the mode, once the processes are connected."""
   logs.setup()
   processes.check_initialized()
   if jax.default_backend() == "cpu" and jax.device_count() > 1:
-    # What JAX reads from its cache has lost the order of its collectives on CPUs (jaxlib 0.10.2):
-    # steps hang.
+    # CPU programs read from the cache have lost the order of their collectives and hang (jaxlib
+    # 0.10.2).
     jax.config.update("jax_enable_compilation_cache", False)
   from xmodal_jax.evaluation import linear_probe, retrieval, zero_shot
   from xmodal_jax.runtime import workdir

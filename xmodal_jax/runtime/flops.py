@@ -1,4 +1,4 @@
-"""Matmul FLOPs of a traced program, and the peak of known devices: what MFU is made of."""
+"""Matmul FLOPs of a traced program and peak FLOP/s of devices, for MFU (PaLM, appendix B)."""
 
 import math
 from typing import Any
@@ -21,15 +21,20 @@ PEAK = {
 
 
 def device_peak(kind: str) -> float | None:
-  """Peak of `jax.devices()[0].device_kind`; None where it is not known (CPUs)."""
+  """Peak bf16 FLOP/s of a `jax.Device.device_kind`; None if unknown, as for CPUs.
+
+  >>> device_peak("NVIDIA H100 80GB HBM3")
+  989000000000000.0
+  """
   matches = [name for name in PEAK if kind.startswith(name)]
   return PEAK[max(matches, key=len)] if matches else None
 
 
 def count(jaxpr: Any) -> int:
-  """FLOPs of dot_general and convolutions in a jaxpr; a scan's body counts once per iteration.
+  """FLOPs of the dot_generals and convolutions in a jaxpr, a multiply-add as two.
 
-  `compiled.cost_analysis()` counts a scan's body once, which hides all layers but one.
+  A scan's body is counted once per iteration, unlike in `compiled.cost_analysis()`, which counts
+  one layer of a scanned stack. A while loop's body is counted once: its length is unknown.
   """
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   total = 0
@@ -45,7 +50,7 @@ def count(jaxpr: Any) -> int:
       per_output = math.prod(kernel) // kernel[dims.rhs_spec[0]]
       total += 2 * math.prod(out[0]) * per_output
     elif name == "cond":
-      # platform_dependent lowers to one branch; they do the same matmuls.
+      # jax.lax.platform_dependent is a cond whose branches do the same matmuls.
       total += max(count(b) for b in eqn.params["branches"])
     else:
       times = eqn.params["length"] if name == "scan" else 1
