@@ -1,7 +1,7 @@
-"""With JAX_ENABLE_X64 set, what the code calls float32 is float64, in Flax too.
+"""With JAX_ENABLE_X64 set, replaces jnp.float32 by float64, also in Flax.
 
-For programs of tests that compare where float32 rounds by more than a bound: imported before
-anything that says jnp.float32. Without the variable nothing changes.
+For test programs whose comparison needs less rounding error than float32 has. Import it before any
+module that uses jnp.float32. Without the variable it does nothing.
 """
 
 import jax

@@ -1,12 +1,12 @@
-"""The gradients of the reproducible step and of the other, in float64.
+"""Compares the gradients of the reproducible and of the plain train step in float64.
 
-`JAX_ENABLE_X64=1 python float64_worker.py NAME` prints the largest difference within
-a parameter, as a share of its largest number; metrics have to be the same.
+`JAX_ENABLE_X64=1 python float64_worker.py SYSTEM` prints the largest relative difference: per
+parameter array, relative to its largest entry. Fails if the metrics differ.
 """
 
 import sys
 
-import float64  # noqa: F401 (before all others)
+import float64  # noqa: F401 (must be the first import)
 import jax
 import numpy as np
 import reproducible_worker
@@ -14,7 +14,7 @@ import test_accumulate
 
 
 def first_step(name: str, plain: bool):
-  """(a tenth of the gradient, as AdamW's first step leaves it, and the metrics)."""
+  """(0.1 * gradient, which is AdamW's first moment after one step, metrics)."""
   config = reproducible_worker.config(name)
   test_accumulate.without_dropout(config.model)
   state, metrics = reproducible_worker.run(config, 1, jax.devices()[:1], plain=plain)
@@ -27,5 +27,8 @@ if __name__ == "__main__":
   for key, value in want.items():
     np.testing.assert_allclose(metrics[key], value, rtol=1e-10, atol=1e-12, err_msg=key)
   largest = max(np.abs(x).max() for x in jax.tree.leaves(theirs))
-  share = lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest)
-  print(max(jax.tree.leaves(jax.tree.map(share, ours, theirs))))
+
+  def relative_difference(a, b):
+    return np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest)
+
+  print(max(jax.tree.leaves(jax.tree.map(relative_difference, ours, theirs))))

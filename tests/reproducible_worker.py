@@ -1,7 +1,8 @@
-"""Steps of tiny reproducible runs: what they leave behind, on a mesh, in a process of a group.
+"""Runs reproducible train steps of tiny systems, also as one of several processes.
 
-`python reproducible_worker.py ADDRESS COUNT INDEX DEVICES STEPS NAME...` prints, in process 0, a
-JSON line {name: digest}; names are of systems, or "toy".
+`python reproducible_worker.py ADDRESS COUNT INDEX DEVICES STEPS NAME...`: process INDEX of COUNT,
+with DEVICES devices each. Process 0 prints a JSON line {name: digest of the state and metrics}.
+NAME is a system or "toy".
 """
 
 import hashlib
@@ -30,7 +31,7 @@ BATCH = 16
 
 
 def digest(*trees) -> str:
-  """SHA-256 of all arrays and their paths."""
+  """SHA-256 of the paths and bytes of all arrays."""
   out = hashlib.sha256()
   for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(trees)):
     out.update(f"{path} {x.dtype} {x.shape}".encode())
@@ -39,7 +40,7 @@ def digest(*trees) -> str:
 
 
 def config(name: str, **changes):
-  """A tiny config of a system, for batches of noise; with dropout."""
+  """A tiny config of a system with dropout, for batches of random numbers."""
   make = test_accumulate.SYSTEMS[name]
   c = make("unused", batch_size=BATCH, reproducible=True, optim__grad_clip=1.0, **changes)
   c.mesh = (("data", -1),)
@@ -47,10 +48,7 @@ def config(name: str, **changes):
 
 
 def run(config, steps: int, devices=None, plain: bool = False):
-  """(state, metrics of each step) after so many steps of different batches, of all devices or some.
-
-  plain: the step that is not reproducible.
-  """
+  """Trains on random batches -> (state, metrics of each step). plain: with the plain step."""
   with config.unlocked():
     config.reproducible = not plain
   built = setup.build(config, devices)
@@ -61,21 +59,26 @@ def run(config, steps: int, devices=None, plain: bool = False):
   shardings = built.state_shardings(tx)
   state = jax.jit(lambda: step_lib.init_state(built.init_model, tx), out_shardings=shardings)()
   step = built.train_step(tx, jax.random.key(0), shardings, schedule)
-  return _steps(state, step, built.batch_sharding, test_accumulate.batch(config, 64), steps)
+  return _train(state, step, built.batch_sharding, test_accumulate.batch(config, 64), steps)
 
 
-def _steps(state, step, rows, noise, steps: int):
-  own, metrics = sharding.local_rows(rows, BATCH), []
+def _train(state, step, batch_sharding, data, steps: int):
+  """Steps on batches drawn from the 64 rows of `data`."""
+  own, metrics = sharding.local_rows(batch_sharding, BATCH), []
   for n in range(steps):
     chosen = np.random.default_rng(n).integers(0, 64, BATCH)
-    state, m = step(state, sharding.put_batch({k: v[chosen[own]] for k, v in noise.items()}, rows))
+    host_batch = {k: v[chosen[own]] for k, v in data.items()}
+    state, m = step(state, sharding.put_batch(host_batch, batch_sharding))
     metrics.append(jax.device_get(m))
   return state, metrics
 
 
 class Toy(base.System):
-  """What a step has to do with, in a program that compiles in seconds: weights that both sides
-  share, dropout, divisions by norms that are used twice, a mask beside the features, all pairs."""
+  """A system that compiles in seconds and has everything that makes reproducibility hard.
+
+  Weights shared by both sides, dropout, norms that are divided by twice, a boolean feature, and a
+  loss over all pairs.
+  """
 
   def __init__(self, rngs: nnx.Rngs):
     self.wi = layers.linear(24, 40, (None, "mlp"), rngs=rngs)
@@ -99,31 +102,32 @@ class Toy(base.System):
 
 
 def toy(steps: int, devices=None):
-  """As `run`, of a Toy."""
-  model = lambda: Toy(nnx.Rngs(0))
-  graphdef = step_lib.split(nnx.eval_shape(model))[0]
+  """As `run`, with a Toy."""
+  init_model = lambda: Toy(nnx.Rngs(0))
+  graphdef = step_lib.split(nnx.eval_shape(init_model))[0]
   schedule = optax.cosine_decay_schedule(1e-2, 20)
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
   mesh = sharding.make_mesh((("data", -1),), devices)
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  init = lambda: step_lib.init_state(model, tx)
-  shardings = jax.tree.map(lambda _: whole, jax.eval_shape(init))
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  init = lambda: step_lib.init_state(init_model, tx)
+  shardings = jax.tree.map(lambda _: replicated, jax.eval_shape(init))
   state = jax.jit(init, out_shardings=shardings)()
-  rows, rng = sharding.batch_sharding(mesh), jax.random.key(0)
-  step = deterministic.make_train_step(graphdef, tx, rng, shardings, schedule, rows, 8)
-  draw = np.random.default_rng(0)
-  noise = {k: draw.standard_normal((64, 24), np.float32) for k in ("image", "text")}
-  return _steps(state, step, rows, noise | {"image_id": np.arange(64, dtype=np.int32) // 2}, steps)
+  batch_sharding, key = sharding.batch_sharding(mesh), jax.random.key(0)
+  step = deterministic.make_train_step(graphdef, tx, key, shardings, schedule, batch_sharding, 8)
+  rng = np.random.default_rng(0)
+  data = {k: rng.standard_normal((64, 24), np.float32) for k in ("image", "text")}
+  data["image_id"] = np.arange(64, dtype=np.int32) // 2
+  return _train(state, step, batch_sharding, data, steps)
 
 
 def main(address: str, count: str, index: str, devices: str, steps: str, *names: str) -> None:
   jax.config.update("jax_num_cpu_devices", int(devices))
   if int(count) > 1:
     jax.distributed.initialize(address, int(count), int(index))
-  one = lambda name: toy(int(steps)) if name == "toy" else run(config(name), int(steps))
-  found = {name: digest(*one(name)) for name in names}
+  train = lambda name: toy(int(steps)) if name == "toy" else run(config(name), int(steps))
+  digests = {name: digest(*train(name)) for name in names}
   if index == "0":
-    print(json.dumps(found), flush=True)
+    print(json.dumps(digests), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A batch encoded in parts: gradient of the whole, for every system, on any number of devices."""
+"""config.accumulate: the exact gradient of the whole batch, for every system, on any mesh."""
 
 import functools
 
@@ -21,11 +21,12 @@ SYSTEMS = {"clip": tiny.config, "team": tiny.team, "zerovl": tiny.zerovl, "tgdt"
 SYSTEMS |= {"hat": tiny.hat}
 
 
-def test_every_system_is_here():
+def test_every_system_is_tested():
   assert SYSTEMS.keys() == registry.SYSTEMS.keys()
 
 
 def without_dropout(section) -> None:
+  """Sets all dropout rates of a model config to 0, in place."""
   for key, value in section.items():
     if hasattr(value, "items"):
       without_dropout(value)
@@ -34,6 +35,7 @@ def without_dropout(section) -> None:
 
 
 def batch(config, size: int = BATCH) -> dict:
+  """A random batch for a tiny config, on the host."""
   rng = np.random.default_rng(0)
   length = 12
   lengths = rng.integers(3, length + 1, size)
@@ -62,7 +64,6 @@ def gradients(
     without_dropout(config.model)
   config.mesh = mesh
   built = setup.build(config, jax.devices()[:devices])
-  rows = sharding.batch_sharding(built.mesh)
   init = lambda: nnx.to_pure_dict(step_lib.split(built.init_model())[1])
   params = jax.jit(init, out_shardings=built.params_shardings)()
 
@@ -72,11 +73,11 @@ def gradients(
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
   with jax.default_matmul_precision("highest"):
-    out = run(params, sharding.put_batch(batch(config), rows))
+    out = run(params, sharding.put_batch(batch(config), built.batch_sharding))
   return jax.device_get(out)
 
 
-def same(ours, want, tolerance: float) -> None:
+def assert_same(ours, want, tolerance: float) -> None:
   (loss, metrics), grads = ours
   (want_loss, want_metrics), want_grads = want
   np.testing.assert_allclose(loss, want_loss, rtol=tolerance)
@@ -100,14 +101,14 @@ SLOW = [(2, 1), (8, 1), (1, 8), (4, 8), (8, 8)]
   [(4, 1), (2, 8), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)],
 )
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_gradient_is_that_of_the_whole_batch(name, accumulate, devices):
-  # HAT's softmax of normalised attention over the hardest negatives enlarges what float32 rounds.
+def test_gradient_equals_whole_batch(name, accumulate, devices):
+  # HAT's normalised attention over the hardest negatives amplifies float32 rounding errors.
   tolerance = {"hat": 3e-5}.get(name, 1e-5)
-  same(gradients(name, accumulate, devices), gradients(name, 1, 1), tolerance)
+  assert_same(gradients(name, accumulate, devices), gradients(name, 1, 1), tolerance)
 
 
 class Noisy(base.System):
-  """One weight matrix with dropout behind it, on either side."""
+  """One weight matrix followed by dropout, shared by both sides."""
 
   def __init__(self, weight):
     self.weight = nnx.Param(weight)
@@ -122,7 +123,7 @@ class Noisy(base.System):
 
 
 def test_dropout_is_the_same_in_both_passes():
-  """The gradient is that of parts encoded one after another with their keys, nothing recomputed."""
+  """The gradient equals that of encoding the parts in a loop, with their keys and without remat."""
   rng = np.random.default_rng(0)
   x, weight = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((12, 5), (5, 4)))
   n, key = 3, jax.random.key(1)
@@ -150,7 +151,7 @@ def test_dropout_is_the_same_in_both_passes():
 
 
 def temporaries(name: str, accumulate: int, size: int) -> int:
-  """Bytes of temporaries of a training step's loss and gradient."""
+  """Temporary bytes of the compiled gradient of the loss."""
   config = SYSTEMS[name]("unused", batch_size=size, accumulate=accumulate)
   config.mesh = (("data", -1),)
   built = setup.build(config, jax.devices()[:1])
@@ -163,15 +164,15 @@ def temporaries(name: str, accumulate: int, size: int) -> int:
   return jax.jit(jax.grad(loss)).lower(params, b).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_that_of_a_part():
-  """Four times the batch in four times the parts needs hardly more."""
+def test_memory_is_that_of_one_part():
+  """Four parts of a batch need little more memory than one part alone."""
   whole, parts = temporaries("zerovl", 1, 128), temporaries("zerovl", 4, 128)
   part = temporaries("zerovl", 1, 32)
   assert parts < 1.5 * part < 0.6 * whole
 
 
 def permuted(jaxpr, times: int = 1) -> int:
-  """Numbers that a device hands on in rings, in all iterations of its loops."""
+  """Elements that a device sends with ppermute, over all iterations of its loops."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "ppermute":
@@ -181,8 +182,8 @@ def permuted(jaxpr, times: int = 1) -> int:
   return total
 
 
-def test_parts_need_no_ring_of_their_own():
-  """TEAM's sampled negatives are fetched for all parts, not again where a part is recomputed."""
+def test_negatives_are_fetched_once():
+  """TEAM's sampled negatives are fetched once, outside of the rematerialised parts."""
 
   def moved(accumulate):
     config = tiny.team("unused", batch_size=BATCH, accumulate=accumulate)
@@ -205,13 +206,13 @@ def test_parts_need_no_ring_of_their_own():
     (dict(accumulate=2, batch_size=8), "on each of 8 devices"),
   ],
 )
-def test_parts_that_do_not_divide_the_batch(changes, error):
+def test_accumulate_must_divide_the_batch(changes, error):
   config = tiny.config("unused", **dict(batch_size=BATCH) | changes)
   with pytest.raises(ValueError, match=error):
     setup.build(config)
 
 
-def test_batch_norm_sees_the_whole_batch():
+def test_batch_norm_is_an_error():
   config = tiny.config("unused", batch_size=BATCH, accumulate=2)
   with config.unlocked():
     config.model.image = dict(kind="resnet", size=32, width=8, depths=(1, 1, 1, 1))

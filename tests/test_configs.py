@@ -1,4 +1,4 @@
-"""Configs: every one builds, its parameter table is on record, and bad keys are errors."""
+"""Configs: all of them build, match their recorded parameter tables, and reject bad keys."""
 
 import functools
 import importlib.util
@@ -56,10 +56,10 @@ def test_every_config_is_listed():
   assert {p.stem for p in (ROOT / "configs").glob("*.py")} == set(CONFIGS)
 
 
-# Configs without training. All others have their parameters on record.
+# Configs without training; the others have a recorded parameter table.
 UNTRAINED = {"coco_zeroshot", "zerovl_eval", "zerovl_linear_probe", "team_eval"}
 
-# Whose tables are the same: the first pattern that matches a NAME-VARIANT says whose file it is.
+# Configs with equal tables: (pattern of NAME-VARIANT, whose file is used); the first match counts.
 SHARED = [
   (r"f30k_ft-(.*)", r"coco_ft-\1"),
   (r"tgdt-(f30k|coco)_(all|global|local)", "tgdt-f30k_all"),
@@ -80,10 +80,12 @@ def table_file(name, variant) -> pathlib.Path:
 
 @pytest.mark.parametrize(("name", "variant"), ALL)
 def test_config_builds_full_size(name, variant, tmp_path):
-  """Shapes, shardings and the optimizer of the full size, without memory, and what is on record of
-  them, so that a change of a recipe shows in review. XMODAL_WRITE_TABLES=1 rewrites the files."""
+  """Shapes, shardings and optimizer at full size, abstractly, against the recorded table.
+
+  The tables make a change of a recipe visible in review. XMODAL_WRITE_TABLES=1 rewrites them.
+  """
   config = config_lib.resolve(get_config(name, variant))
-  if config.text.vocab:  # the user's own
+  if config.text.vocab:  # a file that the user provides
     config.text.vocab = str(tmp_path / "vocab.txt")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(config.model.text.vocab - 4))]
     pathlib.Path(config.text.vocab).write_text("\n".join(words))
@@ -105,12 +107,12 @@ def test_config_builds_full_size(name, variant, tmp_path):
   if os.environ.get("XMODAL_WRITE_TABLES") and path.stem in (f"{name}-{variant}", name):
     path.write_text(table)
   assert table == path.read_text(), (
-    f"{name}:{variant} is not as in {path}. If this is meant, XMODAL_WRITE_TABLES=1 rewrites the "
-    "file; where it is of several configs and only some changed, take those out of SHARED"
+    f"{name}:{variant} differs from {path}. If intended, XMODAL_WRITE_TABLES=1 rewrites the "
+    "file; if several configs share it and only some changed, remove those from SHARED"
   )
 
 
-def test_every_table_is_of_a_config_and_none_is_there_twice():
+def test_every_table_belongs_to_a_config_and_none_is_duplicated():
   files = {table_file(*c) for c in ALL if c[0] not in UNTRAINED}
   assert files == set(TABLES.iterdir())
   assert len({f.read_text() for f in files}) == len(files)
@@ -125,7 +127,7 @@ def test_original_recipe(recipe):
   assert c.batch_size == 128 and c.optim.bounds == ()
   half = recipe == "original_fp16"
   assert (c.dtype, c.optim.round_to) == (("float16", "float16") if half else ("float32", ""))
-  # What was said on the command line wins.
+  # The command line takes precedence.
   config.optim.schedule = "cosine"
   assert config_lib.resolve(config, {"optim.schedule": "cosine"}).optim.schedule == "cosine"
   config.recipe = "orginal"
@@ -134,7 +136,7 @@ def test_original_recipe(recipe):
 
 
 def test_original_recipe_of_team():
-  """LAMB over the original's tensors on every parameter, which the full-size model must allow."""
+  """LAMB with trust ratios of the original's tensors covers every parameter at full size."""
   config = get_config("team_ft", "coco_clip_l14")
   config.recipe = "original"
   c = config_lib.resolve(config)
@@ -260,7 +262,7 @@ def test_published_learning_rates():
     schedule = schedules.make_schedule(make(lr=1e-5), run)
     step = want[next(k for k in keys if "step" in k)]
     lr = want[next(k for k in keys if "lr" in k.removeprefix(name))]
-    # Recorded positions count captions; ours count steps.
+    # Recorded positions count captions; the schedule counts steps.
     ours = step // run.samples * run.steps_per_epoch + step % run.samples
     np.testing.assert_allclose(
       schedule(ours, np), lr, **golden_files.manifest("clip")["tolerance"]["lr"]
@@ -269,8 +271,8 @@ def test_published_learning_rates():
   assert checked
 
 
-def test_frozen_parameters_begin_later():
-  """They stay as they are, decay included, and their Adam starts from nothing at its first step."""
+def test_frozen_parameters_start_later():
+  """Frozen parameters do not change, not even by weight decay; their moments start after it."""
   params = {"a": {"kernel": jnp.float32([2.0, -1.0])}, "b": {"kernel": jnp.float32([2.0, -1.0])}}
   grads = [jax.tree.map(lambda p: p * k, params) for k in (3.0, -0.7, 1.3, 0.4)]
   settings = tiny.optim(weight_decay=0.3, grad_clip=1e9)

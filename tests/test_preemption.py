@@ -1,4 +1,4 @@
-"""A real process that is terminated, killed, and started again ends as if nothing had happened."""
+"""A training process that is terminated, killed and restarted gives the uninterrupted result."""
 
 import json
 import os
@@ -48,10 +48,10 @@ def test_terminated_and_killed(tiny_data, tmp_path):
   process = start(folder, config)
   wait_for_step(folder, 2, process)
   process.send_signal(signal.SIGTERM)
-  asked = time.monotonic()
+  signalled = time.monotonic()
   _, log = process.communicate(timeout=60)
   assert process.returncode == 0, log[-3000:]
-  assert time.monotonic() - asked < 30
+  assert time.monotonic() - signalled < 30
   stopped = lines(folder)[-1]["step"]
   assert stopped < 24 and (folder / "checkpoints" / str(stopped)).is_dir()
 

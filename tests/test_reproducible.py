@@ -1,4 +1,4 @@
-"""config.reproducible: the same bits on any number of devices and processes, and the right ones."""
+"""config.reproducible: bitwise equal on any topology, and equal to the plain step to rounding."""
 
 import functools
 import json
@@ -22,9 +22,8 @@ from xmodal_jax.runtime import preemption, setup, workdir
 from xmodal_jax.training import loop
 
 SYSTEMS = test_accumulate.SYSTEMS
-# These programs take long to compile, and with the random bits of dropout longer.
-WITH_DROPOUT = ("zerovl",)
-OFTEN = ("clip", "team")  # of all systems TEAM's objective computes most
+WITH_DROPOUT = ("zerovl",)  # one system only: dropout's random bits are slow to compile
+DEFAULT_TIER = ("clip", "team")  # TEAM has the most complex objective; the others are slow tests
 
 
 def config(name: str, dropout: bool, **changes):
@@ -35,48 +34,48 @@ def config(name: str, dropout: bool, **changes):
 
 
 @functools.cache
-def after(name: str, devices: int, steps: int = 3) -> str:
+def digest_after(name: str, devices: int, steps: int = 3) -> str:
   c = config(name, name in WITH_DROPOUT)
   return worker.digest(*worker.run(c, steps, jax.devices()[:devices]))
 
 
-def some(often: tuple[str, ...], without: tuple[str, ...] = ()) -> list:
-  """All systems but those; the ones that are not tested often are slow."""
+def systems(default: tuple[str, ...], without: tuple[str, ...] = ()) -> list:
+  """Test parameters: all systems except `without`; those not in `default` are marked slow."""
   names = [n for n in SYSTEMS if n not in without]
-  return [n if n in often else pytest.param(n, marks=pytest.mark.slow) for n in names]
+  return [n if n in default else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 @functools.cache
-def toy(devices: int) -> str:
+def toy_digest(devices: int) -> str:
   return worker.digest(*worker.toy(5, jax.devices()[:devices]))
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_every_number_of_devices(devices):
-  assert toy(devices) == toy(1)
+  assert toy_digest(devices) == toy_digest(1)
 
 
 @pytest.mark.parametrize(
   ("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
 )
-def test_processes_are_devices(processes, devices):
-  assert start(processes, devices, 5, "toy") == {"toy": toy(1)}
+def test_processes_equal_one_process(processes, devices):
+  assert start(processes, devices, 5, "toy") == {"toy": toy_digest(1)}
 
 
-@pytest.mark.parametrize("name", some(OFTEN))
-def test_eight_devices_are_one_to_the_bit(name):
-  """Parameters, moments and metrics; ZeroVL with mixup and dropout."""
-  assert after(name, 8) == after(name, 1)
+@pytest.mark.parametrize("name", systems(DEFAULT_TIER))
+def test_eight_devices_equal_one_bitwise(name):
+  """Parameters, moments and metrics are compared; ZeroVL has mixup and dropout."""
+  assert digest_after(name, 8) == digest_after(name, 1)
 
 
-@pytest.mark.parametrize("name", some(("clip",), without=("hat",)))
-def test_gradient_is_that_of_the_other_step(name):
+@pytest.mark.parametrize("name", systems(("clip",), without=("hat",)))
+def test_gradient_equals_plain_step(name):
   tolerance = 1e-5
-  first = lambda plain: worker.run(config(name, False), 1, jax.devices()[:1], plain=plain)
-  (ours, our_metrics), (theirs, metrics) = jax.device_get((first(False), first(True)))
+  one_step = lambda plain: worker.run(config(name, False), 1, jax.devices()[:1], plain=plain)
+  (ours, our_metrics), (theirs, metrics) = jax.device_get((one_step(False), one_step(True)))
   for key, value in metrics[0].items():
     np.testing.assert_allclose(our_metrics[0][key], value, rtol=tolerance, atol=1e-6, err_msg=key)
-  ours, theirs = (s.opt_state[1].mu for s in (ours, theirs))  # a tenth of the gradient
+  ours, theirs = (s.opt_state[1].mu for s in (ours, theirs))  # 0.1 * gradient
   largest = max(np.abs(x).max() for x in jax.tree.leaves(theirs))
 
   def close(path, a, b):
@@ -87,18 +86,19 @@ def test_gradient_is_that_of_the_other_step(name):
 
 
 @pytest.mark.slow
-def test_gradient_of_hat_is_that_of_the_other_step():
-  """In float64: HAT enlarges what is rounded some thousand times, to more than 1e-5 in float32."""
+def test_gradient_of_hat_equals_plain_step():
+  """In float64: HAT amplifies rounding errors some thousand times, to above 1e-5 in float32."""
   tool = pathlib.Path(worker.__file__).with_name("float64_worker.py")
-  how = dict(env=os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}, cwd=tool.parent)
+  env = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, tool, "hat"]
   done = subprocess.run(
-    [sys.executable, tool, "hat"], stdout=subprocess.PIPE, text=True, check=True, **how
+    command, stdout=subprocess.PIPE, text=True, check=True, env=env, cwd=tool.parent
   )
   assert float(done.stdout.splitlines()[-1]) < 1e-10
 
 
 def start(processes: int, devices: int, steps: int, *names: str) -> dict[str, str]:
-  """Digests of tiny runs with dropout, in so many processes of so many devices."""
+  """Digests of tiny runs with dropout, in a group of processes with `devices` devices each."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -128,7 +128,7 @@ def test_every_topology(name):
 
 
 def test_resume_on_another_number_of_devices(tiny_data, tmp_path, monkeypatch):
-  """Two steps on eight devices and two on one are four on two, to the bit."""
+  """Two steps on eight devices and two more on one equal four on two devices, bitwise."""
   changes = dict(eval__test=False, eval__every="0 steps", total="4 steps", reproducible=True)
   make = sharding.make_mesh
 
@@ -160,12 +160,12 @@ def test_resume_on_another_number_of_devices(tiny_data, tmp_path, monkeypatch):
     (dict(accumulate=2), "ignores config.accumulate=2: set it to 1"),
   ],
 )
-def test_what_cannot_be_reproduced(changes, error):
+def test_config_errors(changes, error):
   with pytest.raises(ValueError, match=error):
     setup.build(tiny.config("unused", reproducible=True, **changes))
 
 
-def test_batch_norm_sees_the_whole_batch():
+def test_batch_norm_is_an_error():
   c = tiny.config("unused", reproducible=True)
   with c.unlocked():
     c.model.image = dict(kind="resnet", size=32, width=8, depths=(1, 1, 1, 1))
@@ -173,7 +173,7 @@ def test_batch_norm_sees_the_whole_batch():
     setup.build(c)
 
 
-def test_tiles_may_not_change_at_a_resume():
+def test_loss_chunk_is_fixed_on_resume():
   flat = lambda **changes: workdir.flatten(tiny.config("unused", **changes))
   for reproducible, expected in ((False, []), (True, ["loss_chunk: 0 -> 8"])):
     old, new = (flat(reproducible=reproducible, loss_chunk=n) for n in (0, 8))

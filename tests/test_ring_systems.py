@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from test_accumulate import BATCH, SYSTEMS, batch, gradients, same, without_dropout
+from test_accumulate import BATCH, SYSTEMS, assert_same, batch, gradients, without_dropout
 
 from xmodal_jax.runtime import setup
 
@@ -64,8 +64,8 @@ def test_objective_in_a_ring(name):
   want, (want_params, want_features) = objective(name, 1, 0)
   assert jnp.isfinite(loss) and any(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(want_features))
   tolerance = HAT.get(name, 1e-5)
-  same(((loss, metrics), of_params), (want, want_params), tolerance)
-  same(((loss, metrics), of_features), (want, want_features), tolerance)
+  assert_same(((loss, metrics), of_params), (want, want_params), tolerance)
+  assert_same(((loss, metrics), of_features), (want, want_features), tolerance)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_objective_in_a_ring(name):
 )
 def test_ring_trains_the_same(name):
   """Through the towers."""
-  same(gradients(name, 1, 8, loss_chunk=4), gradients(name, 1, 1), HAT.get(name, 1e-5))
+  assert_same(gradients(name, 1, 8, loss_chunk=4), gradients(name, 1, 1), HAT.get(name, 1e-5))
 
 
 def test_tiles_that_do_not_divide_the_batch():

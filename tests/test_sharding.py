@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from test_accumulate import SYSTEMS, batch, gradients, same
+from test_accumulate import SYSTEMS, assert_same, batch, gradients
 
 from xmodal_jax.checkpoints import restore
 from xmodal_jax.distributed import sharding
@@ -82,7 +82,7 @@ def test_gradient_on_a_mesh_is_that_of_one_device(name):
   """The others with less to compile: the reference is one that other tests have, too."""
   mesh = tuple((axis, 2) for axis in AXES)
   tolerance = {"hat": 3e-5}.get(name, 1e-5)  # as in test_accumulate
-  same(gradients(name, 1, 8, mesh=mesh), gradients(name, 1, 1), tolerance)
+  assert_same(gradients(name, 1, 8, mesh=mesh), gradients(name, 1, 1), tolerance)
 
 
 COLLECTIVE = re.compile(

@@ -1,4 +1,4 @@
-"""The loop: resuming, meshes, compilation, transfers, and what stops a run."""
+"""The training loop: resuming, meshes, compilation, transfers, and errors."""
 
 import json
 import logging
@@ -26,6 +26,7 @@ TIMINGS = ("examples_per_second", "mfu")
 
 
 def lines(folder: pathlib.Path, kind: str | None = None) -> list[dict]:
+  """Lines of metrics.jsonl, all or of one kind, without timings."""
   rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   rows = [r for r in rows if kind in (None, r["kind"])]
   return [{k: v for k, v in r.items() if k not in TIMINGS} for r in rows]
@@ -44,7 +45,7 @@ def test_run_writes_its_workdir(tiny_data, tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["config"]["optim.lr"] == 1e-2
   assert list(tmp_path.glob("events.out.tfevents*"))
   assert list(tmp_path.glob("plugins/profile/*/*"))
-  # latest two, and the best by RSUM among the evaluated
+  # The latest two, and the best by RSUM of those that were evaluated.
   steps = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
   best = max(lines(tmp_path, "val"), key=lambda r: (r["rsum"], r["step"]))["step"]
   assert steps == {9, 10, best}
@@ -52,13 +53,13 @@ def test_run_writes_its_workdir(tiny_data, tmp_path):
   assert retrieval.evaluate(tiny.config(tiny_data), tmp_path)["test"] == results["test"]
 
 
-def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
+def test_rerun_changes_nothing(tiny_data, tmp_path, caplog):
   c = tiny.config(tiny_data, total="4 steps", eval__every="2 steps")
   first = loop.train(c, tmp_path)
   before = lines(tmp_path)
   assert loop.train(c, tmp_path)["test"] == first["test"]
   assert lines(tmp_path) == before
-  # With its last checkpoint damaged it comes to the same end from the one before, to the bit.
+  # With the last checkpoint damaged, it resumes from the one before, with bitwise the same result.
   model = checkpointer.load_model(tmp_path / "checkpoints" / "4")
   files = [p for p in (tmp_path / "checkpoints" / "4").rglob("*") if p.is_file()]
   path = max(files, key=lambda p: p.stat().st_size)
@@ -75,7 +76,7 @@ def test_run_again_changes_nothing(tiny_data, tmp_path, caplog):
 
 
 def test_resume_on_another_mesh(tiny_data, tmp_path):
-  """Six steps on one mesh and four on another are ten on one, to rounding."""
+  """Six steps on one mesh and four on another equal ten on one, to rounding."""
   changes = dict(eval__test=False, eval__every="0 steps")
   loop.train(tiny.config(tiny_data, **changes), tmp_path / "straight")
   moved = tmp_path / "moved"
@@ -92,7 +93,7 @@ def test_resume_on_another_mesh(tiny_data, tmp_path):
 
 
 class StopAfter:
-  """Stands in for Preemption: says stop once metrics.jsonl has `count` lines."""
+  """Replaces Preemption: requests a stop once metrics.jsonl has `count` lines."""
 
   def __init__(self, folder: pathlib.Path, count: int):
     self.folder, self.count = folder, count
@@ -101,19 +102,14 @@ class StopAfter:
     return (self.folder / "metrics.jsonl").exists() and len(lines(self.folder)) >= self.count
 
 
-def test_interrupted_evaluation_is_made_up_for(tiny_data, tmp_path):
+def test_interrupted_evaluation_is_done_on_resume(tiny_data, tmp_path):
   c = tiny.config(tiny_data, total="6 steps", eval__test=False)
   stopped, straight = tmp_path / "stopped", tmp_path / "straight"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(preemption, "Preemption", lambda: StopAfter(stopped, 5))
     assert loop.train(c, stopped) is None
-  assert [r["step"] for r in lines(stopped)] == [
-    1,
-    2,
-    3,
-    4,
-    5,
-  ]  # the evaluation of step 5 is missing
+  # Only training metrics: the evaluation of step 5 was interrupted.
+  assert [(r["step"], r["kind"]) for r in lines(stopped)] == [(i, "train") for i in range(1, 6)]
   loop.train(c, stopped)
   loop.train(c, straight)
   assert lines(stopped) == lines(straight)
@@ -122,7 +118,7 @@ def test_interrupted_evaluation_is_made_up_for(tiny_data, tmp_path):
   assert read(stopped).best() == read(straight).best()
 
 
-def test_what_will_be_evaluated_is_checked_first(tiny_data, tmp_path):
+def test_evaluated_splits_are_checked_first(tiny_data, tmp_path):
   with pytest.raises(ValueError, match=r"eval\.folds is 5, but split 'test' has 12 pictures"):
     loop.train(tiny.config(tiny_data, eval__folds=5), tmp_path)
   with pytest.raises(ValueError, match="no split 'dev'"):
@@ -135,6 +131,8 @@ def test_nothing_to_train(tiny_data, tmp_path):
 
 
 class Compilations(logging.Handler):
+  """Records the names of programs that JAX logs as compiled."""
+
   def __init__(self):
     super().__init__()
     self.names = []
@@ -172,7 +170,7 @@ def test_no_recompilation_and_no_implicit_transfer(tiny_data):
       evaluator(state, "val")
       evaluator(state, "test")
     assert not handler.names
-    with jax.log_compiles(True):  # the handler does hear compilations
+    with jax.log_compiles(True):  # the handler does record compilations
       jax.jit(lambda x: x * 3.14159)(jnp.ones(3))
     assert handler.names
   finally:
@@ -228,7 +226,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
   state = train_state.TrainState(jnp.int32(1), {"w": jnp.ones(100_000)}, {}, (jnp.zeros(3),))
   checkpoints.save(1, state, {"pending": False})
   checkpoints.close()
-  # As a process that ends: threads of Orbax write on after a save has failed, also after close.
+  # In a subprocess: Orbax's threads continue to write after a failed save, even after close.
   command = [sys.executable, "-c", FILL, tmp_path]
   out = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   assert out.returncode == 1
@@ -264,9 +262,9 @@ def test_init_from_workdir(tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("changes", "doubted"), [({}, False), (dict(stage="joint"), False), (dict(stage="upper"), True)]
+  ("changes", "warns"), [({}, False), (dict(stage="joint"), False), (dict(stage="upper"), True)]
 )
-def test_upper_stacks_over_a_random_network_are_doubted(changes, doubted):
+def test_upper_stacks_over_a_random_network_warn(changes, warns):
   model = tiny.tgdt("unused").model
   model.update(changes)
-  assert bool(tgdt.check_start(model)) == doubted
+  assert bool(tgdt.check_start(model)) == warns
