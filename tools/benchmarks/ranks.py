@@ -5,16 +5,17 @@ import gzip
 import json
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+from benchmarks.runner import Form, Workload
 
-from xmodal_jax.evaluation import metrics
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--data", required=True, help="folder with coco_splits/")
 
 
 def coco(folder: str) -> tuple[np.ndarray, list[int], list[int], np.ndarray, pathlib.Path]:
-  """Arguments of `metrics.coco_protocol`: scores of a random model of rank 64, and the test ids."""
+  """Arguments of `coco_protocol`: scores of a random model of rank 64, and the test ids."""
   path = pathlib.Path(folder) / "coco_splits"
   packed = (path / "dataset_coco_karpathy_test5k.json.gz").read_bytes()
   images = json.loads(gzip.decompress(packed))["images"]
@@ -28,7 +29,9 @@ def coco(folder: str) -> tuple[np.ndarray, list[int], list[int], np.ndarray, pat
   return image @ caption.T, image_ids, caption_ids, caption_image, path / "eccv_caption"
 
 
-def ours(args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
+def ours(args: argparse.Namespace) -> Form:
+  from xmodal_jax.evaluation import metrics
+
   inputs, info = coco(args.data), {}
 
   def run():
@@ -37,16 +40,16 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
   return run, info
 
 
-def package(args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
-  """eccv_caption wants for each query the list of all candidates in order; making it counts."""
+def package(args: argparse.Namespace) -> Form:
+  """eccv_caption reads for each query the sorted list of all candidates; making it counts."""
   import eccv_caption
 
   (scores, image_ids, caption_ids, _, _), info = coco(args.data), {}
 
   def ranked(rows, query_ids, item_ids):
     # item_ids' own int objects go into all lists: a new one per entry would take 8 GB.
-    order = lambda row: np.argsort(-row, kind="stable").tolist()
-    return {q: [item_ids[k] for k in order(r)] for q, r in zip(query_ids, rows, strict=True)}
+    order = (np.argsort(-row, kind="stable").tolist() for row in rows)
+    return {q: [item_ids[k] for k in o] for q, o in zip(query_ids, order, strict=True)}
 
   def run():
     start = time.perf_counter()
@@ -57,17 +60,22 @@ def package(args: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any
     evaluator = eccv_caption.Metrics()
     out = evaluator.compute_all_metrics(i2t, t2i, target_metrics=names)
     out |= evaluator.eccv_metrics({"i2t": i2t, "t2i": t2i}, "all")
-    info["metrics"] = {ours_key(k, d): 100 * v for k, both in out.items() for d, v in both.items()}
+    info["metrics"] = {our_key(k, d): 100 * v for k, both in out.items() for d, v in both.items()}
     info["package_s"] = time.perf_counter() - start - info["lists_s"]
 
   return run, info
 
 
-def ours_key(name: str, direction: str) -> str:
+def our_key(name: str, direction: str) -> str:
   """("coco_1k_r5", "i2t") -> "coco_1k_i2t_r5"."""
   at = name.index("_", name.index("_") + 1) if name.startswith("coco") else name.index("_")
   return f"{name[:at]}_{direction}{name[at:]}"
 
 
-def forms(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-  return {"compute_all_metrics": lambda: package(args)}
+RANKS = Workload(
+  help="COCO 5K, 1K, CxC and ECCV Caption",
+  arguments=arguments,
+  ours=lambda args: {"coco_protocol": lambda: ours(args)},
+  against={"eccv_caption": lambda args: {"compute_all_metrics": lambda: package(args)}},
+  single=True,
+)

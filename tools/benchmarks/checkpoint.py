@@ -1,20 +1,30 @@
-"""Checkpoints at full size, for tools/benchmark.py: what saving costs the steps, and reading."""
+"""Checkpoints at full size: what saving costs the steps beside it, verification and restoring."""
 
 import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
-import benchmark_ours
+from benchmarks import clip_model
+from benchmarks.runner import Form, Workload
 
 
-def ours(args: argparse.Namespace) -> benchmark_ours.Form:
-  """A run: some steps, a save, steps until it is whole on disk, a check of its bytes, a restore."""
+def arguments(parser: argparse.ArgumentParser) -> None:
+  clip_model.model_arguments(parser)
+  parser.add_argument("--steps", type=int, default=5, help="before the save")
+  parser.add_argument("--every", type=int, default=1000, help="steps from one save to the next")
+  parser.add_argument("--dir", help="where to write; a temporary folder otherwise")
+
+
+def checkpoint(args: argparse.Namespace) -> Form:
+  """Some steps, a save, steps until its manifest is written, a check of its bytes, a restore."""
   import jax
 
   from xmodal_jax.checkpoints import checkpointer, manifest
 
-  held, advance, about = benchmark_ours.stepper(args)
+  held, advance, info = clip_model.stepper(args)
   advance()  # compiles
   folder = tempfile.TemporaryDirectory(dir=args.dir, prefix="benchmark_checkpoint")
   checkpoints = checkpointer.Checkpoints(folder.name, keep=1, metric="")
@@ -23,7 +33,7 @@ def ours(args: argparse.Namespace) -> benchmark_ours.Form:
   want = checkpointer.abstract_state(jax.eval_shape(lambda x: x, held[0]), shardings)
   facts: dict[str, float] = {}
 
-  def timed(do) -> float:
+  def timed(do: Callable[[], Any]) -> float:
     start = time.perf_counter()
     do()
     return time.perf_counter() - start
@@ -45,7 +55,7 @@ def ours(args: argparse.Namespace) -> benchmark_ours.Form:
     facts["step_s"] = before
     facts["steps_meanwhile"] = len(meanwhile)
     facts["step_meanwhile_s"] = statistics.fmean(meanwhile) if meanwhile else before
-    # All that saving costs: the call, and what the steps beside it take longer.
+    # The whole cost of saving: the call, and what it slows the steps beside it.
     lost = facts["blocked_s"] + sum(meanwhile) - len(meanwhile) * before
     facts["blocked_percent"] = 100 * facts["blocked_s"] / (args.every * before)
     facts["lost_percent"] = 100 * lost / (args.every * before)
@@ -53,6 +63,16 @@ def ours(args: argparse.Namespace) -> benchmark_ours.Form:
     facts["check_gb_per_s"] = size / facts["check_s"]
     facts["restore_s"] = timed(lambda: jax.block_until_ready(checkpoints.restore(step, want)))
 
-  # The folder goes when nothing refers to it any more.
-  info = {"parameters": about["parameters"], "folder": lambda: folder.name}
-  return run, info | {"facts": lambda: dict(facts)}
+  # The reference in `folder` keeps the temporary directory until the process ends.
+  return run, {
+    "parameters": info["parameters"],
+    "folder": lambda: folder.name,
+    "facts": lambda: dict(facts),
+  }
+
+
+CHECKPOINT = Workload(
+  help="saving and restoring",
+  arguments=arguments,
+  ours=lambda args: {"async, with manifest": lambda: checkpoint(args)},
+)
