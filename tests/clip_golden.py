@@ -1,7 +1,9 @@
 """A CLIP of any golden set: config from the manifest, parameters from its files."""
 
 import re
+from collections.abc import Mapping
 
+import compare_golden
 import golden_files
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import tiny
 from flax import nnx
 
 from xmodal_jax.checkpoints import restore
+from xmodal_jax.evaluation import metrics
 from xmodal_jax.interop import clip as clip_rules
 from xmodal_jax.interop import conversion
 from xmodal_jax.models import clip
@@ -58,7 +61,7 @@ def to_torch(*trees) -> dict[str, np.ndarray]:
 
 
 def drop_null(key: str, value: np.ndarray) -> np.ndarray:
-  """Without the key third of fused biases, whose gradient is zero in exact arithmetic."""
+  """Leaves out the key third of fused biases, whose gradient is zero in exact arithmetic."""
   if key.endswith("attn.in_proj_bias"):
     d = len(value) // 3
     return np.concatenate([value[:d], value[2 * d :]])
@@ -93,7 +96,51 @@ def schedule(train: dict, run: schedules.RunLength):
   return schedules.make_schedule(c, run)
 
 
+def trained_file(name: str) -> str:
+  """The checkpoint that training of model `name` wrote, by the manifest."""
+  files = golden_files.manifest("clip")["models"][name]["files"]
+  return next(f for f in files if re.fullmatch(r"itm_epoch\d+\.pt", f))
+
+
+def noise_allowance(golden: Golden, state: train_state.TrainState) -> dict[str, np.ndarray]:
+  """See compare_golden.noise_allowance; of a run that started from `golden`."""
+  moment = compare_golden.adam_state(state.opt_state).nu
+  return compare_golden.noise_allowance(
+    *(to_torch(x) for x in (golden.params, state.params, moment))
+  )
+
+
+def check_retrieval(
+  scores: np.ndarray,
+  owner: np.ndarray,
+  want: Mapping[str, np.ndarray],
+  prefix: str,
+  recorded: np.ndarray,
+  *,
+  rounded: bool,
+) -> None:
+  """Ranks and recalls of our scores against those recorded under `prefix`.
+
+  recorded: the original's scores, whose ties decide which ranks are right. rounded: see
+  compare_golden.rank_bounds.
+  """
+  t = golden_files.manifest("clip")["tolerance"]
+  assert t["ranks"] == "exact"
+  bounds = compare_golden.rank_bounds(recorded, owner, rounded)
+  ours = dict(zip(("i2t", "t2i"), metrics.retrieval_ranks(scores, owner), strict=True))
+  report = metrics.summarise(scores, owner)
+  for side, ranks in ours.items():
+    compare_golden.check_ranks(ranks, want[f"{prefix}/{side}_min_rank"] - 1, bounds[side])
+    for k in metrics.RECALL_AT:
+      value = want[f"{prefix}/{side}_R@{k}"]
+      compare_golden.check_recall(
+        report[f"{side}_r{k}"], value, k, bounds[side], t["recalls"]["atol"]
+      )
+  if all((low == high).all() for low, high in bounds.values()):
+    np.testing.assert_allclose(report["mean_r1"], want[f"{prefix}/mean_R1"], **t["recalls"])
+
+
 def batch(images: np.ndarray, tokens: np.ndarray) -> dict:
-  """images [B, 3, S, S] as the original takes them."""
+  """A batch of ours from images [B, 3, S, S] and tokens [B, L] as the original takes them."""
   image = np.ascontiguousarray(np.moveaxis(images, 1, -1))
   return {"image": jnp.asarray(image), "text_ids": jnp.asarray(tokens)}

@@ -1,7 +1,10 @@
 """A TEAM of any golden set: config from the manifest, parameters from its files."""
 
+import pathlib
 import re
+from collections.abc import Mapping
 
+import compare_golden
 import golden_files
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from flax import nnx
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import restore
-from xmodal_jax.interop import conversion
+from xmodal_jax.interop import conversion, torch_files
 from xmodal_jax.interop import team as team_rules
 from xmodal_jax.losses import hard_negatives
 from xmodal_jax.models import team
@@ -19,6 +22,39 @@ from xmodal_jax.runtime import step as step_lib
 
 MANIFEST = golden_files.manifest("team")
 VARIANTS = list(MANIFEST["variants"])
+CHINESE = "chinese_large"  # the ModelScope release
+OF_CLIP = [name for name in VARIANTS if "clip_width" in MANIFEST["variants"][name]]
+# Checkpoint of each model. Beside "epoch0_params.pth" may stand the optimizer's "epoch0_opt.pth".
+FILES = dict.fromkeys(VARIANTS, "epoch0_params.pth")
+FILES |= {CHINESE: "pytorch_model.pth"} if CHINESE in MANIFEST else {}
+
+
+def optimizer_file(name: str) -> pathlib.Path:
+  """The optimizer state saved with a variant's checkpoint; a path that may not exist."""
+  return golden_files.root("team") / name / FILES[name].replace("_params", "_opt")
+
+
+WITH_OPTIMIZER = [name for name in VARIANTS if optimizer_file(name).exists()]
+
+
+def some_optimizer_file() -> pathlib.Path:
+  """Of any variant; a skip where no variant has one."""
+  if not WITH_OPTIMIZER:
+    golden_files.path("team", VARIANTS[0], optimizer_file(VARIANTS[0]).name)
+  return optimizer_file(WITH_OPTIMIZER[0])
+
+
+def text_length(rows: Mapping) -> int:
+  """The n of the keys "ids_padded_n" of recorded captions."""
+  return next(int(k.rpartition("_")[2]) for k in rows if k.startswith("ids_padded_"))
+
+
+def step_decay(rates: np.ndarray) -> tuple[int, float]:
+  """(steps between two decays, factor) of a recorded step schedule [N]."""
+  changes = np.flatnonzero(np.diff(rates)) + 1
+  if not len(changes):
+    return len(rates), 0.1
+  return int(changes[0]), float(rates[changes[0]] / rates[0])
 
 
 def _vocab(shapes) -> int:
@@ -57,7 +93,7 @@ def config(name: str, shapes) -> dict:
 
 
 class Replay(team.TEAM):
-  """Takes the recorded negatives, columns of the global batch, from the batch."""
+  """Takes negatives from the batch (columns of the global batch) instead of sampling them."""
 
   def negatives(self, images, texts, batch, key):
     found = jnp.ones(batch["neg_image"].shape, bool)
@@ -70,10 +106,8 @@ class Replay(team.TEAM):
 class Golden:
   """graphdef and params of a variant with the weights of `file`."""
 
-  def __init__(self, name: str, file: str = "epoch0_params.pth", **changes):
-    from xmodal_jax.interop import torch_files
-
-    self.path = golden_files.path("team", name, file)
+  def __init__(self, name: str, **changes):
+    self.path = golden_files.path("team", name, FILES[name])
     state, _ = torch_files.state_dict(self.path)
     self.names = [k for k in state if not k.endswith("position_ids")]
     self.config = config(name, {k: v.shape for k, v in state.items()}) | changes
@@ -99,7 +133,7 @@ def to_torch(tree) -> dict[str, np.ndarray]:
 
 
 def drop_null(key: str, value: np.ndarray) -> np.ndarray:
-  """Without the key third of fused biases, whose gradient is zero in exact arithmetic."""
+  """Leaves out the key third of fused biases, whose gradient is zero in exact arithmetic."""
   if re.search(r"(in_proj|qkv)[._]bias$", key):
     d = len(value) // 3
     return np.concatenate([value[:d], value[2 * d :]])
@@ -151,17 +185,26 @@ def close_to_scale(ours, theirs, factor, what):
   assert error <= factor * np.abs(theirs).max(), f"{what}: {error} of {np.abs(theirs).max()}"
 
 
+def noise_allowance(golden: Golden, state: train_state.TrainState) -> dict[str, np.ndarray]:
+  """See compare_golden.noise_allowance; of a run that started from `golden`."""
+  moment = compare_golden.adam_state(state.opt_state).nu
+  return compare_golden.noise_allowance(
+    *(to_torch(x) for x in (golden.params, state.params, moment))
+  )
+
+
 def optimizer(name: str, schedule, params):
-  """The published LAMB as the manifest words it."""
+  """The published LAMB as the manifest words it; of two groups, the image tower is the second."""
   text = MANIFEST["variants"][name]["optimizer"]
   c = config_lib.base().optim
   b1, b2 = re.search(r"betas \(([0-9.]+),([0-9.]+)\)", text).groups()
-  slow = MANIFEST["variants"][name]["param_groups"] != "one"
+  rates = golden_files.arrays("team", name, "outputs.npz")["schedule/lr_per_epoch_per_group"][0]
   with c.ignore_type():
     c.name, c.trust = "lamb", "original"
     c.b1, c.b2, c.eps = float(b1), float(b2), number(text, "eps")
     c.weight_decay, c.grad_clip = number(text, "weight_decay"), number(text, "max_grad_norm")
     c.decay = ((".*", 1.0),)
-    c.lr_mult = (*((("^image/", 0.1),) if slow else ()), (".*", 1.0))
+    slow = (("^image/", float(rates[1] / rates[0])),) if len(rates) > 1 else ()
+    c.lr_mult = (*slow, (".*", 1.0))
   tensors = conversion.tensors_of(team_rules.RULES, params)
   return factory.make_optimizer(c, schedule, params, tensors)

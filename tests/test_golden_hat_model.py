@@ -1,4 +1,4 @@
-"""HAT's levels, scores in both directions, losses, gradients, frozen and free training."""
+"""HAT's features, scores in both directions, losses, gradients and trajectories."""
 
 import functools
 
@@ -52,7 +52,7 @@ def test_features_and_scores():
     if name.startswith("scores"):
       close_scores(value, want[name], name)
     else:
-      # Padded positions are never compared: their attention may be any.
+      # Features of padded positions are not masked here: both programs compute them.
       close_features(value, want[name], name)
     checked += 1
   assert checked == len(ours) >= 15
@@ -91,7 +91,7 @@ def test_scores_of_given_tokens(direction):
   mask = jnp.arange(c.shape[1]) < jnp.asarray(s["lengths"])[:, None]
   prefix = f"scores64_{direction}_lambda"
   names = [k for k in s if k.startswith(prefix)]
-  assert len(names) >= 3
+  assert names
   for name in names:
     sharpness = float(name.removeprefix(prefix))
     for chunk in (0, 1, 2):
@@ -143,12 +143,12 @@ def test_trajectories(run):
   step, state = stepper(golden, constant, freeze=freeze)
   rtol = TOLERANCE["trajectory_losses"]["rtol"]
   for k, value in enumerate(want[f"{run}/losses"]):
-    state, metrics = step(state, hat_golden.batch(k % 2))
+    state, metrics = step(state, hat_golden.batch(k % hat_golden.n_batches()))
     np.testing.assert_allclose(metrics["loss"], value, rtol=rtol, err_msg=f"step {k}")
   for k, value in enumerate(want[f"{run}/losses_after"]):
     (after, _), _ = loss(state.params, hat_golden.batch(k))
     np.testing.assert_allclose(after, value, rtol=rtol)
-  hat_golden.close_parameters(hat_golden.to_torch(state.params), recorded(want, f"{run}/final"))
+  hat_golden.close_parameters(golden, state, recorded(want, f"{run}/final"))
   if run == "frozen":
     for side in ("image", "text"):
       same = jax.tree.map(lambda a, b: (a == b).all(), state.params[side], golden.params[side])
@@ -156,7 +156,7 @@ def test_trajectories(run):
 
 
 def test_schedule_of_many_epochs():
-  """One step in each of 22 epochs: rates, when the encoders begin, and what comes of it."""
+  """One step per epoch: learning rates, the epoch that unfreezes the encoders, final parameters."""
   want = arrays("schedule")
   epochs = len(want["epoch"])
   first = int(np.flatnonzero(want["vit_trainable"])[0])
@@ -171,6 +171,4 @@ def test_schedule_of_many_epochs():
     np.testing.assert_allclose(schedule(k, np), want["lr"][k], rtol=1e-6)
     state, metrics = step(state, hat_golden.batch())
     np.testing.assert_allclose(metrics["loss"], want["loss"][k], rtol=rtol, err_msg=f"epoch {k}")
-  ours = hat_golden.to_torch(state.params)
-  final = {k: v for k, v in recorded(want, "final").items() if k in ours}  # we have no pooler
-  hat_golden.close_parameters(ours, final)
+  hat_golden.close_parameters(golden, state, recorded(want, "final"))

@@ -115,10 +115,14 @@ def test_config_from_shapes(file):
 
 
 def first(state, end: str) -> str:
-  return next(k for k in state if k.endswith(end))
+  """The first key with that ending; skips where there is none."""
+  for key in state:
+    if key.endswith(end):
+      return key
+  pytest.skip(f"no {end} in this golden set: no stage has shifted windows")
 
 
-def test_buffers_have_to_be_ours():
+def test_buffers_that_the_model_does_not_compute_are_refused():
   state, want = dict(state_dict("hat.pth")), abstract(FILES["hat.pth"])[1]
   index, mask = first(state, "relative_position_index"), first(state, "attn_mask")
   off = lambda name: np.concatenate([state[name].ravel()[:-1], [1]]).reshape(state[name].shape)
@@ -129,7 +133,7 @@ def test_buffers_have_to_be_ours():
       conversion.to_jax(changed, RULES, want)
   with pytest.raises(conversion.ConversionError, match=rf"{mask} \[1, .*\], expected \["):
     conversion.to_jax(state | {mask: state[mask][:1]}, RULES, want)
-  plain = mask.replace("blocks.1", "blocks.0")  # never shifted
+  plain = mask.replace("blocks.1", "blocks.0")  # even blocks are not shifted
   with pytest.raises(conversion.ConversionError, match=rf"1 extra:\s+{plain}"):
     conversion.to_jax(state | {plain: state[mask]}, RULES, want)
 
@@ -145,7 +149,7 @@ def test_buffers_can_be_absent_or_of_half_precision():
 
 
 def test_a_public_file():
-  """What the original has after it read one: tables adapted, the head dropped, new norms at 1."""
+  """Position tables are resized, the head is dropped, norms that are not in the file start at 1."""
   config = FILES["hat.pth"]
   state = state_dict("pretrained", "swin_pretrained.pth")
   want = abstract(config)[1]
@@ -165,14 +169,14 @@ def test_a_public_file():
 
 
 def test_tables_of_other_windows():
-  """The original leaves tables as they are at size 384, where it asks for a file of that size."""
+  """At image size 384 the original does not resize tables: it needs a file of that size."""
   recorded = golden_files.arrays("hat", "pretrained_outputs.npz")
   source = next(v for k, v in recorded.items() if k.startswith("table_") and "adapted" not in k)
   adapted = {int(k.rsplit("_", 1)[1]): v for k, v in recorded.items() if "table_adapted" in k}
   assert adapted
   for size, want in adapted.items():
     assert size == 384 or len(want) == (2 * (size // 32) - 1) ** 2
-    layers = np.stack([source, 2 * source])  # of a stack, each on its own
+    layers = np.stack([source, 2 * source])  # every layer of a stack is resized
     have = towers.resize_swin_tables("image/stages/0/blocks/table", layers, (2, *want.shape))
     assert have.dtype == source.dtype
     for x, scale in zip(have, (1, 2), strict=True):
