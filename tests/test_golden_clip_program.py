@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from xmodal_jax.data import image, pipeline, records, text
-from xmodal_jax.data.preparing import builder, sources
+from xmodal_jax.data.preparing import annotations, builder, sources
 from xmodal_jax.models import clip
 from xmodal_jax.optim import schedules
 from xmodal_jax.runtime import step as step_lib
