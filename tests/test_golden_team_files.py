@@ -4,14 +4,15 @@ import functools
 import pathlib
 import runpy
 
+import compare_golden
 import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import team_golden
 from flax import nnx
+from team_golden import CHINESE, FILES, MANIFEST, OF_CLIP
 
 from xmodal_jax.checkpoints import checkpointer, restore
 from xmodal_jax.data import image
@@ -20,11 +21,7 @@ from xmodal_jax.interop import team as team_rules
 from xmodal_jax.models import clip as clip_lib
 from xmodal_jax.models import team
 
-FILES = {
-  "vitb16": "epoch0_params.pth",
-  "clipl14": "epoch0_params.pth",
-  "chinese_large": "pytorch_model.pth",
-}
+OF_CHINESE = [name for name in FILES if name == CHINESE]
 
 
 def path(name: str) -> pathlib.Path:
@@ -39,6 +36,11 @@ def load(name: str):
 def abstract(config) -> dict[str, nnx.Variable]:
   model = nnx.eval_shape(lambda: team.build(config, rngs=nnx.Rngs(0)))
   return restore.flat(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def section(name: str) -> dict:
+  """The manifest's, with the sizes of a model."""
+  return MANIFEST["variants"].get(name) or MANIFEST[name]
 
 
 @functools.cache
@@ -63,7 +65,7 @@ def same_bits(a, b, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_converts_and_comes_back(name, tool, tmp_path, capsys):
-  """The file's own tree of names, with the prefix that DistributedDataParallel gave them."""
+  """The file's names come back, with the prefix that DistributedDataParallel gives them."""
   out, back = tmp_path / "dir", tmp_path / "back.pth"
   tool(["--system", "team", "--checkpoint", str(path(name)), "--out", str(out)])
   said = capsys.readouterr().out
@@ -72,7 +74,7 @@ def test_converts_and_comes_back(name, tool, tmp_path, capsys):
   assert list(ours) == list(theirs)
   for key, value in theirs.items():
     same_bits(ours[key], value, key)
-  chinese = name == "chinese_large"
+  chinese = name == CHINESE
   assert all(k.startswith("module.") for k in ours) == (not chinese)
   assert any(k.startswith("cross_model.0.") for k in ours) == chinese
   assert any("logit_scale" in k for k in ours) == (not chinese)
@@ -84,7 +86,7 @@ def test_converts_and_comes_back(name, tool, tmp_path, capsys):
     want = np.float32(team.TEMPERATURE)
     assert params["logit_scale"] == params["logit_scale_team"] == want
   config = meta.read_meta(out)["config"]
-  assert config["matching"]["depth"] == (1 if chinese else 2)
+  assert config["matching"]["depth"] == section(name)["team_blocks"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -99,13 +101,10 @@ def test_parameters_are_counted(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_from_shapes(name):
-  """All that the manifest says of the sizes, but heads where they are not width / 64."""
-  config, want = (
-    inferred(name),
-    team_golden.config(name, {k: v.shape for k, v in load(name)[0].items()}),
-  )
+  """All sizes of the manifest; no file has the number of heads, which is width / 64 if published."""
+  config = inferred(name)
+  want = team_golden.config(name, {k: v.shape for k, v in load(name)[0].items()})
   assert config.keys() <= want.keys()
-  compared = 0
   for key, value in config.items():
     if not isinstance(value, dict):
       assert value == want[key], key
@@ -114,17 +113,15 @@ def test_config_from_shapes(name):
     for part, size in value.items():
       if part != "heads" or want[key]["heads"] * 64 == width:
         assert size == want[key][part], (key, part)
-        compared += part == "heads"
-  assert compared == {"vitb16": 1, "clipl14": 2, "chinese_large": 0}[name]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_where_values_go(name):
-  """A round trip does not see two paths that are swapped, so name some by hand."""
+  """Two swapped paths survive a round trip, so some are written out here."""
   state = {k: np.asarray(v) for k, v in load(name)[0].items()}
   flat, _ = conversion.to_jax(state, team_rules.RULES, abstract(inferred(name)))
   equal = lambda ours, value: np.testing.assert_array_equal(flat[ours], value, ours)
-  block = "cross_model" if name == "chinese_large" else "team_block_list"
+  block = "cross_model" if name == CHINESE else "team_block_list"
   depth = inferred(name)["matching"]["depth"]
   layers = lambda x: np.stack([state[f"{block}.{k}.{x}"] for k in range(depth)])
   for attention in ("self_attn", "cross_attn"):
@@ -154,10 +151,11 @@ def test_where_values_go(name):
     n = inferred(name)["text"]["depth"]
     values = [state[f"{bert}encoder.layer.{i}.{theirs}.bias"] for i in range(n)]
     equal(f"text/blocks/{ours}/bias", values)
-  if name == "vitb16":
+  if inferred(name)["image"]["kind"] == "deit":
+    depth = inferred(name)["image"]["depth"]
     equal("image/deit/proj/kernel", state["image_model.projector.weight"].T)
     equal("image/deit/ln_post/scale", state["image_model.vit.norm.weight"])
-    fused = np.stack([state[f"image_model.vit.blocks.{n}.attn.qkv.bias"] for n in range(2)])
+    fused = np.stack([state[f"image_model.vit.blocks.{n}.attn.qkv.bias"] for n in range(depth)])
     for x, third in zip("qkv", np.split(fused, 3, axis=1), strict=True):
       equal(f"image/deit/blocks/{x}/bias", third)
   else:
@@ -172,12 +170,12 @@ def test_keys_that_do_not_fit_are_listed(name, tool, tmp_path):
   state = {k: np.asarray(v) for k, v in load(name)[0].items()}
   want = abstract(inferred(name))
   del state["text_tensor_fc.bias"], state["text_model.bert.encoder.layer.0.output.dense.bias"]
-  # A key of the other image tower: the rules know it, this model has no place for it.
+  # A key of the other image tower: the rules have it, this model does not.
   extra = "image_model.vision_transformer.ln_pre.bias"
-  if name != "vitb16":
+  if inferred(name)["image"]["kind"] == "clip":
     extra = "image_model.vit.cls_token"
   state |= {extra: np.zeros((1, 1, 3), np.float32), "momentum_encoder.x": np.zeros(3, np.float32)}
-  state["image_tensor_fc.bias"] = np.zeros(7, np.float32)
+  state["image_tensor_fc.bias"] = np.append(state["image_tensor_fc.bias"], np.float32(0))
   with pytest.raises(conversion.ConversionError) as e:
     conversion.to_jax(state, team_rules.RULES, want)
   assert e.value.unknown == ["momentum_encoder.x [3]"]
@@ -194,11 +192,12 @@ def test_keys_that_do_not_fit_are_listed(name, tool, tmp_path):
   assert not out.exists()
 
 
-def test_a_block_under_both_of_its_names():
-  state = dict(load("chinese_large")[0])
+@pytest.mark.parametrize("name", OF_CHINESE)
+def test_a_block_under_both_of_its_names(name):
+  state = dict(load(name)[0])
   state["team_block_list.0.norm1.bias"] = state["cross_model.0.norm1.bias"]
   with pytest.raises(conversion.ConversionError) as e:
-    conversion.to_jax(state, team_rules.RULES, abstract(inferred("chinese_large")))
+    conversion.to_jax(state, team_rules.RULES, abstract(inferred(name)))
   text = str(e.value)
   assert "cross_model.0.norm1.bias" in text and "team_block_list.0.norm1.bias" in text
   assert "norm2" not in text
@@ -206,10 +205,10 @@ def test_a_block_under_both_of_its_names():
 
 @pytest.mark.parametrize("name", FILES)
 def test_one_temperature_without_the_other(name):
-  """Only the Chinese layout may lack one: it is filled in, and stays out on the way back."""
+  """Only the Chinese layout may lack one: it is filled in, and left out on the way back."""
   state = {k: v for k, v in load(name)[0].items() if k != "logit_scale_team"}
   state["logit_scale"] = np.float32(1.5)
-  if name != "chinese_large":
+  if name != CHINESE:
     with pytest.raises(conversion.ConversionError, match=r"1 missing:\s+logit_scale_team"):
       conversion.to_jax(state, team_rules.RULES, abstract(inferred(name)))
     return
@@ -220,28 +219,36 @@ def test_one_temperature_without_the_other(name):
   assert list(back) == list(state)
 
 
-def test_files_of_other_systems_are_refused(tool, tmp_path):
-  out = ["--out", str(tmp_path / "dir")]
-  clip = golden_files.path("clip", "vit", "state_dict.pth")
+def test_clip_files_are_refused(tool, tmp_path):
+  model = next(iter(golden_files.manifest("clip")["models"]))
+  file, out = golden_files.path("clip", model, "state_dict.pth"), tmp_path / "dir"
   with pytest.raises(SystemExit, match="not a TEAM state dict"):
-    tool(["--system", "team", "--checkpoint", str(clip), *out])
-  for name in FILES:
-    with pytest.raises(SystemExit, match=r"not a CLIP state dict .*seems to be of TEAM"):
-      tool(["--system", "clip", "--checkpoint", str(path(name)), *out])
-  with pytest.raises(SystemExit, match=r"state: |no state dict"):  # the optimizer's own file
-    file = golden_files.path("team", "vitb16", "epoch0_opt.pth")
-    tool(["--system", "team", "--checkpoint", str(file), *out])
-  assert not (tmp_path / "dir").exists()
-  params = nnx.state(
-    nnx.eval_shape(lambda: clip_lib.build(clip_lib.preset("vit_b32"), rngs=nnx.Rngs(0))), nnx.Param
-  )
-  with pytest.raises(conversion.ConversionError, match=r"not a CLIP state dict .*TEAM"):
-    restore.load(str(path("vitb16")), "clip", params, nnx.State({}))
+    tool(["--system", "team", "--checkpoint", str(file), "--out", str(out)])
+  assert not out.exists()
 
 
-def test_a_converted_directory_of_another_system(tool, tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_clip_refuses_team_files(name, tool, tmp_path):
   out = tmp_path / "dir"
-  tool(["--system", "team", "--checkpoint", str(path("vitb16")), "--out", str(out)])
+  with pytest.raises(SystemExit, match=r"not a CLIP state dict .*seems to be of TEAM"):
+    tool(["--system", "clip", "--checkpoint", str(path(name)), "--out", str(out)])
+  assert not out.exists()
+  model = nnx.eval_shape(lambda: clip_lib.build(clip_lib.preset("vit_b32"), rngs=nnx.Rngs(0)))
+  with pytest.raises(conversion.ConversionError, match=r"not a CLIP state dict .*TEAM"):
+    restore.load(str(path(name)), "clip", nnx.state(model, nnx.Param), nnx.State({}))
+
+
+def test_an_optimizer_file_is_no_checkpoint(tool, tmp_path):
+  file, out = team_golden.some_optimizer_file(), tmp_path / "dir"
+  with pytest.raises(SystemExit, match=r"state: |no state dict"):
+    tool(["--system", "team", "--checkpoint", str(file), "--out", str(out)])
+  assert not out.exists()
+
+
+@pytest.mark.parametrize("name", team_golden.VARIANTS)
+def test_a_converted_directory_of_another_system(name, tool, tmp_path):
+  out = tmp_path / "dir"
+  tool(["--system", "team", "--checkpoint", str(path(name)), "--out", str(out)])
   with pytest.raises(SystemExit, match="holds a team model, not clip"):
     args = ["--checkpoint", str(out), "--out", str(tmp_path / "x.pth")]
     tool(["--system", "clip", "--to", "torch", *args])
@@ -255,38 +262,41 @@ def test_same_as_torch_load(name):
   state, info = load(name)
   tree = torch.load(path(name), map_location="cpu", weights_only=True)
   assert [k.removeprefix("module.") for k in tree] == list(state)
-  assert info["wrapper"] == (() if name == "chinese_large" else ("module.",))
+  assert info["wrapper"] == (() if name == CHINESE else ("module.",))
   for (_, tensor), key in zip(tree.items(), state, strict=True):
     same_bits(state[key], tensor.numpy(), key)
 
 
-def test_another_resolution():
-  """The only table that is resized is the image's; init.load does it, the tool never."""
-  for name in ("vitb16", "clipl14"):
-    config = inferred(name)
-    size = config["image"]["size"] + 2 * config["image"]["patch"]
-    config = config | {"image": config["image"] | {"size": size}}
-    model = nnx.eval_shape(lambda c=config: team.build(c, rngs=nnx.Rngs(0)))
-    ours, _, _ = restore.load(str(path(name)), "team", nnx.state(model, nnx.Param), nnx.State({}))
-    kind = config["image"]["kind"]
-    have = ours["image"][kind]["pos"]
-    table = {"deit": "vit.pos_embed", "clip": "vision_transformer.positional_embedding"}[kind]
-    table = np.asarray(load(name)[0][f"image_model.{table}"])
-    table = table[0] if kind == "deit" else table
-    assert have.shape == (26, table.shape[1]) and len(table) == 10
-    np.testing.assert_array_equal(have[0], table[0])
-    with pytest.raises(checkpointer.CheckpointError, match="text/pos"):
-      text = config["text"] | {"context": config["text"]["context"] + 1}
-      other = nnx.eval_shape(lambda c=config | {"text": text}: team.build(c, rngs=nnx.Rngs(0)))
-      restore.load(str(path(name)), "team", nnx.state(other, nnx.Param), nnx.State({}))
+@pytest.mark.parametrize("name", team_golden.VARIANTS)
+def test_another_resolution(name):
+  """restore.load resizes the image's position table, no other table; the tool resizes none."""
+  config = inferred(name)
+  patch = config["image"]["patch"]
+  size = config["image"]["size"] + 2 * patch
+  config = config | {"image": config["image"] | {"size": size}}
+  model = nnx.eval_shape(lambda: team.build(config, rngs=nnx.Rngs(0)))
+  ours, _, _ = restore.load(str(path(name)), "team", nnx.state(model, nnx.Param), nnx.State({}))
+  kind = config["image"]["kind"]
+  have = ours["image"][kind]["pos"]
+  table = {"deit": "vit.pos_embed", "clip": "vision_transformer.positional_embedding"}[kind]
+  table = np.asarray(load(name)[0][f"image_model.{table}"])
+  table = table[0] if kind == "deit" else table
+  assert have.shape == (1 + (size // patch) ** 2, table.shape[1])
+  assert len(table) == 1 + (size // patch - 2) ** 2
+  np.testing.assert_array_equal(have[0], table[0])
+  with pytest.raises(checkpointer.CheckpointError, match="text/pos"):
+    text = config["text"] | {"context": config["text"]["context"] + 1}
+    other = nnx.eval_shape(lambda: team.build(config | {"text": text}, rngs=nnx.Rngs(0)))
+    restore.load(str(path(name)), "team", nnx.state(other, nnx.Param), nnx.State({}))
 
 
 # --- CLIP's rounding ----------------------------------------------------------------------------
 
 
-def test_rounding_of_a_clip_archive(tmp_path):
+@pytest.mark.parametrize("variant", OF_CLIP)
+def test_rounding_of_a_clip_archive(variant, tmp_path):
   """What the original's constructor makes of a float32 CLIP file, bit for bit."""
-  arrays = golden_files.arrays("team", "clipl14", "clip_init_rounding.npz")
+  arrays = golden_files.arrays("team", variant, "clip_init_rounding.npz")
   given = {k.removeprefix("in/"): v for k, v in arrays.items() if k.startswith("in/")}
   want = {k.removeprefix("out/"): v for k, v in arrays.items() if k.startswith("out/")}
   assert {k.removeprefix("visual.") for k in given} == {
@@ -295,7 +305,7 @@ def test_rounding_of_a_clip_archive(tmp_path):
   ours, theirs = "image_model.vision_transformer.", "visual."
   state = {
     theirs + k.removeprefix(ours): np.asarray(v)
-    for k, v in load("clipl14")[0].items()
+    for k, v in load(variant)[0].items()
     if k.startswith(ours)
   }
   assert given.keys() <= state.keys()
@@ -303,7 +313,7 @@ def test_rounding_of_a_clip_archive(tmp_path):
   rest = ("logit_scale", "positional_embedding", "token_embedding.weight", "ln_final.bias")
   rest += ("transformer.resblocks.0.attn.in_proj_bias", "text_projection")
   torch_files.write(tmp_path / "clip.pt", state | {k: np.zeros((2, 3), np.float32) for k in rest})
-  model = nnx.eval_shape(lambda: team.build(inferred("clipl14"), rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: team.build(inferred(variant), rngs=nnx.Rngs(0)))
   params = nnx.state(model, nnx.Param)
   read = {}
   for half in (True, False):
@@ -317,7 +327,7 @@ def test_rounding_of_a_clip_archive(tmp_path):
     before = given[name.replace("vision_transformer.", "visual.")]
     same_bits(read[False][name], before, name)
     changed |= {name} if (before != value).any() else set()
-  # LayerNorms and embeddings keep their float32; the others do not fit into float16.
+  # LayerNorms and embeddings stay float32; the others do not fit into float16.
   assert {n for n in want if "ln_" in n or "embedding" in n} == want.keys() - changed
   same = [k for k in read[True] if (read[True][k] == read[False][k]).all()]
   for name in read[True]:
@@ -353,15 +363,8 @@ def test_optimizer_names(name):
 
 def moments_of(state) -> dict[str, dict[str, np.ndarray]]:
   """{"exp_avg": by torch name, "exp_avg_sq": ...} of an optax state."""
-  adam = [
-    x
-    for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
-    if isinstance(x, optax.ScaleByAdamState)
-  ]
-  return {
-    "exp_avg": team_golden.to_torch(adam[0].mu),
-    "exp_avg_sq": team_golden.to_torch(adam[0].nu),
-  }
+  adam = compare_golden.adam_state(state)
+  return {"exp_avg": team_golden.to_torch(adam.mu), "exp_avg_sq": team_golden.to_torch(adam.nu)}
 
 
 def loaded_moments(name: str, file) -> tuple[dict, int]:
@@ -371,39 +374,45 @@ def loaded_moments(name: str, file) -> tuple[dict, int]:
   return moments_of(state), step
 
 
-def test_optimizer_file_of_one_group():
-  file = golden_files.path("team", "vitb16", "epoch0_opt.pth")
-  saved, (names, _) = torch_files.read(file), order("vitb16")
-  ours, step = loaded_moments("vitb16", file)
-  assert step == saved["param_groups"][0]["step"] == 3
-  ids = saved["param_groups"][0]["params"]
+@pytest.mark.parametrize("variant", team_golden.WITH_OPTIMIZER or [None])
+def test_optimizer_file(variant):
+  """Every moment of the original's file, by the ids of its groups."""
+  file = team_golden.optimizer_file(variant) if variant else team_golden.some_optimizer_file()
+  saved, (ours, step) = torch_files.read(file), loaded_moments(variant, file)
+  assert step == saved["param_groups"][0]["step"] > 0
+  names, sizes = order(variant)
+  assert [len(g["params"]) for g in saved["param_groups"]] == sizes
+  ids = [i for g in saved["param_groups"] for i in g["params"]]
+  in_order = team_rules.optimizer_names(names, sizes)
   for key in ("exp_avg", "exp_avg_sq"):
     assert ours[key].keys() == set(names)
-    for name, i in zip(names, ids, strict=True):
+    for name, i in zip(in_order, ids, strict=True):
       same_bits(ours[key][name], saved["state"][i][key], f"{key} of {name}")
 
 
-def test_optimizer_file_of_two_groups(tmp_path):
-  """In the layout of the original, the image tower last; every value says whose it is."""
-  names, sizes = order("clipl14")
+@pytest.mark.parametrize("variant", team_golden.VARIANTS)
+def test_optimizer_file_of_two_groups(variant, tmp_path):
+  """In the layout of the original, the image tower last, with a random value for every moment."""
+  names, sizes = order(variant)
+  if len(sizes) == 1:
+    pytest.skip(f"{variant} was trained with one group")
   fast = [n for n in names if not n.startswith("image_model.")]
   in_order = fast + [n for n in names if n not in fast]
-  state, _ = load("clipl14")
+  state, _ = load(variant)
   rng = np.random.default_rng(0)
   values = [rng.random((2, *state[n].shape), np.float32) for n in in_order]
-  ends = np.cumsum([0, *sizes])
-  common = dict(torch_files.read(golden_files.path("team", "vitb16", "epoch0_opt.pth")))
-  common = {k: v for k, v in common["param_groups"][0].items() if k != "params"}
+  ends = np.cumsum([0, *sizes]).tolist()
+  (common, *_) = torch_files.read(team_golden.some_optimizer_file())["param_groups"]
   groups = [
     common | dict(lr=lr, params=list(range(a, b)))
-    for lr, a, b in zip((1e-3, 1e-4), ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    for lr, a, b in zip((1e-3, 1e-4), ends[:-1], ends[1:], strict=True)
   ]
   saved = {
     i: dict(exp_avg=np.asarray(v[0]), exp_avg_sq=np.asarray(v[1])) for i, v in enumerate(values)
   }
   torch_files.write(tmp_path / "opt.pth", dict(state=saved, param_groups=groups))
-  ours, step = loaded_moments("clipl14", tmp_path / "opt.pth")
-  assert step == 3
+  ours, step = loaded_moments(variant, tmp_path / "opt.pth")
+  assert step == common["step"]
   for name, value in zip(in_order, values, strict=True):
     same_bits(ours["exp_avg"][name], value[0], name)
     same_bits(ours["exp_avg_sq"][name], value[1], name)
@@ -412,11 +421,10 @@ def test_optimizer_file_of_two_groups(tmp_path):
 # --- the Chinese release ------------------------------------------------------------------------
 
 
-def test_chinese_outputs():
-  inputs, want = (
-    golden_files.arrays("team", "chinese_large", f"{x}.npz") for x in ("inputs", "outputs")
-  )
-  golden = team_golden.Golden("chinese_large", FILES["chinese_large"])
+@pytest.mark.parametrize("name", OF_CHINESE)
+def test_chinese_outputs(name):
+  inputs, want = (golden_files.arrays("team", name, f"{x}.npz") for x in ("inputs", "outputs"))
+  golden = team_golden.Golden(name)
 
   @jax.jit
   def run(model, b):
@@ -440,11 +448,12 @@ def test_chinese_outputs():
     team_golden.close(ours[key], value, key)
 
 
-def test_chinese_pictures():
+@pytest.mark.parametrize("name", OF_CHINESE)
+def test_chinese_images(name):
   """Resized to a square and normalised, from the arrays that the pipeline was given."""
-  inputs = golden_files.arrays("team", "chinese_large", "inputs.npz")
-  model = team_golden.Golden("chinese_large", FILES["chinese_large"]).model()
-  size = team_golden.MANIFEST["chinese_large"]["image_size"]
+  inputs = golden_files.arrays("team", name, "inputs.npz")
+  model = team_golden.Golden(name).model()
+  size = section(name)["image_size"]
   transform = image.Transform(size, size, resize="exact", exif=True)
   for k, want in enumerate(inputs["images"]):
     got = image.load(inputs[f"raw_image_{k}"], transform)

@@ -13,10 +13,11 @@ from xmodal_jax.models import base
 from xmodal_jax.models.layers import positions
 
 MANIFEST = golden_files.manifest("team")
+MEANING = str(MANIFEST["arrays"]["preprocess/randaugment_ops.npz"])
 
 
 class Pixels(base.System):
-  """What every system of the family does with a batch of pictures."""
+  """A system's normalisation of image batches, with CLIP's statistics."""
 
   mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -27,20 +28,20 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", [n for n in read("eval_transform") if "out_" in n])
 def test_evaluation_transform(name):
-  """Resized by Pillow and normalised on the device; also a picture without colours."""
+  """Resized by Pillow and normalised on the device; also of a greyscale image."""
   assert "exact if PIL itself is used" in MANIFEST["tolerance"]["resized images"]
   gray = re.fullmatch(r"gray_out_(\d+)", name)
   size, source = (gray[1], None) if gray else re.fullmatch(r"out_(\d+)_(.+)", name).groups()
-  picture = read("eval_transform")["gray" if gray else f"image_{source}"]
+  pixels = read("eval_transform")["gray" if gray else f"image_{source}"]
   transform = image.Transform(int(size), int(size), resize="exact")
   normalise = lambda x: np.asarray(Pixels().pixels(jnp.asarray(x[None])))[0]
-  got = normalise(image.load(picture, transform))
+  got = normalise(image.load(pixels, transform))
   want = read("eval_transform")[name].transpose(1, 2, 0)
   error = abs(got - want).max()
   if error > 1e-5:
-    # One level of 255, 0.015, where a newer Pillow recorded it: some sizes it resizes first by
-    # height, then by width, with a rounding in between. The published program did the opposite.
-    wide = Image.fromarray(picture).convert("RGB").resize((picture.shape[1], int(size)))
+    # One level of 255, 0.015, if a newer Pillow recorded it: it resizes some sizes first by height,
+    # then by width, and rounds in between. The Pillow of the published program did the opposite.
+    wide = Image.fromarray(pixels).convert("RGB").resize((pixels.shape[1], int(size)))
     assert error < 0.02 and abs(normalise(image.load(wide, transform)) - want).max() < 1e-5
 
 
@@ -48,11 +49,12 @@ def test_evaluation_transform(name):
 def test_operations(name):
   assert MANIFEST["tolerance"]["uint8 augmentations"].startswith("exact")
   source, operation = name.split("/")
-  picture = Image.fromarray(read("randaugment_ops")[source])
-  got = np.asarray(augment.operation(picture, operation, 7, "original")).astype(int)
+  original = Image.fromarray(read("randaugment_ops")[source])
+  magnitude = int(re.search(r"at magnitude (\d+)", MEANING)[1])
+  got = np.asarray(augment.operation(original, operation, magnitude, "original")).astype(int)
   error = abs(got - read("randaugment_ops")[name])
   if operation in ("Rotate", "ShearX", "ShearY"):
-    # A one where processors round differently; elsewhere even these are exact.
+    # Processors may round differently, by one level.
     assert error.max() <= 1 and error.mean() < 0.01
   else:
     assert error.max() == 0
