@@ -101,7 +101,7 @@ def test_parameters_are_counted(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_from_shapes(name):
-  """All sizes of the manifest; no file has the number of heads, which is width / 64 if published."""
+  """All sizes of the manifest; heads, which no file has, where they are width / 64 as published."""
   config = inferred(name)
   want = team_golden.config(name, {k: v.shape for k, v in load(name)[0].items()})
   assert config.keys() <= want.keys()

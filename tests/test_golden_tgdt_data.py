@@ -32,7 +32,7 @@ def image(i: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def flickr(tmp_path_factory):
-  """The data set written from folders of the golden arrays."""
+  """The dataset written from folders of the golden arrays."""
   root = tmp_path_factory.mktemp("flickr")
   write_folder(root / "features_36", {i: image(i) for i in range(len(INPUTS["feats"]))})
   (root / "sizes.json").write_text(json.dumps(INPUTS["image_wh"].tolist()))
@@ -61,7 +61,7 @@ def test_splits_and_their_order(flickr, name):
 
 
 def test_batch_is_that_of_the_published_program(flickr):
-  """The arrays to the bit, without the empty region in front, which the model adds."""
+  """Bit by bit, without the empty region in front, which the model adds."""
   want = {
     k: INPUTS[f"batch_{k}"] for k in ("features", "boxes", "feat_len", "token_ids", "cap_len")
   }
@@ -112,7 +112,7 @@ def test_table_of_bottom_up_attention():
 
 
 def test_coco_id_lists(tmp_path):
-  """Captions, pictures and sizes in the order of the published loader, restval after train."""
+  """Captions, images and sizes in the order of the published loader, restval after train."""
   case = GOLDENS["coco_loader"]
   folder = tmp_path / "annotations"
   folder.mkdir()
@@ -144,7 +144,7 @@ def test_coco_id_lists(tmp_path):
       assert record.image_id == row[column["image_id"]] == record.regions[0, 0]
       assert list(record.size) == row[column["[width,height]"]]
   # Of the validation captions the published loader takes only the first ones.
-  kept = len(case["items"]["val"]) // 2
+  kept = -(-len(case["items"]["val"]) // 2)
   short = ("regions", *where, "--name", "short", "--dev_captions", kept)
   prepare_data.main([str(a) for a in short])
   split = records.open_split(tmp_path / "short", "val")

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tgdt_golden
-from tgdt_golden import GLOBAL, LOCAL, UNIT, outputs
+from tgdt_golden import GLOBAL, LOCAL, TIED, UNIT, outputs
 
 from xmodal_jax.evaluation import metrics
 from xmodal_jax.losses import local
-
-PER_IMAGE = 5
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +23,15 @@ def close(ours, theirs, atol, what=""):
   np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=atol, err_msg=what)
 
 
+def per_image() -> int:
+  """Captions of each image of the test split."""
+  n_images, n_texts = outputs()["enc_global_scores"].shape
+  return n_texts // n_images
+
+
 @functools.cache
 def encoded(size: int) -> tuple[dict, dict]:
-  """Features of pictures and captions of the test split, in consecutive batches of captions, each
-  with the pictures of its captions, as the original has them."""
+  """Features of the test split, encoded in consecutive batches of captions with their images."""
   split = tgdt_golden.captions("test")
   model = tgdt_golden.Golden().model()
   step = jax.jit(lambda b: (model.encode_image(b), model.encode_text(b)))
@@ -36,14 +39,14 @@ def encoded(size: int) -> tuple[dict, dict]:
   with jax.default_matmul_precision("highest"):
     for first in range(0, len(split), size):
       index = np.arange(first, min(first + size, len(split)))
-      # Static shapes: the batch is filled up with its last row, which changes no longest.
+      # The last batch is filled up with its last row, which does not change the longest caption.
       b = tgdt_golden.rows("test", np.pad(index, (0, size - len(index)), mode="edge"))
       v, t = jax.device_get(step(b))
       cut = lambda tree: jax.tree.map(lambda x: x[: len(index)], tree)
       images.append(cut(v))
       texts.append(cut(t))
   join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
-  first_caption = lambda tree: jax.tree.map(lambda x: x[::PER_IMAGE], tree)
+  first_caption = lambda tree: jax.tree.map(lambda x: x[:: per_image()], tree)
   return first_caption(join(images)), join(texts)
 
 
@@ -80,7 +83,7 @@ def test_scores():
 
 
 def same_ranks(ours, theirs, score, axis, gap):
-  """Equal, or the scores at both ranks differ by less than `gap`: many local ones are exactly 0."""
+  """Equal, or the scores at both ranks differ by less than `gap`: many local scores are 0."""
   for q in np.flatnonzero(ours != theirs):
     row = np.sort(score[q] if axis else score[:, q])[::-1]
     a, b = sorted((ours[q], theirs[q]))
@@ -90,15 +93,14 @@ def same_ranks(ours, theirs, score, axis, gap):
 @pytest.mark.parametrize("which", ["global", "local"])
 def test_ranks(which):
   score = scores()[which == "local"]
-  owner = np.arange(score.shape[1]) // PER_IMAGE
-  gap = {"global": 1e-5, "local": 1e-3}[which]
+  owner, gap = np.arange(score.shape[1]) // per_image(), TIED[which]
   i2t, t2i = metrics.retrieval_ranks(score, owner)
   same_ranks(i2t, outputs()[f"eval_{which}_i2t_ranks"], score, True, gap)
   same_ranks(t2i, outputs()[f"eval_{which}_t2i_ranks"], score, False, gap)
 
 
 def test_second_stage_scores_candidates_alike():
-  """Of the shortlists: the sum of both scores, as `rerank` and stage_mix give it."""
+  """`rerank` gives the local scores of shortlisted captions, here of the first images."""
   first, second = scores()
   images, texts = encoded(tgdt_golden.SIZES["batch_size"])
   model = tgdt_golden.Golden().model()
@@ -111,10 +113,10 @@ def test_second_stage_scores_candidates_alike():
 
 
 def test_scores_of_given_tokens():
-  """syneval: every picture has its own number of regions, and zeros up to the most."""
+  """syneval: images have different numbers of regions and are padded with zeros."""
   x = tgdt_golden.inputs()
   v, t = jnp.asarray(x["syneval_img_tokens"]), jnp.asarray(x["syneval_txt_tokens"])
-  want = outputs()["syneval_local_scores_first40"]
+  (want,) = (v for k, v in outputs().items() if k.startswith("syneval_local_scores_first"))
   regions, words = x["syneval_img_len"] - 1, x["syneval_txt_len"] - 3
   mask = lambda count, n: jnp.asarray(np.arange(n) < count[:, None])
   v, t = v[: len(want), 1:], t[:, 1:]

@@ -5,9 +5,11 @@ import json
 import re
 from typing import NamedTuple
 
+import compare_golden
 import golden_files
 import numpy as np
 import pytest
+from tgdt_golden import TIED
 
 from xmodal_jax.evaluation import metrics, ndcg, rerank
 
@@ -23,9 +25,6 @@ def tolerance(which: str, pattern: str) -> float:
   return float(re.search(pattern, MANIFEST["tolerances"][which])[1])
 
 
-# Scores that are closer than this may change places.
-TIED = {"global": tolerance("ranks", r"([0-9.e-]+) \(global\)")}
-TIED |= dict.fromkeys(("local", "gl"), tolerance("ranks", r"([0-9.e-]+) \(local\)"))
 LOCAL_ATOL = tolerance("score matrices", r"x10 local atol ([0-9.e-]+)")
 
 
@@ -61,7 +60,7 @@ class Case(NamedTuple):
     return np.repeat(np.arange(len(self.coarse)), each)
 
   def fold(self, n: int, size: int) -> "Case":
-    """The n-th fold of `size` pictures."""
+    """The n-th fold of `size` images."""
     (part,) = metrics.split_folds(len(self.coarse), self.owner, len(self.coarse) // size)[n : n + 1]
     graded = {k: v[part[1], part[0]] for k, v in self.graded.items()}
     return Case(self.coarse[part], self.local[part], graded)
@@ -82,11 +81,11 @@ class Case(NamedTuple):
 
 
 class Side(NamedTuple):
-  """One direction: what decides in it, [Q, N], and what we make of it."""
+  """One direction: recorded scores and relevances [Q, N], and our ranking of them."""
 
   scores: np.ndarray  # -inf outside a shortlist
   positive: np.ndarray  # bool
-  sure: np.ndarray  # bool [Q]: no other shortlist is as good
+  sure: np.ndarray  # bool [Q]: no tie decides about the shortlist
   grades: np.ndarray
   ranked: np.ndarray  # our scores that rank
   shortlist: tuple[np.ndarray, np.ndarray] | None
@@ -118,8 +117,10 @@ def sides(case: Case, stage: str) -> dict[str, Side]:
 
 
 def rank_bounds(side: Side, tied: float) -> tuple[np.ndarray, np.ndarray]:
-  """The ranks [Q] that are right when scores closer than `tied` may change places; 0 for a query
-  without a positive in its shortlist."""
+  """Least and greatest right rank [Q] if scores closer than `tied` may change places.
+
+  0 for a query without a positive in its shortlist, as the original has it.
+  """
   best = np.where(side.positive, side.scores, -np.inf).max(1)
   others = np.where(side.positive, -np.inf, side.scores)
   low, high = (others >= (best + tied)[:, None]).sum(1), (others > (best - tied)[:, None]).sum(1)
@@ -127,10 +128,10 @@ def rank_bounds(side: Side, tied: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ndcg_bounds(side: Side, method: str, tied: float) -> list[np.ndarray]:
-  """The least and the most [Q] that NDCG may be, likewise."""
+  """Least and greatest right NDCG [Q], likewise."""
   order = np.argsort(-side.scores, axis=1, kind="stable")
   scores, grades = (np.take_along_axis(x, order, 1) for x in (side.scores, side.grades[method]))
-  with np.errstate(invalid="ignore"):  # what is outside a shortlist is one run
+  with np.errstate(invalid="ignore"):  # scores outside a shortlist are one run of equal scores
     run = np.cumsum(np.pad(scores[:, :-1] - scores[:, 1:] >= tied, [(0, 0), (1, 0)]), axis=1)
   gain, depth = np.exp2(grades.astype(np.float64)) - 1, min(ndcg.DEPTH, scores.shape[1])
   total = lambda x: x[:, :depth] @ (1 / np.log2(np.arange(depth) + 2))
@@ -145,7 +146,7 @@ def ndcg_bounds(side: Side, method: str, tied: float) -> list[np.ndarray]:
 
 
 def check_ranks(side: Side, stage: str, ours: np.ndarray, want: np.ndarray) -> bool:
-  """Both are right; they are the same where no two scores are tied. Returns whether they are."""
+  """Asserts that both are right; returns whether they are the same."""
   low, high = rank_bounds(side, TIED[stage])
   for ranks in (ours, want):
     assert ((low <= ranks) & (ranks <= high))[side.sure].all()
@@ -184,7 +185,7 @@ def check(case: Case, stage: str, ranks: dict, numbers: dict) -> None:
 
 
 def aligned(images, image_lengths, texts, text_lengths) -> np.ndarray:
-  """[I, T]: ten times the sum over words of the best region, as the formula has it.
+  """[I, T]: ten times the sum over words of the best region.
 
   Slot 0 of both sides is the global vector; of texts the last two slots are left out as well, and
   a caption has three words less than its length. Products with padding are 0.
@@ -221,7 +222,7 @@ def ranks_of(key: str) -> dict[str, np.ndarray]:
 def test_local_scores():
   (want,) = (v for k, v in outputs().items() if k.startswith("syneval_local_scores_first"))
   np.testing.assert_allclose(synthetic().local[: len(want)], want, atol=LOCAL_ATOL, rtol=0)
-  # The evaluator holds more slots than any picture has regions, so that no maximum is below 0.
+  # The evaluator has more slots than any image has regions, so that no maximum is below 0.
   images = np.pad(outputs()["enc_img_tokens"], [(0, 0), (0, 1), (0, 0)])
   lengths = outputs()["enc_img_len"], outputs()["enc_txt_len"]
   ours = aligned(images, lengths[0], outputs()["enc_txt_tokens"], lengths[1])
@@ -260,7 +261,7 @@ def test_folds(stage):
   assert metrics.average(parts)["rsum"] == pytest.approx(np.mean(recalls), abs=1e-9)
   printed = want["printed"][want["printed"].index("Mean metrics: ") + 1]
   assert printed == f"rsum: {metrics.average(parts, published=True)['rsum']:.1f}"
-  if stage == "global":  # where nothing is tied
+  if stage == "global":  # no ties
     scores = case.ranked(stage)
     ours = metrics.folds(scores.i2t, case.owner, n)
     assert ours == pytest.approx(metrics.average(parts), abs=1e-9)
@@ -269,14 +270,15 @@ def test_folds(stage):
 def test_score_matrix():
   scores = inputs()["scorematrix"]
   owner = np.repeat(np.arange(len(scores)), scores.shape[1] // len(scores))
-  i2t, t2i = metrics.retrieval_ranks(scores, owner)
-  np.testing.assert_array_equal(i2t, outputs()["scorematrix_i2t_ranks"])
-  np.testing.assert_array_equal(t2i, outputs()["scorematrix_t2i_ranks"])
-  want = recorded()["scorematrix"]
+  bounds, want = compare_golden.rank_bounds(scores, owner), recorded()["scorematrix"]
   names = ("r1", "r5", "r10", "medr", "meanr")
-  assert [metrics.recalls(i2t)[k] for k in names] == pytest.approx(want["i2t"], abs=1e-9)
-  ours = metrics.recalls(t2i)
-  assert [ours[k] for k in names] == pytest.approx([want[f"t2i_{k}"] for k in names], abs=1e-9)
+  rows = {"i2t": want["i2t"], "t2i": [want[f"t2i_{k}"] for k in names]}
+  for side, ranks in zip(SIDES, metrics.retrieval_ranks(scores, owner), strict=True):
+    theirs, (low, high) = outputs()[f"scorematrix_{side}_ranks"], bounds[side]
+    compare_golden.check_ranks(ranks, theirs, (low, high))
+    for r in (theirs, ranks) if (low == high).all() else (theirs,):
+      found = metrics.recalls(r)
+      assert [found[k] for k in names] == pytest.approx(rows[side], abs=1e-9)
 
 
 def test_rouge_l():

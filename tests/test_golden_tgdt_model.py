@@ -93,7 +93,7 @@ def test_forward():
 
 
 def test_alone_in_a_batch():
-  """Global vectors of texts depend on the padding that their batch has; masked ones do not."""
+  """Global text vectors depend on the padding of their batch, unless the upper stack is masked."""
   b = tgdt_golden.recorded_batch()
   i = tgdt_golden.goldens()["shortest_in_batch"]
   length, count = int(b["text_mask"][i].sum()), int(b["region_mask"][i].sum())
@@ -107,7 +107,8 @@ def test_alone_in_a_batch():
   wide = {k: v[i : i + 1] for k, v in b.items()}  # the same, padded to a static shape
   for ours, side in zip(embed(model, wide), ("img", "txt"), strict=True):
     close(ours, outputs()[f"fwd_shortest_alone_{side}_global"], GLOBAL)
-  assert np.abs(embed(model, b)[1][i] - embed(model, alone)[1][0]).max() > 10 * GLOBAL
+  if length < b["text_mask"].shape[1]:
+    assert np.abs(embed(model, b)[1][i] - embed(model, alone)[1][0]).max() > 10 * GLOBAL
   masked = tgdt_golden.Golden(mask_upper_stack=True).model()
   for whole, one in zip(embed(masked, b), embed(masked, alone), strict=True):
     close(whole[i], one[0], GLOBAL)
@@ -164,7 +165,7 @@ def test_losses_and_gradients(run):
 
 @pytest.mark.parametrize("mode", STAGE_1)
 def test_first_stage(mode):
-  """TERAN's objective on the same weights and batch; nothing below is cut off."""
+  """TERAN's objective on the same weights and batch; its gradients reach all layers."""
   (total, _), grads = trained(**STAGE_1[mode])
   want = outputs()
   close(total, want[f"stage1_{mode}_loss"], rtol=LOSS)
@@ -173,7 +174,7 @@ def test_first_stage(mode):
 
 
 def test_first_stage_vectors():
-  """Of TERAN: unit tokens of the lower stacks, of which the first is its vector."""
+  """TERAN's unit tokens of the lower stacks; the first is the global vector."""
   model, want = tgdt_golden.Golden().model(), outputs()
   b = tgdt_golden.recorded_batch()
   lower = {"img": model.lower_image(b), "txt": model.lower_text(b)}
@@ -282,10 +283,4 @@ def test_trajectories(run):
         close(metrics[ours], record[theirs][k], rtol=tgdt_golden.TRAJECTORY, what=f"{ours} {k}")
     close(metrics["grad_norm"], record["grad_norms"][k], rtol=tgdt_golden.TRAJECTORY)
     close(metrics["lr"], record["lr"][k], rtol=1e-5)
-  final = tgdt_golden.to_torch(state.params)
-  want = after(f"{run}_final")
-  assert want
-  for name, value in want.items():
-    ours = tgdt_golden.without_key_third(name, final[name])
-    theirs = tgdt_golden.without_key_third(name, value)
-    close(ours, theirs, tgdt_golden.FINAL, what=name)
+  tgdt_golden.close_parameters(golden, state, after(f"{run}_final"))

@@ -1,4 +1,4 @@
-"""ZeroVL's pictures against the original program: AutoAugment, erasing, crops, blur, evaluation.
+"""ZeroVL's image transforms against the original: AutoAugment, erasing, crops, blur, evaluation.
 
 What the original draws from Python's `random` is replayed through `Replay`, draw by draw.
 """
@@ -19,7 +19,7 @@ OUTPUTS = golden_files.arrays("zerovl", "outputs.npz")
 
 
 def names(pattern: str) -> list[str]:
-  """Recorded arrays whose whole name is of the pattern."""
+  """Recorded arrays whose whole name matches the pattern."""
   return [n for n in OUTPUTS if re.fullmatch(pattern, n)]
 
 
@@ -28,16 +28,16 @@ def meaning(name: str) -> str:
 
 
 def numbers(pattern: str, name: str) -> list[int]:
-  """What the groups of the pattern match in the words that say how an array was made."""
+  """What the groups of the pattern match in the description of an array."""
   return [int(n) for n in re.search(pattern, meaning(name)).groups()]
 
 
-def picture() -> Image.Image:
+def source() -> Image.Image:
   return Image.fromarray(INPUTS["augment/image"])
 
 
 class Replay:
-  """The draws that our functions make, from Python's `random` as the original draws them."""
+  """A generator with our interface that draws from Python's `random` as the original does."""
 
   def __init__(self, name: str):
     self._random = random.Random(numbers(r"random\.seed\((\d+)\)", name)[0])
@@ -46,7 +46,7 @@ class Replay:
 
 
 def assert_pixels(got: np.ndarray, want: np.ndarray):
-  """The original works with Pillow, as we do, and then the manifest has the bytes equal."""
+  """Equal bytes, which the manifest requires of programs that use Pillow, as both do."""
   assert MANIFEST["tolerances"]["augmentation uint8 pictures"].startswith("equal")
   assert got.dtype == want.dtype
   np.testing.assert_array_equal(got, want)
@@ -57,7 +57,7 @@ def test_operation(name):
   operation, level, sign = name.split("/")[2:]
   negative = sign == "neg"
   assert not negative or operation in auto_augment.SIGNED
-  got = auto_augment.operation(picture(), operation, int(level), negative)
+  got = auto_augment.operation(source(), operation, int(level), negative)
   assert_pixels(np.asarray(got), OUTPUTS[name])
 
 
@@ -77,12 +77,12 @@ def test_magnitude(name, value):
 def test_policy(name):
   index = int(OUTPUTS["augment/policy_index"][int(name.split("/")[-1])])
   assert Replay(name).integers(len(auto_augment.POLICY)) == index
-  assert_pixels(np.asarray(auto_augment.imagenet_policy(picture(), Replay(name))), OUTPUTS[name])
+  assert_pixels(np.asarray(auto_augment.imagenet_policy(source(), Replay(name))), OUTPUTS[name])
 
 
 @pytest.mark.parametrize("name", names(r"augment/random_erasing/\d+"))
 def test_erasing(name):
-  """The original erases the normalised picture, where the mean is 0."""
+  """The original erases the normalised image, whose mean is 0."""
   assert "p=1 mode const" in meaning(name)
   count = tuple(numbers(r"count (\d+)\.\.(\d+)", name))
   before = INPUTS["augment/erasing_image"].transpose(1, 2, 0)
@@ -93,25 +93,25 @@ def test_erasing(name):
 
 @pytest.mark.parametrize("name", names(r"augment/random_resized_crop/\d+"))
 def test_crop(name, monkeypatch):
-  """The original's box; how boxes are drawn is tested where the crop is."""
+  """Of the recorded box. How boxes are drawn is tested with the crop itself."""
   params = OUTPUTS["augment/random_resized_crop/params"][int(name.split("/")[-1])]
   top, left, height, width = params.tolist()
   monkeypatch.setattr(image, "crop_box", lambda *args: (left, top, left + width, top + height))
   want = OUTPUTS[name]
-  got = image.random_resized_crop(picture(), None, len(want), interpolation="bilinear")
+  got = image.random_resized_crop(source(), None, len(want), interpolation="bilinear")
   assert_pixels(np.asarray(got), want)
 
 
 @pytest.mark.parametrize("name", names(r"augment/gaussian_blur/.*"))
 def test_blur(name):
   radius = float(name.split("/")[-1])
-  got = augment.random_blur(picture(), np.random.default_rng(0), 1.0, (radius, radius))
+  got = augment.random_blur(source(), np.random.default_rng(0), 1.0, (radius, radius))
   assert_pixels(np.asarray(got), OUTPUTS[name])
 
 
 @pytest.mark.parametrize("name", names(r"transform/\w+_norm"))
 def test_evaluation_at_real_size(name):
-  """Of whole pictures the record has the sums, and every so many rows and columns."""
+  """Recorded are the sums of whole images, and every so many rows and columns."""
   (size, _, crop) = numbers(r"Resize\(\((\d+), ?(\d+)\)\), CenterCrop\((\d+)\)", name)
   (stride,) = numbers(r"every (\d+)th", name)
   value = float(re.search(r"mean/std ([\d.]+)", meaning(name))[1])

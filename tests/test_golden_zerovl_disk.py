@@ -1,4 +1,4 @@
-"""ZeroVL's csv and pictures on disk, prepared and read as its evaluation tool reads them."""
+"""ZeroVL's csv and images on disk, prepared and read as its evaluation tool reads them."""
 
 import csv
 import io
@@ -29,13 +29,16 @@ def annotations() -> str:
 
 
 def rows() -> list[dict[str, str]]:
-  """The rows of the csv, which are also those of the recorded arrays."""
+  """The rows of the csv, in the order of the recorded arrays."""
   return list(csv.DictReader(io.StringIO(annotations(), newline="")))
 
 
 def prepared(tmp_path: pathlib.Path) -> pathlib.Path:
-  """Writes the csv and the pictures below tmp_path and prepares them; -> data directory, whose
-  split "val" has the pictures of the csv and its captions in the order of its rows."""
+  """Writes the csv and the images below tmp_path and prepares them.
+
+  Returns:
+    the data directory. Its split "val" has the images and captions in the order of the csv's rows.
+  """
   root = tmp_path / "csv"
   (root / "valid").mkdir(parents=True)
   (root / "valid_anno.csv").write_bytes(annotations().encode())
@@ -61,7 +64,7 @@ def by_row(split: records.Split) -> list[tuple[records.Record, int]]:
   return [pairs[k] for k in np.argsort(places)]
 
 
-def test_rows_and_pictures(split):
+def test_rows_and_images(split):
   assert [r.filename for r in split] == list(dict.fromkeys(row["image"] for row in rows()))
   for (record, j), row in zip(by_row(split), rows(), strict=True):
     assert (record.filename, record.image_id) == (row["image"], int(row["image_id"]))
@@ -70,7 +73,8 @@ def test_rows_and_pictures(split):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_pixels(split, norm):
-  want = golden_files.arrays("zerovl", "outputs.npz")[f"disk_eval/{norm}/pixels_first4"]
+  outputs, prefix = golden_files.arrays("zerovl", "outputs.npz"), f"disk_eval/{norm}/pixels_first"
+  (want,) = (v for k, v in outputs.items() if k.startswith(prefix))
   transform = image.Transform(CONFIG["eval_resize"], CONFIG["eval_crop"], "exact", "bilinear")
 
   class Pixels(base.System):

@@ -98,7 +98,7 @@ def draws(run: str) -> dict:
 
 @functools.cache
 def program(devices: int = 1, **changes):
-  """(golden model, sharding of rows, jitted (params, batch) -> (loss, metrics), gradients)."""
+  """(golden model, batch sharding, jitted (params, batch) -> ((loss, metrics), gradients))."""
   mesh = sharding.make_mesh((("data", -1),), jax.devices()[:devices])
   rows = sharding.batch_sharding(mesh)
   golden = zerovl_golden.Golden(rows=rows, **changes)
@@ -121,8 +121,8 @@ def test_losses_and_gradients(run):
   b = jax.device_put(zerovl_golden.batch(**draws(run)), rows)
   (value, metrics), grads = loss(params, b)
   if metrics["temperature"] < CONFIG["temperature"]:
-    # Cosines of 1e-7 too much, as float32 has them in either program, change such a loss by its
-    # whole tolerance: it is compared on the recorded embeddings, which test_towers compares.
+    # At this temperature, float32 rounding of cosines (1e-7) moves the loss by its tolerance in
+    # either program: compare it on the recorded embeddings, which test_towers checks.
     pair = [jnp.asarray(want[f"{run}/{side}_embeddings"]) for side in ("image", "text")]
     both = (pair, pair[::-1])
     logits = [contrastive.pair_logits(*x, metrics["temperature"]) for x in both]
@@ -131,7 +131,7 @@ def test_losses_and_gradients(run):
     value = sum(each) / 2
   close(value, want.get(f"{run}/true_loss", want[f"{run}/loss"]), LOSS)
   if "dga" in run:
-    # The runner reports the loss as if nothing had been mixed.
+    # The runner reports the loss of unmixed targets.
     close(metrics.get("loss_unmixed", value), want[f"{run}/loss"], LOSS)
     accuracy = want[f"{run}/acc"]
   else:
@@ -146,7 +146,7 @@ def test_losses_and_gradients(run):
 
 @pytest.mark.parametrize("run", ["mix_image", "mix_text", "nce"])
 def test_embeddings_in_training(run):
-  """Mixed pictures or texts, as the loss sees them."""
+  """Embeddings of mixed images or texts that enter the loss."""
   golden, _, _ = program(**RUNS[run])
   model, want = golden.model(), zerovl_golden.outputs()
 
@@ -160,22 +160,23 @@ def test_embeddings_in_training(run):
   close(text, want[f"{run}/text_embeddings"], EMBEDDING)
 
 
-RANKS = 2
+ARRAYS = zerovl_golden.MANIFEST["arrays"]
+(RANKS,) = ARRAYS["outputs_two_ranks/w2_nce_gather_backward/loss_per_rank"]["shape"]
 TWO_RANKS = {
   "w2_nce_gather_backward": {},
   "w2_nce_no_gather_backward": dict(gather_gradient=False),
   "w2_nce_group1": dict(groups=RANKS),
   "w2_mix_text": dict(mixup=True, block=BATCH // RANKS),
   "w2_mix_image": dict(mixup=True, block=BATCH // RANKS),
-  "w2_dga_plain": dict(accumulate=2),
-  "w2_dga_mix_text": dict(mixup=True, block=SUB // RANKS, accumulate=2),
-  "w2_dga_mix_image": dict(mixup=True, block=SUB // RANKS, accumulate=2),
+  "w2_dga_plain": dict(accumulate=BATCH // SUB),
+  "w2_dga_mix_text": dict(mixup=True, block=SUB // RANKS, accumulate=BATCH // SUB),
+  "w2_dga_mix_image": dict(mixup=True, block=SUB // RANKS, accumulate=BATCH // SUB),
 }
 
 
 @pytest.mark.parametrize("run", TWO_RANKS)
 def test_two_processes(run):
-  """Two ranks of the original are one global batch of ours, on as many devices."""
+  """The ranks of the original are one global batch of ours, on as many devices."""
   want = golden_files.arrays("zerovl", "outputs_two_ranks.npz")
   golden, rows, loss = program(devices=RANKS, **TWO_RANKS[run])
   b = jax.device_put(zerovl_golden.batch(**draws(run)), rows)
@@ -188,7 +189,7 @@ def test_two_processes(run):
   close_gradients(zerovl_golden.to_torch(grads), recorded(want, f"{run}/grad"))
 
 
-# Steps of each trajectory: the run of its optimizer and schedule, and changes of the model.
+# Recorded trajectory -> changes of the model.
 TRAJECTORIES = {
   "traj_nce": {},
   "resume": {},
@@ -201,7 +202,7 @@ TRAJECTORIES = {
 @functools.cache
 def stepper(run: str):
   learn = f"{run}/final/loss.temperature" in zerovl_golden.outputs()
-  file = "ckpt_nce_step5.pth" if run == "resume" else "ckpt_init.pth"
+  file = zerovl_golden.step_file("nce") if run == "resume" else "ckpt_init.pth"
   golden = zerovl_golden.Golden(file, learn=learn, **TRAJECTORIES[run])
   schedule = zerovl_golden.schedule(run)
   tx = zerovl_golden.optimizer(schedule, golden.params)
@@ -210,12 +211,12 @@ def stepper(run: str):
 
 
 def batches(run: str) -> list[int]:
-  """Which recorded batch each step takes."""
+  """The recorded batch of each step."""
   want = zerovl_golden.outputs()
   steps = len(want[f"{run}/loss"])
   if f"{run}/order" not in want:
     return list(range(steps))
-  # The loader of data set 0 has those before data set 1's.
+  # Batches are numbered through the loaders of both datasets.
   return [int(index) for _, index in want[f"{run}/order"]]
 
 
@@ -225,7 +226,7 @@ def test_trajectories(run):
   golden, tx, step = stepper(run)
   state = golden.state(tx)
   if run == "resume":
-    file = str(golden_files.path("zerovl", "ckpt_nce_step5.pth"))
+    file = str(golden_files.path("zerovl", zerovl_golden.step_file("nce")))
     opt_state, count = optimizer_state.for_init(file, file, "zerovl", golden.params, tx)
     assert count == len(want["traj_nce/loss"])
     state = state.replace(opt_state=opt_state, step=jnp.int32(count))
@@ -235,7 +236,7 @@ def test_trajectories(run):
     if mixed is not None:
       drawn = dict(weight=mixed[k, 1], of_image=mixed[k, 0] == 0)
     state, metrics = step(state, zerovl_golden.batch(index, **drawn))
-    # Accumulating, the original reports the loss as if nothing had been mixed.
+    # With accumulation the original reports the loss of unmixed targets.
     name = "loss_unmixed" if "accumulate" in TRAJECTORIES[run] else "loss"
     close(metrics[name], want[f"{run}/loss"][k], TRAJECTORY, f"loss of step {k}")
     ours = [metrics["accuracy_i2t"], metrics["accuracy_t2i"]]
@@ -244,9 +245,7 @@ def test_trajectories(run):
     if "temperature" in state.params:
       value = want[f"{run}/temperature"][k]
       close(state.params["temperature"], value, zerovl_golden.FINAL, f"temperature of step {k}")
-  zerovl_golden.close_parameters(
-    zerovl_golden.to_torch(state.params), recorded(want, f"{run}/final")
-  )
+  zerovl_golden.close_parameters(golden, state, recorded(want, f"{run}/final"))
   model = nnx.merge(golden.graphdef, state.params, {})
   b = zerovl_golden.batch()
   scores = model.score(model.encode_image(b), model.encode_text(b))
@@ -254,7 +253,7 @@ def test_trajectories(run):
 
 
 def test_draws_of_mixup():
-  """The coin: above one half it is the pictures, else the texts; and a weight near 0 or 1."""
+  """A coin chooses images (above one half) or texts; weights are Beta distributed."""
   want = zerovl_golden.outputs()
   drawn = want["rng/mixup_draws"]
   for run in ("traj_mixup", "traj_dga"):
@@ -323,8 +322,10 @@ def test_nce_of_one_direction(name):
 
 
 def test_nce_inside_a_process_multiplies_means():
-  """There the original zeroes the texts of ignored rows alone, and its mask has a wrong shape: the
-  mean loss times the share of rows that count. Ours is made of the same parts."""
+  """The original zeroes only the texts of ignored rows, and its mask has a wrong shape.
+
+  Its loss is the mean loss times the share of rows that count. Here it is composed of our parts.
+  """
 
   def f(a, b):
     s = contrastive.pair_logits(a, b * (1 - ignored())[:, None], CONFIG["temperature"])
@@ -391,7 +392,6 @@ def test_losses_over_classes():
 
 # --- schedules ------------------------------------------------------------------------------------
 
-ARRAYS = zerovl_golden.MANIFEST["arrays"]
 SCHEDULES = [k for k in ARRAYS if k.startswith("outputs/schedule/")]
 
 

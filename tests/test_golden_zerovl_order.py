@@ -1,4 +1,4 @@
-"""Which data set each step of ZeroVL's debiased sampling takes, against the original's draws."""
+"""The dataset of each step of ZeroVL's debiased sampling, against the original's draws."""
 
 import re
 
@@ -14,12 +14,12 @@ def golden():
 
 
 def meaning(name: str) -> str:
-  """An array's description: seed, probabilities and sizes are written there and nowhere else."""
+  """An array's description, which alone has seed, probabilities and sizes."""
   return golden_files.manifest("zerovl")["arrays"][f"outputs/{name}"]["meaning"]
 
 
 def recorded_draw() -> tuple[int, list[float]]:
-  """The seed, and the probability of each data set."""
+  """The seed, and the probability of each dataset."""
   text = meaning("rng/debias_choice")
   found = re.search(r"default_rng\((\d+)\)\.choice\((\d+), p=\[(.*?)\]\)", text)
   assert found, text
@@ -49,7 +49,7 @@ def test_the_batches_of_the_trajectory(golden):
     for part in re.findall(r"loader \d+ yields (?:batches )?([\d, ]+)", text)
   ]
   assert len(loaders) == len(sizes) == len(set(map(str, loaders))), text
-  # The recorded loaders are lists of batches whose lengths have nothing to do with the sizes.
+  # The recorded loaders are lists of batches; their lengths do not follow from the sizes.
   draws = order.Draws(sizes, seed)
   for step, (source, batch) in enumerate(want.tolist()):
     got, earlier = draws(step)

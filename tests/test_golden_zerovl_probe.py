@@ -42,7 +42,7 @@ def outputs():
 
 @functools.cache
 def loaded(file: str):
-  """The model of a linear-probe file, read as config.init is."""
+  """The model of a linear-probe file, restored as config.init is."""
   c = config_lib.base()
   c.model.update(
     dict(system="zerovl", image=zerovl_golden.image_config(), classes=PROBE["classes"])
@@ -83,7 +83,7 @@ def test_files_are_read():
   for name, want in torch_names(classifier("init")).items():
     np.testing.assert_array_equal(torch_names(params["classifier"])[name], want)
   steps = len(inputs()["label"])
-  _, trained = loaded(f"ckpt_linear_step{steps}.pth")
+  _, trained = loaded(zerovl_golden.step_file("linear"))
   for name, want in torch_names(classifier(f"step{steps - 1}")).items():
     np.testing.assert_array_equal(torch_names(trained["classifier"])[name], want)
   jax.tree.map(np.testing.assert_array_equal, trained["image"], params["image"])  # frozen

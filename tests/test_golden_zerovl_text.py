@@ -11,7 +11,7 @@ from xmodal_jax.data import corrupt, wordpiece
 
 TEXT = json.loads(golden_files.path("zerovl", "text.json").read_text(encoding="utf-8"))
 VOCAB = golden_files.path("zerovl", "vocab.txt")
-SHARE = 0.2  # of pieces; the program has it in its code
+SHARE = 0.2  # of pieces that are changed, a constant of the original
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,7 @@ def test_tokenizer(tokenizer):
 
 
 def test_corruption(tokenizer, corruption):
-  """All captions in one batch, with the original's draws, and the entries of the vocabulary that
-  it drew where a piece is replaced."""
+  """All captions in one batch, with the original's draws and replacement pieces."""
   rows, index = TEXT["corrupt"], {p: i for i, p in enumerate(wordpiece.read_vocab(VOCAB))}
   pieces = tf.ragged.constant([tokenizer.encode(row["caption"]) for row in rows], tf.int32)
   uniform, other = [], []
