@@ -82,8 +82,7 @@ def infer_config(
 ) -> dict[str, Any]:
   """The model section of a config from the shapes of a state dict (TGDT spec, 7)."""
   del scalars
-  tables = _BERT + "embeddings."
-  words, places = (tables + f"{x}_embeddings.weight" for x in ("word", "position"))
+  words, places = (_BERT + f"embeddings.{x}_embeddings.weight" for x in ("word", "position"))
   hidden = _BERT + "encoder.layer.0.intermediate.dense.weight"
   box, joint = f"{_REGIONS}.2.weight", _ALL + "img_proj.weight"
   inner = lambda stack: shapes.get(f"{stack}.layers.0.linear1.weight", (0,))[0]
