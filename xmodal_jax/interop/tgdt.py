@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop import towers
+from xmodal_jax.interop import tables, towers
 from xmodal_jax.interop.conversion import ConversionError, Entry, Ignore, Rule, Tied
 
 _ALL, _BERT = "img_txt_enc.", "img_txt_enc.txt_enc.bert_model."
