@@ -5,26 +5,48 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Most of the suite's time is compilation of programs that run for milliseconds. XLA's own passes
-# stay as they are; LLVM's are left out, which halves it. The last of two values of a flag counts.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
-# Of several CPU devices JAX's cache would make programs that hang, see xmodal_jax/main.py.
+# Programs of several CPU devices that JAX reads from its cache hang, see xmodal_jax/main.py.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
+import programs
 import pytest
 
+# Of a flag that is given twice the last value counts, so a developer's own flags win.
+os.environ["XLA_FLAGS"] = f"{programs.XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_num_cpu_devices", 8)
+programs.install()
+
+# Files that share compiled programs or cached results run in one worker, one after another.
+SHARED = {
+  "gradients": ("test_accumulate", "test_sharding", "test_ring_systems", "test_reproducible"),
+  "runs": ("test_train", "test_ema", "test_preemption", "test_corrupt", "test_checkpoint_damage"),
+}
+GROUPS = {name: group for group, names in SHARED.items() for name in names}
+# The dearest groups start first, so that the workers end together; the others follow by name.
+DEAREST = ("gradients", "runs", "test_golden_team_model", "test_golden_tgdt_model")
+DEAREST += ("test_hosts", "test_golden_zerovl_model", "test_towers", "test_token_matching")
 
 
-@pytest.fixture(scope="module", autouse=True)
+def pytest_configure(config):
+  if hasattr(config.option, "loadscopereorder"):  # xdist would start with the most tests
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Sets the group of every test (pytest-xdist's --dist loadgroup) and the order of the groups."""
+  group = {item: GROUPS.get(item.path.stem, item.path.stem) for item in items}
+  for item, name in group.items():
+    item.add_marker(pytest.mark.xdist_group(name))
+  place = {name: i for i, name in enumerate(DEAREST)}
+  items.sort(key=lambda item: place.get(group[item], len(place)))
+
+
+@pytest.fixture(autouse=True)
 def few_programs():
-  """Programs of earlier modules go before they use up the memory maps that Linux allows, 65,530:
-  XLA does not survive that."""
   yield
-  maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
-    jax.clear_caches()
+  programs.trim()
 
 
 @pytest.fixture(scope="session")

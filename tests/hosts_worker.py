@@ -145,7 +145,8 @@ def checkpoints_of(folder: pathlib.Path) -> list[int]:
 
 def main() -> None:
   processes.initialize(JOB["address"], JOB["count"], INDEX)
-  with processes.exit_together(), programs.remembered():
+  programs.install()
+  with processes.exit_together():
     logs.setup()
     for run in JOB["runs"]:
       try:

@@ -84,7 +84,7 @@ def start(
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_ENABLE_X64": str(int(double)),
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # they are mostly compilation
+    "XLA_FLAGS": programs.XLA_FLAGS,
     "PYTHONPATH": str(WORKER.parents[1]),
   }
   logs = [folder / f"log.{count}.{i}" for i in range(count)]
@@ -136,7 +136,7 @@ def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None 
 
 def straight(config, folder: pathlib.Path, devices: int) -> dict:
   """The same run in this process alone."""
-  with pytest.MonkeyPatch.context() as patch, programs.remembered():
+  with pytest.MonkeyPatch.context() as patch:
     built = functools.partial(setup.build, devices=jax.devices()[:devices])
     patch.setattr(loop.setup, "build", built)
     return loop.train(config, folder)
