@@ -1,4 +1,4 @@
-"""losses.attended: its chunked forms against the definition, on one device and on eight."""
+"""losses.cross_attention: the chunked forms against the definition, on one device and on eight."""
 
 import functools
 

@@ -57,10 +57,10 @@ def test_collapsed_model_is_not_accurate():
 
 
 def test_partners():
-  np.testing.assert_array_equal(contrastive.partners(6), [5, 4, 3, 2, 1, 0])
-  np.testing.assert_array_equal(contrastive.partners(6, 2), [1, 0, 3, 2, 5, 4])
+  np.testing.assert_array_equal(contrastive.mixup_partners(6), [5, 4, 3, 2, 1, 0])
+  np.testing.assert_array_equal(contrastive.mixup_partners(6, 2), [1, 0, 3, 2, 5, 4])
   with pytest.raises(ValueError, match="blocks of 4 rows does not divide 6 rows"):
-    contrastive.partners(6, 4)
+    contrastive.mixup_partners(6, 4)
 
 
 def test_sigmoid_is_the_loop():
@@ -84,9 +84,11 @@ def test_triplet_is_the_loop(reduce):
     for i in range(6):
       hinges = [max(0.0, 0.2 + s[i, j] - s[i, i]) for j in range(6) if j != i]
       want += max(hinges) if reduce == "max" else sum(hinges) / (5 if reduce == "mean" else 1)
-  np.testing.assert_allclose(triplet.triplet(jnp.asarray(scores), 0.2, reduce), want, rtol=1e-5)
-  with pytest.raises(ValueError, match="reduce is 'least'; there are max, sum, mean"):
-    triplet.triplet(jnp.asarray(scores), 0.2, "least")
+  np.testing.assert_allclose(
+    triplet.triplet_from_scores(jnp.asarray(scores), 0.2, reduce), want, rtol=1e-5
+  )
+  with pytest.raises(ValueError, match="reduce is 'least'; expected one of max, sum, mean"):
+    triplet.triplet_from_scores(jnp.asarray(scores), 0.2, "least")
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_loss_of_given_tokens(direction):
       cross_attention.attended_scores, sharpness=sharpness, direction=direction
     )
     total = sum(score(v, c, mask, chunk=2) for v, c in zip(images, captions, strict=True))
-    return triplet.triplet(total, hat_golden.CONFIG["margin"], "max")
+    return triplet.triplet_from_scores(total, hat_golden.CONFIG["margin"], "max")
 
   value, (dv, dc) = jax.value_and_grad(f, argnums=(0, 1))(images, captions)
   np.testing.assert_allclose(value, s[f"loss_{direction}"], rtol=TOLERANCE["loss"]["rtol"])

@@ -222,7 +222,7 @@ def test_local_loss(reduce):
 
   def f(v, t):
     scores = 10 * local.local_scores(v, vm, t, tm, image_zero=~vm.all(1), chunk=4)
-    return triplet.triplet(scores, tgdt_golden.TRAINING["margin"], reduce)
+    return triplet.triplet_from_scores(scores, tgdt_golden.TRAINING["margin"], reduce)
 
   value, (dv, dt) = jax.value_and_grad(f, argnums=(0, 1))(v, t)
   want = outputs()
@@ -238,7 +238,7 @@ def test_global_loss(measure, reduce):
   score, prefix = triplet.MEASURES[measure], f"synloss_global_{measure}_{reduce}"
 
   def f(v, t):
-    inter = triplet.triplet(score(v, t), tgdt_golden.TRAINING["margin"], reduce)
+    inter = triplet.triplet_from_scores(score(v, t), tgdt_golden.TRAINING["margin"], reduce)
     intra = triplet.consistency(score(v, v), score(t, t))
     return inter + intra, (inter, intra)
 

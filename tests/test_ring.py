@@ -74,7 +74,7 @@ def _infonce(same_image):
 def _nce(mix=1.0, **options):
   def loss(x, how):
     tau = 1 / x["scale"]
-    both = contrastive.nce_of_both(x["images"], x["texts"], tau, mix=mix, ring=how, **options)
+    both = contrastive.bidirectional_nce(x["images"], x["texts"], tau, mix=mix, ring=how, **options)
     return sum(loss for loss, _ in both), [metrics for _, metrics in both]
 
   return loss
@@ -87,15 +87,15 @@ def _sigmoid(x, how):
 def _hinges(reduce, score=None):
   def loss(x, how):
     if score is None:
-      return triplet.hinges(triplet.cosine, x["images"], x["texts"], 0.2, reduce, how)
+      return triplet.triplet_loss(triplet.cosine, x["images"], x["texts"], 0.2, reduce, how)
     sides = (x["regions"], x["region_mask"]), (x["words"], x["word_mask"])
-    return triplet.hinges(score, *sides, 0.2, reduce, how)
+    return triplet.triplet_loss(score, *sides, 0.2, reduce, how)
 
   return loss
 
 
 def _intra(x, how):
-  return triplet.intra(triplet.dot, x["images"], x["texts"], 0.3, how), {}
+  return triplet.intra_modal_consistency(triplet.dot, x["images"], x["texts"], 0.3, how), {}
 
 
 LOSSES = {f"infonce_{same}": _infonce(same) for same in contrastive.SAME_IMAGE}
@@ -174,10 +174,10 @@ def test_more_negatives_than_rows():
 
 def test_noise_is_gumbels_and_of_the_pair_alone():
   words = jax.random.bits(jax.random.key(0), (2,), jnp.uint32)
-  noise = np.asarray(hard_negatives.noise(words, jnp.arange(300), jnp.arange(400)))
-  part = hard_negatives.noise(words, jnp.arange(100, 200), jnp.arange(7, 9))
+  noise = np.asarray(hard_negatives.gumbel_noise(words, jnp.arange(300), jnp.arange(400)))
+  part = hard_negatives.gumbel_noise(words, jnp.arange(100, 200), jnp.arange(7, 9))
   np.testing.assert_allclose(noise[100:200, 7:9], part, rtol=1e-6)
-  other = hard_negatives.noise(words + 1, jnp.arange(300), jnp.arange(400))
+  other = hard_negatives.gumbel_noise(words + 1, jnp.arange(300), jnp.arange(400))
   assert abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 0.02
   # P(noise < x) = exp(-exp(-x)), and no number comes twice more often than 32 bits let it.
   levels = np.array([-1.5, -0.5, 0.5, 2.0, 5.0])
@@ -192,7 +192,7 @@ def test_collapsed_model_is_not_accurate(how):
   how = RINGS[how]()
   for loss in (
     lambda x: contrastive.infonce(x, x, jnp.float32(7), ring=how),
-    lambda x: triplet.hinges(triplet.dot, x, x, ring=how),
+    lambda x: triplet.triplet_loss(triplet.dot, x, x, ring=how),
   ):
     _, metrics = jax.jit(loss)(same)
     assert metrics["accuracy_i2t"] == metrics["accuracy_t2i"] == 0
@@ -233,7 +233,7 @@ def test_the_smaller_side_travels():
   x, how = features(), RINGS["eight"]()
   score = lambda shared, left, right, i, j: left[:, :E] @ right[:, :E].T
   wide = jnp.pad(x["texts"], ((0, 0), (0, 9)))
-  of = dict(of_left={"best": ring.Rival()}, of_right={"log": ring.LogSumExp()})
+  of = dict(left_stats={"best": ring.MaxNegative()}, right_stats={"log": ring.LogSumExp()})
   left, right = jax.jit(lambda a, b: ring.reduce(score, a, b, how, **of))(x["images"], wide)
   s = x["images"] @ x["texts"].T
   np.testing.assert_allclose(right["log"], np.log(np.exp(s).sum(0)), rtol=1e-5)

@@ -43,15 +43,15 @@ def sigmoid(x, how):
 
 def nce(x, how):
   kw = dict(mix=0.7, smoothing=0.1, ring=how)
-  return sum(loss for loss, _ in contrastive.nce_of_both(x["v"], x["t"], 1 / SCALE, **kw))
+  return sum(loss for loss, _ in contrastive.bidirectional_nce(x["v"], x["t"], 1 / SCALE, **kw))
 
 
 def hinges(x, how):
-  return triplet.hinges(triplet.dot, x["v"], x["t"], ring=how)[0]
+  return triplet.triplet_loss(triplet.dot, x["v"], x["t"], ring=how)[0]
 
 
 def intra(x, how):
-  return triplet.intra(triplet.dot, x["v"], x["t"], ring=how)
+  return triplet.intra_modal_consistency(triplet.dot, x["v"], x["t"], ring=how)
 
 
 def sampling(x, how):
@@ -65,7 +65,7 @@ def _of_tokens(score: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     if how is None:  # as the systems do: pictures stay where they are
       whole = NamedSharding(x["rows"].mesh, P())
       texts = jax.lax.with_sharding_constraint(texts, whole)
-    return triplet.hinges(score, x["v"], texts, ring=how)[0]
+    return triplet.triplet_loss(score, x["v"], texts, ring=how)[0]
 
   return loss
 

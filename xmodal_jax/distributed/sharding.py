@@ -143,6 +143,17 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
   return math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.shape)
 
 
+def batch_mesh_axes(batch_sharding: NamedSharding | None) -> tuple[tuple[str, ...], int]:
+  """(mesh axes of size above 1 that the batch is sharded over, number of devices along them).
+
+  ((), 1) for a batch on one device, and without a sharding.
+  """
+  axes = () if batch_sharding is None else batch_sharding.spec[0]
+  axes = (axes,) if isinstance(axes, str) else axes
+  axes = tuple(a for a in axes if batch_sharding.mesh.shape[a] > 1)
+  return axes, math.prod(batch_sharding.mesh.shape[a] for a in axes)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
   """The process's `local_rows` [b, ...] -> global arrays [B, ...]; an explicit transfer."""
   if sharding.is_fully_addressable:

@@ -22,7 +22,7 @@ def _bottleneck(torch: str, ours: str, first: int = 0) -> list[Rule]:
 _TEXT = [
   Rule("logit_scale", "logit_scale"),
   # open_clip's name; CLIP's own files have none.
-  Rule("logit_bias", "logit_bias", default=contrastive.FIRST_BIAS),
+  Rule("logit_bias", "logit_bias", default=contrastive.INITIAL_BIAS),
   Rule("token_embedding.weight", "text/token/embedding"),
   Rule("positional_embedding", "text/pos"),
   Rule("text_projection", "text/proj/kernel", same),  # already [in, out]

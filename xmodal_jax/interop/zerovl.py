@@ -24,7 +24,7 @@ RULES: Sequence[Entry] = [
   Rule("text_projection.linear.weight", "text_proj/kernel", linear),
   # A constant temperature is in no file: a run that learns it begins at the published value.
   Rule("loss.temperature", "temperature", default=zerovl.TEMPERATURE),
-  Rule("loss.bias", "logit_bias", default=contrastive.FIRST_BIAS),
+  Rule("loss.bias", "logit_bias", default=contrastive.INITIAL_BIAS),
   *towers.dense("classifier", "classifier"),
 ]
 

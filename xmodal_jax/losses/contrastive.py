@@ -1,202 +1,245 @@
-"""Contrastive losses over all pairs of a batch.
+"""Contrastive losses over all image-text pairs of a batch.
 
-Each holds the matrix of all pairs or, given a Ring, tiles of it, for the same numbers: see
-losses.ring.
+Without `ring` a loss computes the whole score matrix. With one it computes the same values and
+gradients blockwise, for batches whose matrix does not fit: see losses.pairwise.ring.
+
+    images, texts = l2_normalize(images), l2_normalize(texts)  # [B, E]
+    loss, metrics = infonce(images, texts, jnp.exp(logit_scale))
+    loss, metrics = infonce(images, texts, jnp.exp(logit_scale), ring=Ring(chunk=256))
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from xmodal_jax.losses.pairwise import ring as ring_lib
 from xmodal_jax.losses.pairwise.ring import Ring
 
-Array = jax.Array
-
+Scalar = Float[Array, ""]
+Metrics = dict[str, Array]
 
 SAME_IMAGE = ("keep", "zero", "exclude")
-FIRST_BIAS = -10.0  # of `sigmoid`: at first no pair seems to match (Zhai et al., 2023, section 3)
-
-
-def off_diagonal_same(image_id: Array) -> Array:
-  """image_id int [B] -> bool [B, B]: pairs of different rows that show the same picture."""
-  return (image_id[:, None] == image_id) & ~jnp.eye(len(image_id), dtype=bool)
+# Initial bias of `sigmoid`: at first no pair is predicted to match (Zhai et al., 2023, section 3).
+INITIAL_BIAS = -10.0
 
 
 def infonce(
-  images: Array,
-  texts: Array,
-  scale: Array,
-  image_id: Array | None = None,
+  images: Float[Array, "b e"],
+  texts: Float[Array, "b e"],
+  scale: Scalar | float,
+  image_id: Int[Array, " b"] | None = None,
   same_image: str = "keep",
   ring: Ring | None = None,
-) -> tuple[Array, dict[str, Array]]:
-  """Symmetric InfoNCE (Radford et al., 2021, figure 3): mean of both cross entropies.
+) -> tuple[Scalar, Metrics]:
+  """Symmetric InfoNCE: the mean of both cross entropies (Radford et al., 2021, figure 3).
 
-  images, texts float32 [B, E], unit rows, row i of one belongs to row i of the other; scale [].
-  same_image says what a pair of different rows with one image_id [B] is: "keep", a negative like
-  every other; "exclude", nothing; "zero", TEAM's way, a negative of logit 0 (Xie et al., 2022).
-  Returns (loss [], {loss_i2t, loss_t2i, accuracy_i2t, accuracy_t2i}).
+  Args:
+    images, texts: float32 with unit rows; row i of images matches row i of texts.
+    scale: inverse temperature.
+    image_id: equal for rows that show the same image. Needed unless same_image is "keep".
+    same_image: how to treat a pair of different rows with the same image: "keep", as a negative;
+      "exclude", left out; "zero", as a negative with logit 0 (TEAM, Xie et al., 2022).
+    ring: computes the loss blockwise.
+
+  Returns (loss, {loss_i2t, loss_t2i, accuracy_i2t, accuracy_t2i}).
   """
-  other = {"keep": None, "zero": 0.0, "exclude": -jnp.inf}[same_image]
+  same_image_logit = {"keep": None, "zero": 0.0, "exclude": -jnp.inf}[same_image]
   if ring is not None:
-    return _infonce_in_ring(images, texts, scale, image_id, other, ring)
+    return _infonce_blockwise(images, texts, scale, image_id, same_image_logit, ring)
   # Full precision: at a scale of 100 a bfloat16 product is off by several tenths.
   logits = scale * jnp.dot(images, texts.T, precision="highest")  # [B, B]
-  if other is not None:
-    logits = jnp.where(off_diagonal_same(image_id), other, logits)
+  if same_image_logit is not None:
+    logits = jnp.where(_off_diagonal_equal(image_id), same_image_logit, logits)
   positive = jnp.diagonal(logits)
   i2t = (jax.nn.logsumexp(logits, axis=1) - positive).mean()
   t2i = (jax.nn.logsumexp(logits, axis=0) - positive).mean()
   metrics = {
     "loss_i2t": i2t,
     "loss_t2i": t2i,
-    # Better than all others: a collapsed model, where all are equal, is not accurate.
+    # Strictly larger than all others: a collapsed model with equal scores has accuracy 0.
     "accuracy_i2t": ((logits >= positive[:, None]).sum(1) == 1).mean(),
     "accuracy_t2i": ((logits >= positive).sum(0) == 1).mean(),
   }
   return (i2t + t2i) / 2, metrics
 
 
-def _infonce_in_ring(images, texts, scale, image_id, other, ring):
-  """`infonce`; other: logit of a different row with the same image_id, None if it is its own."""
+def _off_diagonal_equal(image_id: Int[Array, " b"]) -> Bool[Array, "b b"]:
+  """Pairs of different rows that show the same image."""
+  return (image_id[:, None] == image_id) & ~jnp.eye(len(image_id), dtype=bool)
 
+
+def _infonce_blockwise(images, texts, scale, image_id, same_image_logit, ring):
   def score(scale, left, right, i, j):
     logits = scale * jnp.dot(left["x"], right["x"].T, precision="highest")
-    if other is None:
+    if same_image_logit is None:
       return logits
     same = (left["id"][:, None] == right["id"]) & (i[:, None] != j)
-    return jnp.where(same, other, logits)
+    return jnp.where(same, same_image_logit, logits)
 
-  of = {"log": ring_lib.LogSumExp(), "own": ring_lib.OWN, "rival": ring_lib.Rival()}
-  side = lambda x: {"x": x} if other is None else {"x": x, "id": image_id}
+  ids = {} if same_image_logit is None else {"id": image_id}
+  stats = {
+    "logsumexp": ring_lib.LogSumExp(),
+    "positive": ring_lib.POSITIVE,
+    "max_negative": ring_lib.MaxNegative(),
+  }
   rows, columns = ring_lib.reduce(
-    score, side(images), side(texts), ring, of_left=of, of_right=of, shared=scale
+    score,
+    {"x": images} | ids,
+    {"x": texts} | ids,
+    ring,
+    left_stats=stats,
+    right_stats=stats,
+    shared=scale,
   )
-  loss = lambda of: (of["log"] - of["own"]).mean()
-  accuracy = lambda of: (of["own"] > of["rival"]).mean()
-  return (loss(rows) + loss(columns)) / 2, {
-    "loss_i2t": loss(rows),
-    "loss_t2i": loss(columns),
-    "accuracy_i2t": accuracy(rows),
-    "accuracy_t2i": accuracy(columns),
+  i2t, t2i = ((side["logsumexp"] - side["positive"]).mean() for side in (rows, columns))
+  accuracy_i2t, accuracy_t2i = (
+    (side["positive"] > side["max_negative"]).mean() for side in (rows, columns)
+  )
+  return (i2t + t2i) / 2, {
+    "loss_i2t": i2t,
+    "loss_t2i": t2i,
+    "accuracy_i2t": accuracy_i2t,
+    "accuracy_t2i": accuracy_t2i,
   }
 
 
-def pair_logits(queries: Array, candidates: Array, temperature: Array, groups: int = 1) -> Array:
-  """Cosine over temperature within `groups` equal runs of rows: [B, E] twice -> [G, B/G, B/G]."""
-  split = lambda x: x.reshape(groups, -1, x.shape[-1])
-  pairs = jnp.einsum("gqe,gce->gqc", split(queries), split(candidates), precision="highest")
-  return pairs / temperature
+def pair_logits(
+  queries: Float[Array, "b e"],
+  candidates: Float[Array, "b e"],
+  temperature: Scalar | float,
+  groups: int = 1,
+) -> Float[Array, "g n n"]:
+  """Dot products over temperature within `groups` contiguous groups of n = B / groups rows."""
+  grouped = lambda x: x.reshape(groups, -1, x.shape[-1])  # [G, N, E]
+  logits = jnp.einsum("gqe,gce->gqc", grouped(queries), grouped(candidates), precision="highest")
+  return logits / temperature
 
 
 def nce(
-  logits: Array,
+  logits: Float[Array, "g n n"],
   *,
-  mix: Array | float = 1.0,
+  mix: Scalar | float = 1.0,
   block: int = 0,
   smoothing: float = 0.0,
-  ignore: Array | None = None,
-) -> tuple[Array, dict[str, Array]]:
-  """Cross entropy of each query with its candidate on the diagonal. logits [G, N, N] -> (loss [],
-  {loss_unmixed, accuracy}).
+  ignore: Float[Array, "g n"] | None = None,
+) -> tuple[Scalar, Metrics]:
+  """Cross entropy of each query with the candidate on the diagonal as its target.
 
-  mix: weight of that target, of the rest of the mass the candidate of the row's mixup partner, see
-  `partners`, whose pictures or texts were mixed in (Zhang et al., 2018). smoothing: share of the
-  target that is spread over all candidates. ignore [G, N]: 1 for rows whose loss does not count;
-  it is still divided by the number of all rows, as ZeroVL does. loss_unmixed is that against the
-  diagonal alone, without smoothing. Accuracy is of the rows that count, against the diagonal.
+  Args:
+    logits: queries x candidates of each group, see `pair_logits`.
+    mix: mixup weight of the target (Zhang et al., 2018); the rest goes to the candidate of the
+      row's mixup partner, see `mixup_partners`.
+    block: rows of a mixup block; 0: the whole group.
+    smoothing: share of the target that is spread uniformly over all candidates.
+    ignore: 1 for rows that the loss leaves out. The sum is still divided by the number of all rows,
+      as ZeroVL does.
+
+  Returns (loss, {loss_unmixed, accuracy}). loss_unmixed is the cross entropy against the diagonal
+  alone, without mixup and smoothing; accuracy is that of the rows that are not ignored.
   """
-  counts = 1.0 if ignore is None else 1 - ignore
-  log_all = jax.nn.logsumexp(logits, axis=-1)  # [G, N]
-  own = jnp.diagonal(logits, axis1=-2, axis2=-1)
-  partner = jnp.asarray(partners(logits.shape[-1], block))
-  other = jnp.take_along_axis(logits, partner[None, :, None], axis=-1)[..., 0]
-  target = mix * own + (1 - mix) * other
+  weight = 1.0 if ignore is None else 1 - ignore
+  logsumexp = jax.nn.logsumexp(logits, axis=-1)  # [G, N]
+  positive = jnp.diagonal(logits, axis1=-2, axis2=-1)
+  partner = jnp.asarray(mixup_partners(logits.shape[-1], block))
+  partner_logit = jnp.take_along_axis(logits, partner[None, :, None], axis=-1)[..., 0]
+  target = mix * positive + (1 - mix) * partner_logit
   if smoothing:
     target = (1 - smoothing) * target + smoothing * logits.mean(-1)
-  # Better than all others: a collapsed model, where all are equal, is not accurate.
-  first = (logits >= own[..., None]).sum(-1) == 1
-  rows = jnp.broadcast_to(jnp.float32(counts), own.shape)
-  return ((log_all - target) * counts).mean(), {
-    "loss_unmixed": ((log_all - own) * counts).mean(),
-    "accuracy": (first * rows).sum() / jnp.maximum(rows.sum(), 1),
+  # Strictly larger than all others: a collapsed model with equal scores has accuracy 0.
+  correct = (logits >= positive[..., None]).sum(-1) == 1
+  weights = jnp.broadcast_to(jnp.float32(weight), positive.shape)
+  return ((logsumexp - target) * weight).mean(), {
+    "loss_unmixed": ((logsumexp - positive) * weight).mean(),
+    "accuracy": (correct * weights).sum() / jnp.maximum(weights.sum(), 1),
   }
 
 
-def nce_of_both(
-  images: Array,
-  texts: Array,
-  temperature: Array,
+def bidirectional_nce(
+  images: Float[Array, "b e"],
+  texts: Float[Array, "b e"],
+  temperature: Scalar | float,
   *,
   groups: int = 1,
   gather_gradient: bool = True,
-  mix: Array | float = 1.0,
+  mix: Scalar | float = 1.0,
   block: int = 0,
   smoothing: float = 0.0,
   ring: Ring | None = None,
-) -> list[tuple[Array, dict[str, Array]]]:
-  """`nce` of pictures with texts as candidates and of texts with pictures, [B, E] each.
+) -> list[tuple[Scalar, Metrics]]:
+  """`nce` with images as queries and texts as candidates, then with texts as queries.
 
-  groups: see `pair_logits`. gather_gradient False: candidates get no gradient.
+  gather_gradient: whether candidates get a gradient. The other arguments: see `nce` and `infonce`.
   """
   if ring is not None:
-    how = dict(groups=groups, gather_gradient=gather_gradient, block=block, smoothing=smoothing)
-    return _nce_in_ring(images, texts, temperature, mix, ring, **how)
-  still = (lambda x: x) if gather_gradient else jax.lax.stop_gradient
-  pairs = (images, still(texts)), (texts, still(images))
+    options = dict(groups=groups, gather_gradient=gather_gradient, block=block, smoothing=smoothing)
+    return _nce_blockwise(images, texts, temperature, mix, ring, **options)
+  candidates = (images, texts)
+  if not gather_gradient:
+    candidates = jax.lax.stop_gradient(candidates)
+  pairs = (images, candidates[1]), (texts, candidates[0])
   return [
     nce(pair_logits(*pair, temperature, groups), mix=mix, block=block, smoothing=smoothing)
     for pair in pairs
   ]
 
 
-def _nce_in_ring(
+def _nce_blockwise(
   images, texts, temperature, mix, ring, *, groups, gather_gradient, block, smoothing
 ):
-  rows = len(images) // groups
-  block = block or rows
-  partners(rows, block)  # raises where the blocks do not divide a group
+  group_size = len(images) // groups
+  block = block or group_size
+  mixup_partners(group_size, block)  # raises ValueError if the blocks do not divide a group
 
   def score(temperature, left, right, i, j):
     logits = jnp.dot(left, right.T, precision="highest") / temperature
-    return jnp.where((i // rows)[:, None] == j // rows, logits, -jnp.inf)
+    return jnp.where((i // group_size)[:, None] == j // group_size, logits, -jnp.inf)
 
   def partner(i):
-    k = i % rows
+    k = i % group_size
     return i - k + k // block * block + block - 1 - k % block
 
-  finite = lambda logits, tile: jnp.where(logits > -jnp.inf, logits, 0)
-  of = {"log": ring_lib.LogSumExp(), "own": ring_lib.OWN, "rival": ring_lib.Rival()}
-  of |= {"other": ring_lib.score_of(partner)}
-  of |= {"all": ring_lib.Sum(finite)} if smoothing else {}
+  def finite(logits, tile):
+    return jnp.where(logits > -jnp.inf, logits, 0)
+
+  stats = {
+    "logsumexp": ring_lib.LogSumExp(),
+    "positive": ring_lib.POSITIVE,
+    "max_negative": ring_lib.MaxNegative(),
+    "partner": ring_lib.score_at(partner),
+  }
+  if smoothing:
+    stats["sum"] = ring_lib.Sum(finite)
   sides = ring_lib.reduce(
     score,
     images,
     texts,
     ring,
-    of_left=of,
-    of_right=of,
+    left_stats=stats,
+    right_stats=stats,
     shared=temperature,
-    still=not gather_gradient,
+    stop_candidate_gradient=not gather_gradient,
   )
 
-  def one(side):
-    target = mix * side["own"] + (1 - mix) * side["other"]
+  def loss(side):
+    target = mix * side["positive"] + (1 - mix) * side["partner"]
     if smoothing:
-      target = (1 - smoothing) * target + smoothing * side["all"] / rows
-    return (side["log"] - target).mean(), {
-      "loss_unmixed": (side["log"] - side["own"]).mean(),
-      "accuracy": (side["own"] > side["rival"]).mean(),
+      target = (1 - smoothing) * target + smoothing * side["sum"] / group_size
+    return (side["logsumexp"] - target).mean(), {
+      "loss_unmixed": (side["logsumexp"] - side["positive"]).mean(),
+      "accuracy": (side["positive"] > side["max_negative"]).mean(),
     }
 
-  return [one(side) for side in sides]
+  return [loss(side) for side in sides]
 
 
-def partners(rows: int, block: int = 0) -> np.ndarray:
-  """Row that each of `rows` is mixed with: blocks of so many rows (0: all) are reversed. int [rows]
+def mixup_partners(rows: int, block: int = 0) -> np.ndarray:
+  """int [rows]: the row that each row is mixed with, by reversing each block of `block` rows.
 
-  Raises ValueError if the blocks do not divide the rows.
+  block 0: one block of all rows. Raises ValueError if the blocks do not divide the rows.
+
+      >>> mixup_partners(6, block=2)
+      array([1, 0, 3, 2, 5, 4])
   """
   block = block or rows
   if rows % block:
@@ -205,40 +248,40 @@ def partners(rows: int, block: int = 0) -> np.ndarray:
 
 
 def sigmoid(
-  images: Array, texts: Array, scale: Array, bias: Array, ring: Ring | None = None
-) -> tuple[Array, dict[str, Array]]:
-  """Every pair for itself: a match on the diagonal, none elsewhere (SigLIP, Zhai et al., 2023).
+  images: Float[Array, "b e"],
+  texts: Float[Array, "b e"],
+  scale: Scalar | float,
+  bias: Scalar | float,
+  ring: Ring | None = None,
+) -> tuple[Scalar, Metrics]:
+  """Binary cross entropy of every pair, matching or not (SigLIP, Zhai et al., 2023).
 
-  images, texts float32 [B, E], unit rows; scale, bias []. The sum over texts, mean over images.
-  Returns (loss [], {loss_positive, loss_negative}), which add up to it.
+  images, texts: float32 with unit rows. Summed over texts, averaged over images. Returns
+  (loss, {loss_positive, loss_negative}), where the loss is the sum of the two.
   """
-  score = lambda scale, bias, images, texts: (
-    scale * jnp.dot(images, texts.T, precision="highest") + bias
-  )
+
+  def score(parameters, images, texts, i=None, j=None):
+    scale, bias = parameters
+    return scale * jnp.dot(images, texts.T, precision="highest") + bias
+
   if ring is None:
-    total = jax.nn.softplus(score(scale, bias, images, texts)).sum(1)
-    own = scale * (images * texts).sum(-1) + bias
+    total = jax.nn.softplus(score((scale, bias), images, texts)).sum(1)
+    positive = scale * (images * texts).sum(-1) + bias
   else:
     cost = ring_lib.Sum(lambda logits, tile: jax.nn.softplus(logits))
     rows, _ = ring_lib.reduce(
-      lambda shared, left, right, i, j: score(*shared, left, right),
+      score,
       images,
       texts,
       ring,
-      # Both here, or their gradients would be held apart until they are added.
-      of_left={"total": cost, "own": ring_lib.OWN},
+      # Both as statistics of the same side: their gradients then share one buffer.
+      left_stats={"total": cost, "positive": ring_lib.POSITIVE},
       shared=(scale, bias),
     )
-    total, own = rows["total"], rows["own"]
-  # [B] each: what all pairs cost if none of them matches, and the logits of those that do.
-  # softplus(-x), the cost of a match, is softplus(x) - x.
-  return (total - own).mean(), {
-    "loss_positive": jax.nn.softplus(-own).mean(),
-    "loss_negative": (total - jax.nn.softplus(own)).mean(),
+    total, positive = rows["total"], rows["positive"]
+  # total [B] counts every pair as a non-match, softplus(x). A match costs softplus(-x), which is
+  # softplus(x) - x.
+  return (total - positive).mean(), {
+    "loss_positive": jax.nn.softplus(-positive).mean(),
+    "loss_negative": (total - jax.nn.softplus(positive)).mean(),
   }
-
-
-def mean_squared_error(predicted: Array, target: Array, ignore: Array | None = None) -> Array:
-  """Mean over all entries of [B, E] twice; rows with ignore [B] 1 count as 0 -> []."""
-  square = jnp.square(predicted - target)
-  return (square if ignore is None else square * (1 - ignore)[:, None]).mean()

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from xmodal_jax.losses.pairwise import ring
+from xmodal_jax.distributed import sharding
 
 Array = jax.Array
 
@@ -55,7 +55,7 @@ def attended_scores(
   count, words = text_mask.shape
   # Of a device: inside of what each does for itself, its own pictures are all there are.
   alone = batch_sharding is None or bool(jax.sharding.get_abstract_mesh().manual_axes)
-  devices = 1 if alone else ring.shared_by(batch_sharding)[1]
+  devices = 1 if alone else sharding.batch_mesh_axes(batch_sharding)[1]
   local = len(images) // (devices if len(images) % devices == 0 else 1)
   platform = (
     batch_sharding.mesh.devices.flat[0].platform

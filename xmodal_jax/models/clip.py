@@ -91,7 +91,7 @@ class CLIP(base.System):
     self.image = build_image_tower(image, embed, rngs=rngs, **loop)
     self.text = build_text_tower(text, embed, rngs=rngs, **loop)
     self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)), axes=())
-    bias = nnx.Param(jnp.float32(contrastive.FIRST_BIAS), axes=()) if loss == "sigmoid" else None
+    bias = nnx.Param(jnp.float32(contrastive.INITIAL_BIAS), axes=()) if loss == "sigmoid" else None
     self.logit_bias = nnx.data(bias)
 
   def image_features(self, images: Array, train: bool = False) -> Array:

@@ -54,8 +54,9 @@ class HAT(base.System):
 
   image: `kind` is "swin", or a form of ViT: "timm" or "clip". levels: pairs (stage of the Swin or
   block of the ViT, block of the text tower), counted from 0. direction, sharpness: see
-  losses.attended. margin, reduce: of the hinges on the sum over levels. first_levels: indices of
-  the levels that the first stage of retrieval scores, () for all; the second adds the others.
+  losses.cross_attention. margin, reduce: of the triplet loss on the sum over levels. first_levels:
+  indices of the levels that the first stage of retrieval scores, () for all; the second adds the
+  others.
   """
 
   mean, std = MEAN, STD
@@ -163,7 +164,7 @@ class HAT(base.System):
     levels = range(len(self.levels))
     v = {f"level_{n}": images[f"level_{n}"] for n in levels}
     t = {f"level_{n}": texts[f"level_{n}"] for n in levels} | {"mask": texts["mask"]}
-    loss, metrics = triplet.hinges(
+    loss, metrics = triplet.triplet_loss(
       lambda v, t: sum(self.level_scores(v, t, levels)),
       v,
       t if self.ring else self.replicate(t),

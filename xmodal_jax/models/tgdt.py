@@ -246,14 +246,14 @@ class TGDT(base.System):
     if self.option("loss") != "alignment":
       measure = triplet.MEASURES[self.option("measure")]
       v, t = images["embed"], texts["embed"]
-      inter, _ = triplet.hinges(measure, v, t, margin, reduce, self.ring)
-      intra = triplet.intra(measure, v, t, self.option("intra_margin"), self.ring)
+      inter, _ = triplet.triplet_loss(measure, v, t, margin, reduce, self.ring)
+      intra = triplet.intra_modal_consistency(measure, v, t, self.option("intra_margin"), self.ring)
       total += inter + intra
       metrics |= {"loss_matching": inter + intra, "loss_inter": inter, "loss_intra": intra}
     if self.option("loss") != "matching":
       v, t = ({k: x[k] for k in ("tokens", "mask", "zero")} for x in (images, texts))
       t = t if self.ring else self.replicate(t)
-      alignment, _ = triplet.hinges(self.local_scores, v, t, margin, reduce, self.ring)
+      alignment, _ = triplet.triplet_loss(self.local_scores, v, t, margin, reduce, self.ring)
       total += alignment
       metrics["loss_alignment"] = alignment
     return total, metrics

@@ -41,7 +41,7 @@ LOSSES = {
 }
 """Objectives and their options. gather_gradient: False: a query's candidates get no gradient, so
 each direction trains one tower (the release's default; its recipes set True). groups: equal runs of
-rows that are contrasted each for itself. The others: see losses.contrastive and losses.ranking."""
+rows that are contrasted each for itself. The others: see losses.contrastive and losses.triplet."""
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class ZeroVL(base.System):
   because that is where mixup comes in.
   loss: a name of LOSSES with its options. learn_temperature: a parameter, bounded by BOUNDS.
   mixup: beta 0: none; else each step mixes either the pictures or the texts of all pairs with those
-  of their partners, see losses.contrastive.partners, by a weight drawn from Beta(beta, beta).
+  of their partners, see losses.contrastive.mixup_partners, by a weight drawn from Beta(beta, beta).
   Without `text` and with `classes`: an image tower and a linear classifier of its features.
   """
 
@@ -118,7 +118,7 @@ class ZeroVL(base.System):
     scalar = lambda value: nnx.data(nnx.Param(jnp.float32(value), axes=()))
     self.temperature = scalar(temperature) if learn_temperature else nnx.data(None)
     self.logit_bias = (
-      scalar(contrastive.FIRST_BIAS) if self.loss_name == "sigmoid" else nnx.data(None)
+      scalar(contrastive.INITIAL_BIAS) if self.loss_name == "sigmoid" else nnx.data(None)
     )
 
   def tau(self) -> Array:
@@ -171,7 +171,7 @@ class ZeroVL(base.System):
   def partner(self, x: Array) -> Array:
     """Rows of [B, ...] in the order of their mixup partners."""
     n = self.block or len(x)
-    contrastive.partners(len(x), n)  # raises where the blocks do not divide the batch
+    contrastive.mixup_partners(len(x), n)  # raises where the blocks do not divide the batch
     return x.reshape(-1, n, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
   def mixed(self, images, texts, batch) -> tuple[Array, Array, Array | float]:
@@ -191,9 +191,9 @@ class ZeroVL(base.System):
       loss, metrics = contrastive.sigmoid(image, text, 1 / tau, self.logit_bias[...], self.ring)
       return loss, metrics | {"temperature": tau}
     if self.loss_name == "triplet":
-      loss, _ = triplet.hinges(triplet.dot, image, text, **options, ring=self.ring)
+      loss, _ = triplet.triplet_loss(triplet.dot, image, text, **options, ring=self.ring)
       return loss, {"temperature": tau}
-    (i2t, of_i2t), (t2i, of_t2i) = contrastive.nce_of_both(
+    (i2t, of_i2t), (t2i, of_t2i) = contrastive.bidirectional_nce(
       image, text, tau, mix=mix, block=self.block, **options, ring=self.ring
     )
     metrics = {

@@ -129,7 +129,7 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
   params_shardings, stats_shardings = shardings_of(params), shardings_of(stats)
   _check_accumulate(config.accumulate, config.batch_size, mesh, stats)
   if system.ring:
-    system.ring.tile(config.batch_size)  # raises ValueError if loss_chunk does not divide it
+    system.ring.tile_size(config.batch_size)  # raises ValueError if loss_chunk does not divide it
   if config.reproducible:
     deterministic.check(
       mesh,

@@ -1,4 +1,4 @@
-"""Rows of a batch that is sharded over devices, fetched without gathering the batch."""
+"""Gathers rows of a batch that is sharded over devices, without an all-gather of the batch."""
 
 import functools
 
@@ -6,45 +6,52 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Shaped
 
-from xmodal_jax.losses.pairwise.ring import shared_by
-
-Array = jax.Array
+from xmodal_jax.distributed import sharding
 
 
-def take_rows(x: Array, index: Array, batch_sharding: NamedSharding | None = None) -> Array:
-  """x[index] for x [B, ...] and index int [B, n] -> [B, n, ...], differentiable.
+def take_rows(
+  x: Shaped[Array, "b ..."],
+  index: Int[Array, "b n"],
+  batch_sharding: NamedSharding | None = None,
+) -> Shaped[Array, "b n ..."]:
+  """x[index], differentiable, by a ppermute ring over the devices that share the batch.
 
-  rows: how the first axis of x and index is sharded. One buffer per device, the rows it asked for,
-  goes once round the ring of devices and is filled in where the rows live, so that memory is that
-  of the answer, b n rows for the b rows of a device, whatever the number of devices; gathering x
-  would take B. The gradient goes the same way back. With one device, or without `rows`: x[index].
+  batch_sharding: how the first axis of x and of index is sharded. With one device, or without a
+  sharding, it is plain indexing. Otherwise each device sends one buffer for the rows that it needs
+  round the ring, and every device fills in the rows that it holds. Memory per device is that of the
+  result, n rows for each local row, whatever the number of devices; an all-gather of x would take
+  all B rows.
   """
-  axes, devices = shared_by(batch_sharding)
+  axes, devices = sharding.batch_mesh_axes(batch_sharding)
   if not axes:
     return x[index]
-  local = functools.partial(_ring, axes=axes, devices=devices)
+  local = functools.partial(_take_rows_local, axes=axes, devices=devices)
   spec = P(axes)
   return jax.shard_map(local, mesh=batch_sharding.mesh, in_specs=(spec, spec), out_specs=spec)(
     x, index
   )
 
 
-def _ring(x: Array, index: Array, *, axes: tuple[str, ...], devices: int) -> Array:
-  """x [b, ...], index [b, n] of global rows -> [b, n, ...] on each device."""
-  here, onward = jax.lax.axis_index(axes), [(i, (i + 1) % devices) for i in range(devices)]
+def _take_rows_local(
+  x: Shaped[Array, "b ..."], index: Int[Array, "b n"], *, axes: tuple[str, ...], devices: int
+) -> Shaped[Array, "b n ..."]:
+  """On each device; `index` holds rows of the global batch."""
+  device = jax.lax.axis_index(axes)
+  next_device = [(d, (d + 1) % devices) for d in range(devices)]
 
   def hop(carry, _):
-    wanted, index = carry
+    buffer, index = carry
     owner, row = index // len(x), index % len(x)
-    mine = (owner == here).reshape(-1, *[1] * (x.ndim - 1))
-    wanted = jnp.where(mine, x[row], wanted)
-    return jax.lax.ppermute((wanted, index), axes, onward), None
+    held_here = (owner == device).reshape(-1, *[1] * (x.ndim - 1))
+    buffer = jnp.where(held_here, x[row], buffer)
+    return jax.lax.ppermute((buffer, index), axes, next_device), None
 
-  flat = index.reshape(-1)  # [b * n]
-  # As many hops as devices: the last one brings every buffer home.
-  empty = jnp.zeros((len(flat), *x.shape[1:]), x.dtype)
+  index_flat = index.reshape(-1)  # [b * n]
+  empty = jnp.zeros((len(index_flat), *x.shape[1:]), x.dtype)
   empty = jax.lax.pcast(empty, axes, to="varying")
-  # Recomputed, or the masks of all hops, as wide as the rows, would be kept for the gradient.
-  (wanted, _), _ = jax.lax.scan(jax.checkpoint(hop), (empty, flat), length=devices)
-  return wanted.reshape(*index.shape, *x.shape[1:])
+  # One hop per device: the last one returns every buffer to the device that needs it. Without the
+  # checkpoint the gradient would store the masks of all hops, each as large as the buffer.
+  (buffer, _), _ = jax.lax.scan(jax.checkpoint(hop), (empty, index_flat), length=devices)
+  return buffer.reshape(*index.shape, *x.shape[1:])

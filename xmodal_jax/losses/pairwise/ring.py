@@ -1,17 +1,16 @@
-"""Statistics of all pairs of a batch, tile by tile, with one side travelling round the devices.
+"""Blockwise reductions over all pairs of a batch, without the matrix of their scores.
 
-A loss over all pairs of pictures and texts needs a few numbers of every row and every column of
-their matrix of scores: a log-sum-exp, a hardest negative, a sum. Here that matrix never exists.
-Each device keeps its rows of one side; those of the other pass by in a ring of devices, in tiles of
-`chunk` rows, and take the statistics of their columns with them. The gradient walks the same way
-once more: every tile of scores is computed again, and what it owes to either side is added to
-buffers that stay, or travel, with the rows. So memory is that of the rows themselves and of a tile,
-whatever the size of the batch and the number of devices. On one device tiles alone remain.
+A loss over all image-text pairs needs a few statistics of each row and column of the score matrix
+[B, B]: a log-sum-exp, a hardest negative, a sum. `reduce` computes them from tiles of chunk x chunk
+scores. Each device keeps its rows of one side; the rows of the other side pass through all devices
+in a ppermute ring, together with the statistics of their columns, as keys and values do in Ring
+Attention (Liu et al., 2023). The backward pass runs the same ring again: it recomputes each tile
+and accumulates the gradients of both sides. Memory is that of the rows and one tile, whatever the
+size of the batch and the number of devices. On one device only the tiling remains.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,45 +18,42 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
-Array = jax.Array
+from xmodal_jax.distributed import sharding
+
 Tree = Any
+# score(shared, left, right, i, j): float32 [n, m] of n rows of left, which are the rows i of the
+# batch, and m rows of right, the rows j.
+Score = Callable[[Tree, Tree, Tree, Array, Array], Array]
 
-NOWHERE = 2**31 - 1  # index of a candidate where there is none
+NO_INDEX = 2**31 - 1  # index of a candidate that does not exist
 
 
 class Ring(NamedTuple):
-  """Tiles of at most chunk x chunk pairs; rows: how the rows of both sides are sharded."""
+  """Splits a batch for `reduce`: tiles of at most chunk x chunk pairs, rows sharded over devices."""
 
   chunk: int
   batch_sharding: NamedSharding | None = None
 
-  def tile(self, count: int) -> int:
-    """Rows of a tile; raises ValueError where they do not divide those of a device."""
-    _, devices = shared_by(self.batch_sharding)
-    local = count // devices
+  def tile_size(self, batch: int) -> int:
+    """Rows of a tile for a batch of so many rows; ValueError if it does not divide evenly."""
+    _, devices = sharding.batch_mesh_axes(self.batch_sharding)
+    local = batch // devices
     size = min(self.chunk, local)
-    if size < 1 or count % devices or local % size:
+    if size < 1 or batch % devices or local % size:
       raise ValueError(
         f"config.loss_chunk is {self.chunk}: tiles of so many rows do not divide the rows of a "
-        f"device, config.batch_size={count} over {devices}; set one that does, or 0"
+        f"device, config.batch_size={batch} over {devices}; set one that does, or 0"
       )
     return size
 
 
-def shared_by(batch_sharding: NamedSharding | None) -> tuple[tuple[str, ...], int]:
-  """(mesh axes that share the rows of a batch, how many devices these are); (), 1 for one."""
-  axes = () if batch_sharding is None else batch_sharding.spec[0]
-  axes = (axes,) if isinstance(axes, str) else axes
-  axes = tuple(a for a in axes if batch_sharding.mesh.shape[a] > 1)
-  return axes, math.prod(batch_sharding.mesh.shape[a] for a in axes)
-
-
 class Tile(NamedTuple):
-  """Where the scores [n, m] of a tile are: n queries against m candidates.
+  """Which pairs the scores [n, m] of a tile belong to: n queries and m candidates.
 
-  queries: arrays [n, ...] of the queries' side; i int [n], j int [m]: rows of the batch that the
-  queries and the candidates are; shared: what all tiles have in common.
+  queries: arrays [n, ...]; i int [n], j int [m]: batch rows of the queries and of the candidates;
+  shared: the argument of `reduce`.
   """
 
   queries: Tree
@@ -67,20 +63,22 @@ class Tile(NamedTuple):
 
 
 class Statistic:
-  """A number, or several, of each query over all candidates.
+  """A reduction of each query's scores over all candidates.
 
-  `empty(n)`: of n queries and no candidate; `fold(state, scores, tile)`: with those of a tile, in
-  whatever order tiles come. Its gradient, if it has one, is that of the sum of
-  `term(state, scores, tile)` [n] over all tiles, where state is the final one, a constant; the
-  state is then a single array, or a tuple that begins with the value.
+  init(n): the state of n queries before any candidate. update(state, scores, tile): the state after
+  a tile's candidates; tiles come in any order.
+
+  A differentiable statistic defines gradient_term(state, scores, tile) [n]: given the final state
+  as a constant, the sum of this term over all tiles has the statistic's gradient. Its state is a
+  single array, or a tuple that begins with the value.
   """
 
-  term: Callable[[Tree, Array, Tile], Array] | None = None
+  gradient_term: Callable[[Tree, Array, Tile], Array] | None = None
 
-  def empty(self, n: int) -> Tree:
+  def init(self, n: int) -> Tree:
     raise NotImplementedError
 
-  def fold(self, state: Tree, scores: Array, tile: Tile) -> Tree:
+  def update(self, state: Tree, scores: Array, tile: Tile) -> Tree:
     raise NotImplementedError
 
 
@@ -90,249 +88,355 @@ class Sum(Statistic):
 
   f: Callable[[Array, Tile], Array]
 
-  def empty(self, n):
+  def init(self, n):
     return jnp.zeros(n)
 
-  def fold(self, state, scores, tile):
+  def update(self, state, scores, tile):
     return state + self.f(scores, tile).sum(1)
 
-  def term(self, state, scores, tile):
+  def gradient_term(self, state, scores, tile):
     return self.f(scores, tile).sum(1)
 
 
-def score_of(candidate: Callable[[Array], Array]) -> Sum:
-  """The score of one candidate of each query: int [n] rows of the queries -> those of theirs."""
-  return Sum(lambda scores, tile: jnp.where(candidate(tile.i)[:, None] == tile.j, scores, 0))
+def score_at(candidate: Callable[[Array], Array]) -> Sum:
+  """The score of one candidate per query. candidate: int [n] rows of queries -> rows [n]."""
+
+  def select(scores, tile):
+    return jnp.where(candidate(tile.i)[:, None] == tile.j, scores, 0)
+
+  return Sum(select)
 
 
-OWN = score_of(lambda i: i)  # of the pair that belongs together
+POSITIVE = score_at(lambda i: i)  # the score of the matching pair, on the diagonal
 
 
 class LogSumExp(Statistic):
-  """Of the scores of all candidates."""
+  """Log-sum-exp of the scores of all candidates."""
 
-  def empty(self, n):
+  def init(self, n):
     return jnp.full(n, -jnp.inf)
 
-  def fold(self, state, scores, tile):
+  def update(self, state, scores, tile):
     return jnp.logaddexp(state, jax.nn.logsumexp(scores, axis=1))
 
-  def term(self, state, scores, tile):
+  def gradient_term(self, state, scores, tile):
     return jnp.exp(scores - state[:, None]).sum(1)
 
 
-class Rival(Statistic):
-  """The largest score of another row, without a gradient."""
+class MaxNegative(Statistic):
+  """The largest score off the diagonal, without a gradient."""
 
-  def empty(self, n):
+  def init(self, n):
     return jnp.full(n, -jnp.inf)
 
-  def fold(self, state, scores, tile):
-    return jnp.maximum(state, _others(scores, tile).max(1))
+  def update(self, state, scores, tile):
+    return jnp.maximum(state, _mask_diagonal(scores, tile).max(1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Largest(Statistic):
-  """(largest score, index of its candidate, the first of equals). own: whether a row's own counts.
+class Max(Statistic):
+  """(largest score, index of its candidate); of equal scores the lowest index.
 
-  The index is kept because a score that is computed again need not be the same to the last bit.
+  The backward pass finds the candidate by its index, because a recomputed score may differ in the
+  last bit.
   """
 
-  own: bool = False
+  include_diagonal: bool = False
 
-  def empty(self, n):
-    return jnp.full(n, -jnp.inf), jnp.full(n, NOWHERE, jnp.int32)
+  def init(self, n):
+    return jnp.full(n, -jnp.inf), jnp.full(n, NO_INDEX, jnp.int32)
 
-  def fold(self, state, scores, tile):
-    scores = scores if self.own else _others(scores, tile)
+  def update(self, state, scores, tile):
+    scores = scores if self.include_diagonal else _mask_diagonal(scores, tile)
     value, index = scores.max(1), tile.j[scores.argmax(1)]
-    first = (value > state[0]) | ((value == state[0]) & (index < state[1]))
-    return jnp.where(first, value, state[0]), jnp.where(first, index, state[1])
+    replace = (value > state[0]) | ((value == state[0]) & (index < state[1]))
+    return jnp.where(replace, value, state[0]), jnp.where(replace, index, state[1])
 
-  def term(self, state, scores, tile):
+  def gradient_term(self, state, scores, tile):
     return jnp.where(state[1][:, None] == tile.j, scores, 0).sum(1)
 
 
-def _others(scores: Array, tile: Tile) -> Array:
+def _mask_diagonal(scores: Array, tile: Tile) -> Array:
   return jnp.where(tile.i[:, None] == tile.j, -jnp.inf, scores)
 
 
 def reduce(
-  score: Callable[[Tree, Tree, Tree, Array, Array], Array],
+  score: Score,
   left: Tree,
   right: Tree,
   ring: Ring,
   *,
-  of_left: Mapping[str, Statistic] | None = None,
-  of_right: Mapping[str, Statistic] | None = None,
+  left_stats: Mapping[str, Statistic] | None = None,
+  right_stats: Mapping[str, Statistic] | None = None,
   shared: Tree = (),
-  still: bool = False,
-  own_only: bool = False,
+  stop_candidate_gradient: bool = False,
+  diagonal_only: bool = False,
 ) -> tuple[dict[str, Tree], dict[str, Tree]]:
-  """Statistics of every row of left [B, ...] over right [B, ...], and of right over left.
+  """Blockwise pairwise reduction over a ppermute ring.
 
-  score(shared, left, right, i, j): float32 [n, m] of n rows of left, which are rows i of the batch,
-  and m of right, rows j. It may close over no array: gradients go to floats in left, right and
-  shared. of_left, of_right: name -> statistic; the results have their names, arrays [B, ...].
-  still: candidates get no gradient, only queries. own_only: only tiles with pairs (i, i).
+  Args:
+    score: see Score. It must not close over arrays: gradients flow to the floats in left, right and
+      shared only.
+    left, right: pytrees of arrays [B, ...].
+    ring: tile size and batch sharding.
+    left_stats: name -> statistic of each row of left, reduced over right.
+    right_stats: name -> statistic of each row of right, reduced over left.
+    shared: pytree that every tile needs whole, such as a temperature.
+    stop_candidate_gradient: gradients reach rows as queries only, not as candidates.
+    diagonal_only: visit only the tiles that contain matching pairs (i, i).
+
+  Returns (left statistics, right statistics): dicts with the given names of states [B, ...].
+
+      def score(scale, left, right, i, j):
+        return scale * left @ right.T
+
+      stats = {"logsumexp": LogSumExp(), "positive": POSITIVE}
+      rows, _ = reduce(score, images, texts, Ring(chunk=256), left_stats=stats, shared=scale)
+      loss = (rows["logsumexp"] - rows["positive"]).mean()  # InfoNCE, image to text
   """
-  of_left, of_right = dict(of_left or {}), dict(of_right or {})
-  if _bytes(left) < _bytes(right):  # the smaller side travels
-    turned = lambda shared, left, right, i, j: score(shared, right, left, j, i).T
-    kw = dict(shared=shared, still=still, own_only=own_only)
-    sides = reduce(turned, right, left, ring, of_left=of_right, of_right=of_left, **kw)
-    return sides[1], sides[0]
-  count = len(jax.tree.leaves(left)[0])
-  axes, devices = shared_by(ring.batch_sharding)
-  how = dict(size=ring.tile(count), axes=axes, devices=devices, own_only=own_only)
-  walk = functools.partial(_walk, **how)
+  left_stats, right_stats = dict(left_stats or {}), dict(right_stats or {})
+  if _nbytes(left) < _nbytes(right):  # the smaller side is the one to send round
 
-  def forward(shared, left, right):
-    def visit(mine, other, state, moving, _, i, j):
-      s = score(shared, mine, other, i, j)
-      state = _fold(of_left, state, s, Tile(mine, i, j, shared))
-      return state, _fold(of_right, moving, s.T, Tile(other, j, i, shared)), ()
+    def transposed(shared, left, right, i, j):
+      return score(shared, right, left, j, i).T
 
-    local = len(jax.tree.leaves(left)[0])
-    empty = lambda of: {name: statistic.empty(local) for name, statistic in of.items()}
-    return walk(visit, left, right, empty(of_left), empty(of_right), ())[:2]
-
-  def backward(shared, left, right, states, gradients):
-    """left, right, shared as (floats, rest) -> gradients of the floats."""
-
-    def visit(mine, other, d_mine, d_other, d_shared, i, j):
-      (mine, rest, state, g), (other, other_rest, other_state, other_g) = mine, other
-
-      def terms(common, mine, other):
-        common = _join(common, shared[1])
-        mine, other = _join(mine, rest), _join(other, other_rest)
-        alone = jax.lax.stop_gradient if still else lambda x: x
-        s = score(common, mine, alone(other), i, j)
-        s_right = (score(common, alone(mine), other, i, j) if still else s).T
-        return (
-          _terms(of_left, state, s, Tile(mine, i, j, common)),
-          _terms(of_right, other_state, s_right, Tile(other, j, i, common)),
-        )
-
-      _, pull = jax.vjp(terms, shared[0], mine, other)
-      more = pull((g, other_g))
-      add = functools.partial(jax.tree.map, lambda total, x: total + x)
-      return add(d_mine, more[1]), add(d_other, more[2]), add(d_shared, more[0])
-
-    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, jnp.float32))
-    d_left, d_right, d_shared = walk(
-      visit,
-      (*left, states[0], gradients[0]),
-      (*right, states[1], gradients[1]),
-      *map(zeros, (left[0], right[0], shared[0])),
+    right_states, left_states = reduce(
+      transposed,
+      right,
+      left,
+      ring,
+      left_stats=right_stats,
+      right_stats=left_stats,
+      shared=shared,
+      stop_candidate_gradient=stop_candidate_gradient,
+      diagonal_only=diagonal_only,
     )
-    d_shared = jax.lax.psum(d_shared, axes) if axes else d_shared
-    like = functools.partial(jax.tree.map, lambda d, x: d.astype(x.dtype))
-    return like(d_shared, shared[0]), like(d_left, left[0]), like(d_right, right[0])
-
-  def everywhere(f, whole, out):
-    """f on each device; whole: how many of its first arguments every device has all of."""
-    if not axes:
-      return f
-    row = P(axes)
-    specs = lambda *args: tuple(P() if k < whole else row for k in range(len(args)))
-    return lambda *args: jax.shard_map(
-      f, mesh=ring.batch_sharding.mesh, in_specs=specs(*args), out_specs=out(row), check_vma=False
-    )(*args)
-
-  @jax.custom_vjp
-  def statistics(floats, rest):
-    shared, left, right = map(_join, floats, rest)
-    return everywhere(forward, 1, lambda row: (row, row))(shared, left, right)
-
-  def kept(floats, rest):
-    states = statistics(floats, rest)
-    return states, (floats, rest, states)
-
-  def gradient(saved, g):
-    floats, rest, states = saved
-    g = tuple(_values(of, side) for of, side in zip((of_left, of_right), g, strict=True))
-    pull = everywhere(backward, 1, lambda row: (P(), row, row))
-    shared, left, right = zip(floats, rest, strict=True)
-    return pull(shared, left, right, states, g), None
-
-  statistics.defvjp(kept, gradient)
-  sides = (shared, left, right)
-  return statistics(tuple(map(_floats, sides)), tuple(map(_rest, sides)))
-
-
-def own_scores(
-  score: Callable[..., Array], left: Tree, right: Tree, ring: Ring, shared: Tree = ()
-) -> Array:
-  """Scores of the pairs that belong together, float32 [B]; see `reduce`."""
-  sides = reduce(score, left, right, ring, of_left={"own": OWN}, shared=shared, own_only=True)
-  return sides[0]["own"]
-
-
-def _walk(
-  visit: Callable[..., tuple[Tree, Tree, Tree]],
-  staying: Tree,
-  travelling: Tree,
-  kept: Tree,
-  carried: Tree,
-  total: Tree,
-  *,
-  size: int,
-  axes: tuple[str, ...],
-  devices: int,
-  own_only: bool,
-) -> tuple[Tree, Tree, Tree]:
-  """Visits all pairs of tiles; on each device -> kept, carried and total at the end.
-
-  visit(staying, travelling, kept, carried, total, i, j), the first four of one tile each, gives the
-  next (kept, carried, total). `carried` goes with `travelling` and is back home at the end.
-  """
-  rows = len(jax.tree.leaves(staying)[0])
-  tiles = rows // size
-  here = jax.lax.axis_index(axes) if devices > 1 else 0
-  hops = 1 if own_only else devices
-  at = lambda tree, k: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, k * size, size), tree)
-  put = lambda tree, part, k: jax.tree.map(
-    lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, k * size, 0), tree, part
+    return left_states, right_states
+  axes, devices = sharding.batch_mesh_axes(ring.batch_sharding)
+  reduction = _Reduction(
+    score=score,
+    left_stats=left_stats,
+    right_stats=right_stats,
+    stop_candidate_gradient=stop_candidate_gradient,
+    diagonal_only=diagonal_only,
+    tile_size=ring.tile_size(_row_count(left)),
+    mesh=ring.batch_sharding.mesh if axes else None,
+    axes=axes,
+    devices=devices,
   )
-  number = lambda device, k: device * rows + k * size + jnp.arange(size, dtype=jnp.int32)
-  ring = [(d, (d + 1) % devices) for d in range(devices)]
-  onward = lambda tree: jax.lax.ppermute(tree, axes, ring) if hops > 1 else tree
+  sides = (shared, left, right)
+  return _statistics(reduction, tuple(map(_floats, sides)), tuple(map(_non_floats, sides)))
 
-  def column(step, carry):
-    """A tile that travels, with all that stay."""
-    travelling, kept, carried, total = carry
-    c, owner = step % tiles, (here - step // tiles) % devices
-    guest = at(travelling, c)
 
-    def row(r, carry):
-      kept, part, total = carry
-      own, part, total = visit(
-        at(staying, r), guest, at(kept, r), part, total, number(here, r), number(owner, c)
+def positive_scores(
+  score: Score, left: Tree, right: Tree, ring: Ring, shared: Tree = ()
+) -> Float[Array, " b"]:
+  """Scores of the matching pairs, the diagonal of the score matrix; see `reduce`."""
+  stats, _ = reduce(
+    score, left, right, ring, left_stats={"positive": POSITIVE}, shared=shared, diagonal_only=True
+  )
+  return stats["positive"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Reduction:
+  """The static arguments of one call of `reduce`."""
+
+  score: Score
+  left_stats: dict[str, Statistic]
+  right_stats: dict[str, Statistic]
+  stop_candidate_gradient: bool
+  diagonal_only: bool
+  tile_size: int
+  mesh: jax.sharding.Mesh | None
+  axes: tuple[str, ...]  # mesh axes that shard the rows
+  devices: int  # along these axes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics(r: _Reduction, floats: tuple, non_floats: tuple) -> tuple[dict, dict]:
+  """floats, non_floats: the leaves of (shared, left, right), split by dtype."""
+  shared, left, right = map(_merge, floats, non_floats)
+  rows = P(r.axes)
+  return _per_device(r, functools.partial(_forward, r), (rows, rows))(shared, left, right)
+
+
+def _statistics_fwd(r, floats, non_floats):
+  states = _statistics(r, floats, non_floats)
+  return states, (floats, non_floats, states)
+
+
+def _statistics_bwd(r, residuals, gradients):
+  floats, non_floats, states = residuals
+  stats = (r.left_stats, r.right_stats)
+  gradients = tuple(_values(of, g) for of, g in zip(stats, gradients, strict=True))
+  shared, left, right = zip(floats, non_floats, strict=True)
+  rows = P(r.axes)
+  backward = _per_device(r, functools.partial(_backward, r), (P(), rows, rows))
+  return backward(shared, left, right, states, gradients), None
+
+
+_statistics.defvjp(_statistics_fwd, _statistics_bwd)
+
+
+def _per_device(r: _Reduction, f: Callable[..., Tree], out_specs: tuple) -> Callable[..., Tree]:
+  """f(shared, *sharded) on each device, with its rows of `sharded` and all of `shared`."""
+  if not r.axes:
+    return f
+
+  def mapped(shared, *sharded):
+    in_specs = (P(), *[P(r.axes)] * len(sharded))
+    return jax.shard_map(f, mesh=r.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+      shared, *sharded
+    )
+
+  return mapped
+
+
+def _forward(r: _Reduction, shared: Tree, left: Tree, right: Tree) -> tuple[dict, dict]:
+  """Statistics of a device's rows of left and right, arrays [b, ...]."""
+
+  def visit(left, right, left_state, right_state, _, i, j):
+    scores = r.score(shared, left, right, i, j)
+    left_state = _update(r.left_stats, left_state, scores, Tile(left, i, j, shared))
+    right_state = _update(r.right_stats, right_state, scores.T, Tile(right, j, i, shared))
+    return left_state, right_state, ()
+
+  rows = _row_count(left)
+  left_states, right_states = (
+    {name: statistic.init(rows) for name, statistic in stats.items()}
+    for stats in (r.left_stats, r.right_stats)
+  )
+  return _ring_loop(r, visit, left, right, left_states, right_states, ())[:2]
+
+
+def _backward(
+  r: _Reduction, shared: tuple, left: tuple, right: tuple, states: tuple, gradients: tuple
+) -> tuple[Tree, Tree, Tree]:
+  """Gradients of the floats of shared, left and right, each given as (floats, non-floats).
+
+  states, gradients: (of left, of right), the final states and the gradients of their values.
+  """
+  stop = jax.lax.stop_gradient if r.stop_candidate_gradient else lambda x: x
+
+  def visit(left, right, d_left, d_right, d_shared, i, j):
+    left, left_rest, left_state, left_gradient = left
+    right, right_rest, right_state, right_gradient = right
+
+    def gradient_terms(common, left, right):
+      common = _merge(common, shared[1])
+      left, right = _merge(left, left_rest), _merge(right, right_rest)
+      scores = right_scores = r.score(common, left, stop(right), i, j)
+      if r.stop_candidate_gradient:  # for the statistics of right, left holds the candidates
+        right_scores = r.score(common, stop(left), right, i, j)
+      right_scores = right_scores.T
+      return (
+        _gradient_terms(r.left_stats, left_state, scores, Tile(left, i, j, common)),
+        _gradient_terms(r.right_stats, right_state, right_scores, Tile(right, j, i, common)),
       )
-      return put(kept, own, r), part, total
 
-    first, last = (c, c + 1) if own_only else (0, tiles)
-    kept, part, total = jax.lax.fori_loop(first, last, row, (kept, at(carried, c), total))
-    # Tile by tile: a second buffer as large as all rows of a device is never needed. What travels
-    # unchanged does not wait for the tile's scores.
-    travelling = put(travelling, onward(guest), c) if hops > 1 else travelling
-    return travelling, kept, put(carried, onward(part), c), total
+    _, vjp = jax.vjp(gradient_terms, shared[0], left, right)
+    of_shared, of_left, of_right = vjp((left_gradient, right_gradient))
+    return _add(d_left, of_left), _add(d_right, of_right), _add(d_shared, of_shared)
 
-  return jax.lax.fori_loop(0, hops * tiles, column, (travelling, kept, carried, total))[1:]
+  d_left, d_right, d_shared = _ring_loop(
+    r,
+    visit,
+    (*left, states[0], gradients[0]),
+    (*right, states[1], gradients[1]),
+    *map(_float32_zeros, (left[0], right[0], shared[0])),
+  )
+  d_shared = jax.lax.psum(d_shared, r.axes) if r.axes else d_shared
+  return (
+    _cast_like(d_shared, shared[0]),
+    _cast_like(d_left, left[0]),
+    _cast_like(d_right, right[0]),
+  )
 
 
-def _fold(of: dict[str, Statistic], states: dict, scores: Array, tile: Tile) -> dict[str, Tree]:
-  return {name: s.fold(states[name], scores, tile) for name, s in of.items()}
+def _ring_loop(
+  r: _Reduction,
+  visit: Callable[..., tuple[Tree, Tree, Tree]],
+  resident: Tree,
+  rotating: Tree,
+  resident_state: Tree,
+  rotating_state: Tree,
+  total: Tree,
+) -> tuple[Tree, Tree, Tree]:
+  """Visits all pairs of tiles, on each device; returns (resident_state, rotating_state, total).
+
+  `rotating` and `rotating_state` pass through all devices and end where they began. visit(resident,
+  rotating, resident_state, rotating_state, total, i, j) gets one tile of the first four and the
+  batch rows of its pairs, and returns the next (resident_state, rotating_state, total).
+  """
+  size, devices = r.tile_size, r.devices
+  rows = _row_count(resident)
+  tiles = rows // size
+  device = jax.lax.axis_index(r.axes) if devices > 1 else 0
+  hops = 1 if r.diagonal_only else devices
+  next_device = [(d, (d + 1) % devices) for d in range(devices)]
+
+  def get_tile(tree, k):
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, k * size, size), tree)
+
+  def set_tile(tree, tile, k):
+    return jax.tree.map(
+      lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, k * size, 0), tree, tile
+    )
+
+  def batch_rows(owner, k):
+    return owner * rows + k * size + jnp.arange(size, dtype=jnp.int32)
+
+  def send(tree):
+    return jax.lax.ppermute(tree, r.axes, next_device) if hops > 1 else tree
+
+  def rotating_tile_step(step, carry):
+    """One rotating tile against all resident tiles."""
+    rotating, resident_state, rotating_state, total = carry
+    c, owner = step % tiles, (device - step // tiles) % devices
+    tile = get_tile(rotating, c)
+
+    def resident_tile_step(k, carry):
+      resident_state, tile_state, total = carry
+      state, tile_state, total = visit(
+        get_tile(resident, k),
+        tile,
+        get_tile(resident_state, k),
+        tile_state,
+        total,
+        batch_rows(device, k),
+        batch_rows(owner, c),
+      )
+      return set_tile(resident_state, state, k), tile_state, total
+
+    first, end = (c, c + 1) if r.diagonal_only else (0, tiles)
+    carry = (resident_state, get_tile(rotating_state, c), total)
+    resident_state, tile_state, total = jax.lax.fori_loop(first, end, resident_tile_step, carry)
+    # Sent tile by tile, so that no second buffer of a device's rows is needed. The permute of the
+    # input does not depend on the scores and can overlap with their computation.
+    rotating = set_tile(rotating, send(tile), c) if hops > 1 else rotating
+    return rotating, resident_state, set_tile(rotating_state, send(tile_state), c), total
+
+  carry = (rotating, resident_state, rotating_state, total)
+  return jax.lax.fori_loop(0, hops * tiles, rotating_tile_step, carry)[1:]
 
 
-def _terms(of: dict[str, Statistic], states: dict, scores: Array, tile: Tile) -> dict[str, Array]:
-  return {name: s.term(states[name], scores, tile) for name, s in of.items() if s.term is not None}
+def _update(stats: dict[str, Statistic], states: dict, scores: Array, tile: Tile) -> dict:
+  return {name: s.update(states[name], scores, tile) for name, s in stats.items()}
 
 
-def _values(of: dict[str, Statistic], states: dict) -> dict[str, Array]:
-  """Of statistics with a gradient the values, which states begin with."""
-  return {name: jax.tree.leaves(states[name])[0] for name, s in of.items() if s.term is not None}
+def _differentiable(stats: dict[str, Statistic]) -> dict[str, Statistic]:
+  return {name: s for name, s in stats.items() if s.gradient_term is not None}
+
+
+def _gradient_terms(stats: dict[str, Statistic], states: dict, scores: Array, tile: Tile) -> dict:
+  stats = _differentiable(stats)
+  return {name: s.gradient_term(states[name], scores, tile) for name, s in stats.items()}
+
+
+def _values(stats: dict[str, Statistic], states: dict) -> dict[str, Array]:
+  """The values of the differentiable statistics, the first entry of their states."""
+  return {name: jax.tree.leaves(states[name])[0] for name in _differentiable(stats)}
 
 
 def _is_float(x: Array) -> bool:
@@ -343,13 +447,31 @@ def _floats(tree: Tree) -> Tree:
   return jax.tree.map(lambda x: x if _is_float(x) else None, tree)
 
 
-def _rest(tree: Tree) -> Tree:
+def _non_floats(tree: Tree) -> Tree:
   return jax.tree.map(lambda x: None if _is_float(x) else x, tree)
 
 
-def _join(floats: Tree, rest: Tree) -> Tree:
-  return jax.tree.map(lambda a, b: b if a is None else a, floats, rest, is_leaf=lambda x: x is None)
+def _merge(floats: Tree, non_floats: Tree) -> Tree:
+  """The inverse of (_floats, _non_floats)."""
+  is_none = lambda x: x is None
+  return jax.tree.map(lambda a, b: b if a is None else a, floats, non_floats, is_leaf=is_none)
 
 
-def _bytes(tree: Tree) -> int:
+def _add(a: Tree, b: Tree) -> Tree:
+  return jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def _float32_zeros(tree: Tree) -> Tree:
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+
+def _cast_like(tree: Tree, like: Tree) -> Tree:
+  return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def _row_count(tree: Tree) -> int:
+  return len(jax.tree.leaves(tree)[0])
+
+
+def _nbytes(tree: Tree) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
