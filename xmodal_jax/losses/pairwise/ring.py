@@ -31,7 +31,7 @@ NO_INDEX = 2**31 - 1  # index of a candidate that does not exist
 
 
 class Ring(NamedTuple):
-  """Splits a batch for `reduce`: tiles of at most chunk x chunk pairs, rows sharded over devices."""
+  """Splits a batch for `reduce`: tiles of at most chunk x chunk pairs, rows sharded on devices."""
 
   chunk: int
   batch_sharding: NamedSharding | None = None
