@@ -60,7 +60,7 @@ def copied(written, tmp_path) -> pathlib.Path:
 
 
 def test_the_next_step_does_not_wait_for_a_copy_on_the_devices(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpointer, "_room_for", lambda state: True)
+  monkeypatch.setattr(checkpointer, "_room_for_copy", lambda state: True)
   with contextlib.closing(opened(tmp_path)) as checkpoints:
     going, go = threading.Event(), threading.Event()
     real = checkpoints.writer.save
@@ -109,7 +109,7 @@ def test_room_beside_a_step(limit, in_use, peak, fits):
 
   halves = types.SimpleNamespace(shard_shape=lambda s: (s[0] // 2,), device_set={Device()})
   x = types.SimpleNamespace(shape=(2000,), dtype=np.dtype("float64"), sharding=halves)
-  assert checkpointer._room_for([x]) == fits
+  assert checkpointer._room_for_copy([x]) == fits
 
 
 def files_of(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:
@@ -184,7 +184,7 @@ def refuse(step, meta):
 @pytest.mark.parametrize("plans", [1 << 20, 0], ids=["first", "while_reading"])
 def test_any_flipped_bit(written, caplog, monkeypatch, plans):
   """Both where files are checked before Orbax sees them, and where it reads damaged ones."""
-  monkeypatch.setattr(checkpointer, "_PLANS", plans)
+  monkeypatch.setattr(checkpointer, "_CHECK_FIRST", plans)
   assert count_fall_backs(written, caplog, 40, seed=plans) == 40
   assert len(files_of(written, 9)) < 40
 
@@ -193,7 +193,7 @@ def test_any_flipped_bit(written, caplog, monkeypatch, plans):
 def test_thousand_flipped_bits(written, caplog, monkeypatch):
   started = time.monotonic()
   noticed = count_fall_backs(written, caplog, 700, seed=1)
-  monkeypatch.setattr(checkpointer, "_PLANS", 0)
+  monkeypatch.setattr(checkpointer, "_CHECK_FIRST", 0)
   noticed += count_fall_backs(written, caplog, 300, seed=2)
   print(f"{noticed} of 1,000 flips fell back, in {time.monotonic() - started:.0f} s")
   assert noticed == 1000
@@ -216,7 +216,7 @@ def test_what_does_not_belong(written, caplog):
   path = written / "checkpoints" / "9" / "train" / "d" / "junk"
   with changed(path, lambda p: p.write_text("junk")):
     assert falls_back(written, path, caplog)
-    assert "train/d/junk is not of this checkpoint" in caplog.text
+    assert "train/d/junk does not belong to this checkpoint" in caplog.text
   manifest = written / "checkpoints" / "9" / manifest_lib.MANIFEST
   other = written / "checkpoints" / "6" / manifest_lib.MANIFEST
   with changed(manifest, lambda p: shutil.copy(other, p)):
@@ -324,10 +324,10 @@ def test_written_before_there_were_manifests(copied, caplog):
   (folder / "manifests").unlink()
   reader = opened(copied, read_only=True)
   assert reader.restore_best()[0] == reader.best() == 6
-  assert "whether they are damaged cannot be known" in caplog.text
+  assert "damage cannot be detected" in caplog.text
   caplog.clear()
   assert opened(copied).restore_latest(want())[0] == 9
-  assert "they are taken as they are, and get manifests now" in caplog.text
+  assert "they get manifests now, as they are" in caplog.text
   flip(files_of(copied, 9)[-1], 5)
   assert opened(copied).restore_latest(want())[0] == 6
   # Where only some have none, they are not of an older version.

@@ -11,19 +11,17 @@ from flax import nnx
 
 from xmodal_jax.checkpoints import checkpointer, restore
 from xmodal_jax.interop import clip as clip_rules
-from xmodal_jax.interop import conversion, torch_files
+from xmodal_jax.interop import conversion, rules, torch_files
 from xmodal_jax.interop import meta as meta_lib
-from xmodal_jax.interop.conversion import Ignore, Rule
+from xmodal_jax.interop.rules import Ignore, Rule
 from xmodal_jax.models import clip
 
 RULES = [
-  Rule("net.{layer}.w", "blocks/w/kernel", conversion.linear),
-  Rule(
-    "net.{layer}.qkv", ("blocks/q", "blocks/k", "blocks/v"), conversion.split(3, conversion.linear)
-  ),
-  Rule("stage{s}.0.conv", "stage{s}/first", conversion.conv),
-  Rule("stage{s}.{layer}.conv", "stage{s}/rest", conversion.conv, first=1),
-  Rule("cls", "cls", conversion.squeeze(0, 1)),
+  Rule("net.{layer}.w", "blocks/w/kernel", rules.linear),
+  Rule("net.{layer}.qkv", ("blocks/q", "blocks/k", "blocks/v"), rules.split(3, rules.linear)),
+  Rule("stage{s}.0.conv", "stage{s}/first", rules.conv),
+  Rule("stage{s}.{layer}.conv", "stage{s}/rest", rules.conv, first=1),
+  Rule("cls", "cls", rules.squeeze(0, 1)),
   Rule("scale", "scale"),
   Ignore("*.count"),
   Ignore("mask", keep=False),

@@ -17,7 +17,7 @@ from flax import nnx
 
 from xmodal_jax.checkpoints import restore
 from xmodal_jax.interop import clip as clip_rules
-from xmodal_jax.interop import conversion, tables, torch_files
+from xmodal_jax.interop import conversion, rules, tables, torch_files
 from xmodal_jax.interop import hat as hat_rules
 from xmodal_jax.interop import team as team_rules
 from xmodal_jax.interop import tgdt as tgdt_rules
@@ -103,7 +103,7 @@ def constants(system: str, keys) -> dict[str, np.ndarray]:
   """Buffers, which are what they have to be and not random bits."""
   out = {}
   for rule in tables.rule_table(system).RULES:
-    if isinstance(rule, conversion.Constant):
+    if isinstance(rule, rules.Constant):
       pattern = re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule.torch)))
       for key in keys:
         if m := pattern.fullmatch(key):

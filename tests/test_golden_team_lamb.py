@@ -14,7 +14,7 @@ import tiny
 from xmodal_jax import config as config_lib
 from xmodal_jax.interop import conversion, optimizer_state, torch_files
 from xmodal_jax.interop import team as team_rules
-from xmodal_jax.interop.conversion import Rule
+from xmodal_jax.interop.rules import Rule
 from xmodal_jax.optim import factory, schedules
 
 UNIT = golden_files.arrays("team", "lamb", "lamb_unit.npz")

@@ -12,7 +12,7 @@ from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import restore
 from xmodal_jax.distributed import sharding
 from xmodal_jax.interop import conversion, tables
-from xmodal_jax.interop.conversion import Rule, linear, split
+from xmodal_jax.interop.rules import Rule, linear, split
 from xmodal_jax.models import registry
 from xmodal_jax.optim import factory, schedules
 
@@ -117,7 +117,7 @@ def test_groups_of_both_forms():
   assert sum(len(paths) for paths in groups) == len(shapes)
   with pytest.raises(conversion.ConversionError) as e:
     conversion.tensors(RULES[:-1], shapes)
-  assert e.value.parameters_without_a_rule == ["scale"]
+  assert e.value.parameters_without_a_rule == ["scale []"]
   with pytest.raises(ValueError, match="blocks/q/kernel into more than one"):
     conversion.tensors([*RULES, Rule("blocks.{layer}.q", "blocks/q/kernel")], shapes)
   with pytest.raises(ValueError, match=r"differs between blocks/q/kernel, blocks/k/kernel"):

@@ -47,7 +47,7 @@ def checkpoint(args: argparse.Namespace) -> Form:
       meanwhile.append(timed(advance))
     checkpoints.wait()
     facts["whole_s"] = time.perf_counter() - start
-    path = checkpoints.steps.folder(step)
+    path = checkpoints.folders.path(step)
     files = manifest.read(path, step)
     size = sum(size for size, _ in files.values()) / 1e9
     facts["files"], facts["gb"] = len(files), size

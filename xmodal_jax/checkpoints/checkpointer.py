@@ -1,13 +1,13 @@
-"""Checkpoints: Orbax, and proof of what it wrote. Nothing else in the package imports it.
+"""Checkpoints: Orbax, and a check of every byte it wrote. Only this module imports Orbax.
 
-A training checkpoint is `checkpoints/<step>/` with three items: `model` (params and stats), `train`
-(step and optimizer state) and `meta` (json), and `metrics` where it was evaluated. A converted
-directory is the item `model` alone beside a `meta.json`, so that parameters are read the same way
+A training checkpoint is the folder `checkpoints/<step>/` with the items `model` (params and stats),
+`train` (step and optimizer state), `meta` (json), and `metrics` (json) if it was evaluated. A
+converted directory has the item `model` and a `meta.json`, so parameters are read in the same way
 from both.
 
-After Orbax has committed a step, every file of it is hashed in the background, and the manifest
-(`integrity.py`) makes the step whole. Nothing of a step is handed out before its bytes were checked
-against that. A damaged step becomes `<step>.damaged`, and the one before it is used.
+After Orbax has committed a step, a background thread hashes its files and writes the manifest
+(`manifest.py`), which makes the step complete. A restore compares all bytes with the manifest. The
+folder of a damaged step is renamed to `<step>.damaged`, and the step before it is used.
 """
 
 import concurrent.futures
@@ -30,41 +30,49 @@ from xmodal_jax.optim import train_state
 
 CheckpointError = manifest.CheckpointError
 
-# Files that Orbax plans its reading by are checked before it sees them; the others while it reads.
-_PLANS = 1 << 20
-_TIMEOUT = 1800.0  # seconds; also of waiting for another process to write or hash its share
+# Smaller files (bytes), among them Orbax's metadata, are checked before Orbax reads them; larger
+# ones at the same time.
+_CHECK_FIRST = 1 << 20
+_TIMEOUT = 1800.0  # seconds to wait for another process, which may be writing or hashing its share
 
-Check = Callable[[int, Mapping[str, Any]], None]
+Check = Callable[[int, Mapping[str, Any]], None]  # (step, meta); raises to refuse a checkpoint
+
+
+def _accept(step: int, meta: Mapping[str, Any]) -> None:
+  del step, meta
 
 
 class Checkpoints:
   """The checkpoints of one workdir: the latest `keep`, and the best by `metric` (higher is better).
 
-  A reader may leave `metric` empty: the run wrote it down. With read_only nothing is moved, cleaned
-  or removed: a damaged step is passed over.
+  A reader may pass an empty `metric`: the one that the run stored is used. With read_only nothing
+  is renamed or removed, and damaged steps are skipped.
 
-  Saving is asynchronous, with its manifest; a failure surfaces at the next save, wait or close.
-  Opening for writing removes what interrupted saves left behind.
+  Saves are asynchronous, including the manifest. A failure is raised by the next `save`, `wait` or
+  `close`. Opening for writing removes what interrupted saves left behind.
+
+    checkpoints = Checkpoints(workdir, keep=2, metric="rsum")
+    checkpoints.save(step, state, meta, metrics)
+    checkpoints.wait()
+    step, meta, state = checkpoints.restore_latest(abstract_state(shapes, shardings))
   """
 
   def __init__(self, workdir: epath.PathLike, *, keep: int, metric: str, read_only: bool = False):
-    self.steps = manifest.Steps(_absolute(workdir) / "checkpoints", read_only=read_only)
+    self.folders = manifest.StepFolders(_absolute(workdir) / "checkpoints", read_only=read_only)
     self.keep, self.metric, self.read_only = keep, metric, read_only
     self.reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     self.pending: concurrent.futures.Future | None = None
-    if read_only and self.steps.unproven:
+    if read_only and self.folders.without_manifests:
       logging.warning(
-        "the checkpoints in %s were written before there were manifests: whether they are damaged "
-        "cannot be known",
-        self.steps.directory,
+        "the checkpoints in %s have no manifests, because an earlier version wrote them: damage "
+        "cannot be detected",
+        self.folders.directory,
       )
     if not read_only:
       self.writer = ocp.AsyncCheckpointer(_handler())
       self.pool = concurrent.futures.ThreadPoolExecutor(1)
-      _first_does("open", self.steps.tidy)
-      self.steps.unproven = False
-
-  # Writing.
+      _on_first_process("open", self.folders.clean_up)
+      self.folders.without_manifests = False
 
   def save(
     self,
@@ -73,23 +81,23 @@ class Checkpoints:
     meta: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
   ) -> None:
-    """Starts to write `state`; metrics are those of an evaluation of this very state.
+    """Starts writing `state`. metrics: of an evaluation of this state.
 
-    Blocks while the state is copied: on the devices where they have room for it beside the next
-    steps, which takes milliseconds, otherwise to the host.
+    Blocks while the state is copied: on the devices if they have room for it beside the next steps,
+    which takes milliseconds, otherwise to the host.
     """
     self.wait()
-    folder = self.steps.folder(step)
-    if _together("save", folder.exists)[0]:
+    folder = self.folders.path(step)
+    if _on_all_processes("save", folder.exists)[0]:
       if not metrics:
         return
-      # Its evaluation was interrupted and has now been done: only the metrics are new, but a
-      # checkpoint is written once.
-      _first_does("save", lambda: self.steps.make_room(step))
-    # Orbax's barriers are collectives of the devices: those of a thread could meet the next step's
-    # in another order on every process.
-    on_devices = jax.process_count() == 1 and _room_for(state)
-    if on_devices:  # in other memory: the next step donates its own
+      # Its evaluation was interrupted and is now done. Orbax writes a checkpoint once, so it is
+      # written again with the metrics.
+      _on_first_process("save", lambda: self.folders.make_room(step))
+    # Orbax's barriers are collectives on the devices. From a background thread they could run in
+    # another order relative to the next train step on each process.
+    on_devices = jax.process_count() == 1 and _room_for_copy(state)
+    if on_devices:  # the next step donates the original
       state = jax.tree.map(jnp.copy, state)
     items = dict(
       model=ocp.args.StandardSave({"params": state.params, "stats": state.stats}),
@@ -107,35 +115,35 @@ class Checkpoints:
     self.pending = self.pool.submit(self._finish, step)
 
   def _write(self, step: int, held: list[ocp.args.Composite]) -> None:
-    """In the background: Orbax's copy to the host; with what `held` has the copy on the devices
-    goes."""
-    self.writer.save(self.steps.folder(step), args=held.pop())
+    """In the background: Orbax's copy to the host. `held` has the only reference to the copy on the
+    devices, which is freed afterwards."""
+    self.writer.save(self.folders.path(step), args=held.pop())
     self._finish(step)
 
   def _finish(self, step: int) -> None:
-    """In the background: waits for Orbax, then makes the step whole and forgets older ones."""
-    folder = self.steps.folder(step)
+    """In the background: waits for Orbax, writes the manifest, and removes older steps."""
+    folder = self.folders.path(step)
 
     def hash_share():
       self.writer.wait_until_finished()
       files = manifest.sizes(folder)
       return files, manifest.hashes(folder, files, _share(), manifest.WRITE_THREADS)
 
-    shares = _together("hash", hash_share)
+    shares = _on_all_processes("hash", hash_share)
 
     def complete():
-      self.steps.complete(step, shares[0][0], [part for _, part in shares])
-      self._forget()
+      self.folders.complete(step, shares[0][0], [part for _, part in shares])
+      self._remove_old()
 
-    _first_does("complete", complete)
+    _on_first_process("complete", complete)
 
-  def _forget(self) -> None:
-    """Removes whole steps that are neither among the latest nor the best."""
-    whole = self.steps.whole()
-    best = self._scores(self._readable(whole), self.metric)[-1:]
-    for step in whole[: max(0, len(whole) - self.keep)]:
+  def _remove_old(self) -> None:
+    """Removes complete steps that are neither among the latest `keep` nor the best."""
+    complete = self.folders.complete_steps()
+    best = self._by_metric(self._readable(complete), self.metric)[-1:]
+    for step in complete[: max(0, len(complete) - self.keep)]:
       if step not in best:
-        self.steps.remove(step)
+        self.folders.remove(step)
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -143,13 +151,13 @@ class Checkpoints:
       yield
     except Exception as e:
       raise CheckpointError(
-        f"could not write a checkpoint to {self.steps.directory} ({type(e).__name__}: {e}). "
-        f"Those before are untouched, the latest is of step {self._latest()}: make room or mend "
+        f"could not write a checkpoint to {self.folders.directory} ({type(e).__name__}: {e}). "
+        f"Earlier ones are intact, the latest is of step {self._latest()}: free space or repair "
         "the storage, and run the same command again"
       ) from e
 
   def wait(self) -> None:
-    """Until everything is written, and whole. Raises CheckpointError where it could not be."""
+    """Blocks until the last save is complete. Raises CheckpointError if it failed."""
     pending, self.pending = self.pending, None
     if pending is not None:
       with self._writing():
@@ -164,26 +172,25 @@ class Checkpoints:
         self.writer.close()
       self.reader.close()
 
-  # What there is.
-
   def latest(self) -> int | None:
-    """The newest step that is whole on disk. All processes have to ask."""
-    return _together("latest", self._latest)[0]
+    """The newest complete step. All processes must call it."""
+    return _on_all_processes("latest", self._latest)[0]
 
   def _latest(self) -> int | None:
-    return max(self.steps.whole(), default=None)
+    return max(self.folders.complete_steps(), default=None)
 
   def best(self) -> int | None:
-    """The step with the best metric; the latest one where none was evaluated. As `latest`."""
+    """The step with the best metric; the latest if none was evaluated. All processes must call
+    it."""
 
     def best():
-      readable = self._readable(self.steps.whole())
+      readable = self._readable(self.folders.complete_steps())
       return self._choose_best(readable) if readable else None
 
-    return _together("best", best)[0]
+    return _on_all_processes("best", best)[0]
 
   def _readable(self, steps: Sequence[int]) -> list[int]:
-    """Those steps whose metrics and meta are not damaged."""
+    """The steps whose metrics and meta are not damaged."""
     out = []
     for step in steps:
       with contextlib.suppress(manifest.DamageError):
@@ -192,40 +199,45 @@ class Checkpoints:
     return out
 
   def _choose_best(self, steps: Sequence[int]) -> int:
-    """Raises DamageError where it cannot read what it chooses by."""
+    """The step with the best metric, or the newest. Raises DamageError if a file it needs is
+    damaged."""
     metric = self.metric or self.meta(max(steps))["metric"]
-    return (self._scores(steps, metric) or [max(steps)])[-1]
+    return (self._by_metric(steps, metric) or [max(steps)])[-1]
 
-  def _scores(self, steps: Sequence[int], metric: str) -> list[int]:
-    """Those steps that have this metric, the best last; of equals the newest."""
+  def _by_metric(self, steps: Sequence[int], metric: str) -> list[int]:
+    """The steps that have this metric, in ascending order of it; of equal ones the newest last."""
     scores = {s: m[metric] for s in steps if (m := self.metrics(s)) and metric in m}
     return sorted(scores, key=lambda s: (scores[s], s))
 
   def metrics(self, step: int) -> dict[str, float] | None:
-    return self.steps.json(step, "metrics/metrics")
+    """The metrics saved with a step, None if it was not evaluated. Raises DamageError."""
+    return self.folders.json(step, "metrics/metrics")
 
   def meta(self, step: int) -> dict[str, Any]:
-    return self.steps.json(step, "meta/metadata")
-
-  # Reading.
+    """The meta saved with a step. Raises DamageError."""
+    return self.folders.json(step, "meta/metadata")
 
   def restore(self, step: int, want: train_state.TrainState) -> train_state.TrainState:
-    """want: ShapeDtypeStructs with shardings, of any mesh, not only the one it was saved on."""
-    return self._proven(step, lambda folder: self._read_state(folder, want))
+    """The state of one step. want: see `abstract_state`; its mesh may differ from the saved one's.
+
+    Raises DamageError.
+    """
+    return self._read_verified(step, lambda folder: self._read_state(folder, want))
 
   def restore_latest(
-    self, want: train_state.TrainState, check: Check = lambda step, meta: None
+    self, want: train_state.TrainState, check: Check = _accept
   ) -> tuple[int, Mapping[str, Any], train_state.TrainState] | None:
-    """(step, meta, state) of the newest step that is intact; None where nothing was ever whole.
+    """(step, meta, state) of the newest intact step; None if no step was ever complete.
 
-    check(step, meta) comes before the arrays are read, and may raise.
+    check(step, meta) is called before the arrays are read, and may raise. Raises CheckpointError if
+    steps exist but none is intact.
     """
     return self._first_intact(max, check, lambda folder: self._read_state(folder, want))
 
   def restore_best(
-    self, want: Mapping[str, Any] | None = None, check: Check = lambda step, meta: None
+    self, want: Mapping[str, Any] | None = None, check: Check = _accept
   ) -> tuple[int, Mapping[str, Any], dict[str, Any]] | None:
-    """(step, meta, model) of the best step that is intact, as `restore_latest`.
+    """(step, meta, model) of the best intact step, as `restore_latest`.
 
     want: {"params": ..., "stats": ...} of ShapeDtypeStructs with shardings; None: host arrays.
     """
@@ -251,29 +263,29 @@ class Checkpoints:
     args = ocp.args.Composite(model=ocp.args.StandardRestore(dict(want)))
     return self.reader.restore(folder, args=args)["model"]
 
-  def _proven(self, step: int, read: Callable[[epath.Path], Any]) -> Any:
-    """read(folder of the step), while all its bytes are checked. Raises DamageError."""
-    folder = self.steps.folder(step)
-    if self.steps.unproven:
+  def _read_verified(self, step: int, read: Callable[[epath.Path], Any]) -> Any:
+    """read(folder of the step), with a check of all its bytes. Raises DamageError."""
+    folder = self.folders.path(step)
+    if self.folders.without_manifests:
       return read(folder)
     try:
-      files, problems = self.steps.files(step), []
+      files, problems = self.folders.files(step), []
     except manifest.DamageError as e:
       files, problems = {}, e.problems
-    first = {n: f for n, f in files.items() if f[0] < _PLANS or jax.process_count() > 1}
-    # One process that alone fails to read would leave the others waiting for it: where there are
-    # several, each checks its share of all bytes and they agree before any of them reads.
+    first = {n: f for n, f in files.items() if f[0] < _CHECK_FIRST or jax.process_count() > 1}
+    # If one of several processes failed to read, the others would wait for it. So each checks its
+    # share of all bytes, and they agree on the result before any of them reads.
     if files:
       problems = manifest.listing_problems(folder, files)
       problems += manifest.content_problems(folder, first, _share())
-    if problems := _united("check", problems):
+    if problems := _gather_problems("check", problems):
       raise manifest.DamageError(folder, step, problems)
     rest = {n: f for n, f in files.items() if n not in first}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
       checking = pool.submit(manifest.content_problems, folder, rest)
       try:
         out, error = read(folder), None
-      except Exception as e:  # of whatever a flipped bit led Orbax to
+      except Exception as e:  # damaged files make Orbax raise anything
         out, error = None, e
       problems = checking.result()
     if problems:
@@ -283,44 +295,45 @@ class Checkpoints:
     return out
 
   def _first_intact(self, choose: Callable, check: Check, read: Callable) -> tuple | None:
-    """(step, meta, what was read), of the first choice that proves intact."""
+    """(step, meta, read(folder)) of the first intact step. choose: remaining steps -> next step."""
     self.wait()
-    lost: dict[int, list[str]] = {}
-    while steps := [s for s in self.steps.listed() if s not in lost]:
+    damaged: dict[int, list[str]] = {}
+    while steps := [s for s in self.folders.all_steps() if s not in damaged]:
       step, problems, meta = None, [], None
       try:
         step = choose(steps)
         meta = self.meta(step)
       except manifest.DamageError as e:
         step, problems = e.step, e.problems
-      # All processes go the same way, also where only one of them has trouble with a file.
-      views = _together("choose", lambda: (step, problems))
+      # All processes agree, even if only one of them cannot read a file.
+      views = _on_all_processes("choose", lambda: (step, problems))
       step = next((s for s, p in views if p), views[0][0])
       problems = sorted({line for s, p in views if s == step for line in p})
       if not problems:
         check(step, meta)
         try:
-          return step, meta, self._proven(step, read)
+          return step, meta, self._read_verified(step, read)
         except manifest.DamageError as e:
           problems = e.problems
-      lost[step] = problems
-      _first_does("lost", lambda: self.steps.set_aside(step, problems))
-    if not lost and not self.steps.once_whole():
+      damaged[step] = problems
+      _on_first_process("damaged", lambda: self.folders.set_aside(step, problems))
+    if not damaged and not self.folders.ever_complete():
       return None
-    lines = [f"step {s}: {manifest.listed(p)}" for s, p in lost.items()]
-    if aside := self.steps.aside():
+    lines = [f"step {s}: {manifest.summarize(p)}" for s, p in damaged.items()]
+    if aside := self.folders.damaged():
       lines.append(f"set aside: {', '.join(aside)}")
-    text = "\n  ".join(lines or ["there is no step"])
+    text = "\n  ".join(lines or ["there is no checkpoint"])
     raise CheckpointError(
-      f"no intact checkpoint is left in {self.steps.directory}:\n  {text}\n"
-      "Put back a copy of a step's folder, with its manifest and named by the step alone. To begin "
-      "anew, take another --workdir, or remove this folder"
+      f"no intact checkpoint is left in {self.folders.directory}:\n  {text}\n"
+      "Put back a copy of a step's folder, with its manifest, under the name of the step. To start "
+      "again from step 0, use another --workdir or remove this folder"
     )
 
 
-def _room_for(state: Any) -> bool:
-  """Whether every device holds a copy of its part of the state beside a step's temporaries, also
-  where the copy takes the place in which they were before. False where nothing is known (CPU)."""
+def _room_for_copy(state: Any) -> bool:
+  """Whether every device has room for a copy of its part of the state beside a train step's
+  temporaries, even if the copy is put where they were before. False if the device does not report
+  its memory (CPU)."""
   leaves = jax.tree.leaves(state)
   part = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -351,39 +364,44 @@ def _share() -> manifest.Share:
   return jax.process_index(), jax.process_count()
 
 
-def _together(name: str, do: Callable[[], Any]) -> list[Any]:
-  """What `do` gives on every process, by their order; an error of one is raised on all of them.
+def _on_all_processes(name: str, function: Callable[[], Any]) -> list[Any]:
+  """Calls `function` on every process and returns all results, in the order of the processes.
 
-  No device takes part: any thread may call it, in the same order of calls of a name everywhere.
+  An exception in one process is raised in all of them. No device is involved, so any thread may
+  call this; calls with the same name must come in the same order everywhere.
   """
   if jax.process_count() == 1:
-    return [do()]
+    return [function()]
   try:
-    out, error = do(), None
+    result, error = function(), None
   except Exception as e:
-    out, error = None, e
-  said = None if error is None else f"{type(error).__name__}: {error}"
-  views = processes.all_gather(f"checkpoint: {name}", [out, said], _TIMEOUT)
+    result, error = None, e
+  message = None if error is None else f"{type(error).__name__}: {error}"
+  gathered = processes.all_gather(f"checkpoint: {name}", [result, message], _TIMEOUT)
   if error is not None:
     raise error
-  for i, (_, said) in enumerate(views):
-    if said is not None:
-      raise CheckpointError(f"process {i} of {len(views)}: {said}")
-  return [out for out, _ in views]
+  for i, (_, message) in enumerate(gathered):
+    if message is not None:
+      raise CheckpointError(f"process {i} of {len(gathered)}: {message}")
+  return [result for result, _ in gathered]
 
 
-def _first_does(name: str, do: Callable[[], None]) -> None:
-  """The first process does it, the others wait until it is done."""
-  _together(name, do if jax.process_index() == 0 else lambda: None)
+def _on_first_process(name: str, function: Callable[[], None]) -> None:
+  """Calls `function` on process 0, while the others wait for it."""
+  _on_all_processes(name, function if jax.process_index() == 0 else lambda: None)
 
 
-def _united(name: str, problems: Sequence[str]) -> list[str]:
-  """Problems of all processes."""
-  return sorted({line for part in _together(name, lambda: problems) for line in part})
+def _gather_problems(name: str, problems: Sequence[str]) -> list[str]:
+  """The problems that any process found."""
+  return sorted({line for part in _on_all_processes(name, lambda: problems) for line in part})
 
 
 def abstract_state(shapes: Any, shardings: Any) -> Any:
-  """ShapeDtypeStructs with shardings: what `restore` wants."""
+  """ShapeDtypeStructs with shardings, from a tree of shapes and one of shardings.
+
+  shardings = built.state_shardings(tx)
+  want = abstract_state(jax.eval_shape(new_state), shardings)
+  """
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
@@ -394,8 +412,8 @@ def save_model(
 ) -> None:
   """Writes a converted directory: item `model` and meta.json. Arrays keep their dtypes.
 
-  Orbax by default copies all host arrays and compresses them before it writes, which took 3.7 times
-  the size of CLIP's RN50 in memory; like this it takes 2.0 times.
+  By default Orbax copies and compresses all host arrays before it writes, which takes 3.7 times the
+  size of CLIP's RN50 in memory; without that it takes 2.0 times.
   """
   path = epath.Path(path)
   handlers = [
@@ -413,10 +431,11 @@ def save_model(
 
 
 def load_model(path: epath.PathLike) -> dict[str, Any]:
-  """The item `model` of a converted directory as numpy arrays in the stored dtypes.
+  """The item `model` of a converted directory or of a step, as numpy arrays in the stored dtypes.
 
-  Arrays come in groups, large ones first, while little else is held: all at once, Orbax was seen to
-  need 2.5 times the file for CLIP's ViT-B/32.
+  path: the folder that contains the item. Its bytes are not checked; `Checkpoints` does that.
+  Arrays are read in groups, the largest first: Orbax needs 2.5 times the size of CLIP's ViT-B/32 to
+  read all of them at once.
   """
   path = epath.Path(path).absolute() / "model"
   group, size = 1 << 25, lambda x: math.prod(x.shape) * np.dtype(x.dtype).itemsize

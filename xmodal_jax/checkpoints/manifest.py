@@ -1,9 +1,9 @@
-"""Manifests: SHA-256 of everything in the folder of a checkpoint, and what is wrong with it now.
+"""Manifests: SHA-256 digests of all files of a checkpoint, and the checks against them.
 
-A manifest is the file MANIFEST in the folder: its own digest on the first line, then json of the
-step and of every other file's size and digests. It is written last and in one piece, so that a
-folder without one is not whole. `Steps` are the folders of a workdir by that measure. Nothing here
-knows what the files mean, nor Orbax.
+A manifest is the file MANIFEST in the folder of a step: its own digest on the first line, then json
+of the step and of every other file's size and digests. It is written last and atomically: a folder
+without a manifest is incomplete. `StepFolders` lists and moves the folders of a workdir by that
+rule. This module does not depend on Orbax or on what the files contain.
 """
 
 import concurrent.futures
@@ -18,21 +18,21 @@ from absl import logging
 from etils import epath
 
 MANIFEST = "manifest"
-UNFINISHED = f"{MANIFEST} is missing: its writer ended before it was whole"
-# Files are hashed in blocks of this size: a single large one is shared out over threads and hosts.
+UNFINISHED = f"{MANIFEST} is missing: the save was interrupted before it was complete"
+# Files are hashed in blocks of this size, so that threads and processes share a single large one.
 BLOCK = 1 << 26
-# Hashing for a new manifest is in no hurry, and input pipelines want the cores.
+# A new manifest is not urgent, and the input pipeline needs the cores.
 WRITE_THREADS = 4
 READ_THREADS = min(16, os.cpu_count() or 1)
 _CHUNK = 1 << 20
-# Empty: steps beside this file have manifests. Not empty: one of them was whole once, so that a
-# folder without a whole step has lost something.
+# This file says that steps in the same folder have manifests. It is empty until the first step is
+# complete: with a text in it, a folder without a complete step has lost checkpoints.
 _MARKER = "manifests"
 _VERSION = 1
 
 Files = Mapping[str, tuple[int, Sequence[str]]]  # path in the folder -> (bytes, digest per block)
 Part = dict[str, dict[int, str]]  # path in the folder -> number of a block -> digest
-Share = tuple[int, int]  # (which of, how many) processes
+Share = tuple[int, int]  # (process index, number of processes)
 
 
 class CheckpointError(ValueError):
@@ -40,20 +40,23 @@ class CheckpointError(ValueError):
 
 
 class DamageError(CheckpointError):
-  """A step whose files are not those that were written. problems: lines that begin with a path."""
+  """A step whose files differ from those written. problems: lines that begin with a path."""
 
   def __init__(self, folder: epath.Path, step: int, problems: Sequence[str]):
-    super().__init__(f"checkpoint of step {step} in {folder.parent} is damaged: {listed(problems)}")
+    super().__init__(
+      f"checkpoint of step {step} in {folder.parent} is damaged: {summarize(problems)}"
+    )
     self.step, self.problems = step, list(problems)
 
 
-def listed(problems: Sequence[str], most: int = 3) -> str:
+def summarize(problems: Sequence[str], most: int = 3) -> str:
+  """The first problems in one line, and the number of the others."""
   more = f", and {len(problems) - most} more" if len(problems) > most else ""
   return "; ".join(problems[:most]) + more
 
 
 def sizes(folder: epath.Path) -> dict[str, int]:
-  """Bytes of every file below the folder but the manifest, by its path in the folder."""
+  """Bytes of every file below the folder except the manifest, by its path in the folder."""
   out, todo = {}, [(folder, "")]
   while todo:
     parent, prefix = todo.pop()
@@ -67,7 +70,7 @@ def sizes(folder: epath.Path) -> dict[str, int]:
 
 
 def hashes(folder: epath.Path, files: Mapping[str, int], share: Share, threads: int) -> Part:
-  """Digests of this share of all blocks of `files`, a mapping to sizes, by a pool of threads."""
+  """Digests of one process's share of all blocks. files: path -> bytes."""
   index, count = share
   blocks = [(name, i) for name, size in files.items() for i in range(_blocks(size))]
   mine = blocks[index::count]
@@ -94,11 +97,11 @@ def _digest(folder: epath.Path, name: str, block: int) -> str:
 
 
 def write(folder: epath.Path, step: int, files: Mapping[str, int], parts: Iterable[Part]) -> None:
-  """The manifest of a folder, from the sizes of its files and the shares of all processes."""
+  """Writes the manifest of a folder. files: path -> bytes; parts: digests from all processes."""
   digests: Part = {}
   for part in parts:
     for name, blocks in part.items():
-      # Keys that came from another process through json are strings.
+      # json makes the keys from other processes strings.
       digests.setdefault(name, {}).update({int(i): d for i, d in blocks.items()})
   table = {n: [size, [digests[n][i] for i in range(_blocks(size))]] for n, size in files.items()}
   body = json.dumps({"version": _VERSION, "step": step, "block": BLOCK, "files": table}, indent=0)
@@ -108,7 +111,11 @@ def write(folder: epath.Path, step: int, files: Mapping[str, int], parts: Iterab
 
 
 def read(folder: epath.Path, step: int) -> Files:
-  """What the manifest lists. Raises DamageError where it is missing, damaged, or of another."""
+  """The files that the manifest lists.
+
+  Raises DamageError if it is missing, damaged or of another step, CheckpointError if another
+  version of this package wrote it.
+  """
   try:
     digest, _, body = (folder / MANIFEST).read_bytes().partition(b"\n")
   except OSError as e:
@@ -129,13 +136,13 @@ def read(folder: epath.Path, step: int) -> Files:
 
 
 def listing_problems(folder: epath.Path, files: Files) -> list[str]:
-  """What is wrong with names and sizes, without reading a file."""
+  """Differences in names and sizes, found without reading a file."""
   try:
     have = sizes(folder)
   except OSError as e:
     return [f"{folder} is {_unreadable(e)}"]
   out = [f"{name} is missing" for name in files.keys() - have.keys()]
-  out += [f"{name} is not of this checkpoint" for name in have.keys() - files.keys()]
+  out += [f"{name} does not belong to this checkpoint" for name in have.keys() - files.keys()]
   out += [
     _resized(name, have[name], files[name][0])
     for name in files.keys() & have.keys()
@@ -147,11 +154,11 @@ def listing_problems(folder: epath.Path, files: Files) -> list[str]:
 def content_problems(
   folder: epath.Path, files: Files, share: Share = (0, 1), threads: int = READ_THREADS
 ) -> list[str]:
-  """What is wrong with this share of the bytes of `files`."""
+  """Files whose bytes differ from the digests, in one process's share of the blocks."""
   index, count = share
   blocks = [(name, i) for name, (size, _) in files.items() for i in range(_blocks(size))]
 
-  def one(block: tuple[str, int]) -> str | None:
+  def check(block: tuple[str, int]) -> str | None:
     name, i = block
     try:
       digest = _digest(folder, name, i)
@@ -159,17 +166,17 @@ def content_problems(
       return f"{name} is {'missing' if _missing(e) else _unreadable(e)}"
     if digest == files[name][1][i]:
       return None
-    where = f" in its bytes from {i * BLOCK} on" if i else ""
+    where = f", in its bytes from {i * BLOCK} on" if i else ""
     return _changed(name, digest, files[name][1][i]) + where
 
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    return sorted(p for p in pool.map(one, blocks[index::count]) if p)
+    return sorted(p for p in pool.map(check, blocks[index::count]) if p)
 
 
 def read_json(folder: epath.Path, step: int, files: Files, name: str) -> Any:
-  """The content of a file that the manifest lists; None where it lists none of this name.
+  """The content of a json file; None if the manifest does not list it.
 
-  Raises DamageError where its bytes are not those that were written.
+  Raises DamageError if its bytes differ from those written.
   """
   if name not in files:
     return None
@@ -202,123 +209,132 @@ def _unreadable(error: OSError) -> str:
   return f"unreadable ({type(error).__name__}: {error})"
 
 
-class Steps:
-  """The folders of steps in `checkpoints/`. read_only: nothing is moved, cleaned or removed."""
+class StepFolders:
+  """The folders `checkpoints/<step>` of a workdir, and which of them are complete.
+
+  A step is complete if it has a valid manifest. Other folders there: `<step>.damaged` (kept for the
+  user), `<step>.replaced` (the earlier version of a step that is being rewritten) and temporary
+  ones. With read_only nothing is moved or removed.
+  """
 
   def __init__(self, directory: epath.Path, *, read_only: bool):
     self.directory, self.read_only = directory, read_only
-    self.unproven = self._unproven()  # written before there were manifests, all of them
+    # A version of this package without manifests wrote all steps.
+    self.without_manifests = self._are_without_manifests()
 
-  def _unproven(self) -> bool:
-    marked = (self.directory / _MARKER).exists() or self.aside()
-    steps = self.listed()
-    return bool(steps) and not marked and not any(map(self._has_manifest, steps))
+  def _are_without_manifests(self) -> bool:
+    if (self.directory / _MARKER).exists() or self.damaged():
+      return False
+    steps = self.all_steps()
+    return bool(steps) and not any(map(self._has_manifest, steps))
 
-  def folder(self, step: int) -> epath.Path:
+  def path(self, step: int) -> epath.Path:
     return self.directory / str(step)
 
   def _has_manifest(self, step: int) -> bool:
-    return (self.folder(step) / MANIFEST).exists()
+    return (self.path(step) / MANIFEST).exists()
 
-  def listed(self) -> list[int]:
-    """Steps that have a folder, whole or not, in order."""
+  def all_steps(self) -> list[int]:
+    """Steps that have a folder, complete or not, in ascending order."""
     paths = self.directory.iterdir() if self.directory.exists() else ()
     return sorted(int(p.name) for p in paths if p.name.isdigit() and p.is_dir())
 
-  def whole(self) -> list[int]:
-    """Steps with a manifest that is in order; not one that is still being written."""
+  def complete_steps(self) -> list[int]:
+    """Steps with a valid manifest, in ascending order; a step that is being written has none."""
     out = []
-    for step in self.listed():
+    for step in self.all_steps():
       with contextlib.suppress(DamageError):
         self.files(step)
         out.append(step)
     return out
 
-  def aside(self) -> list[str]:
-    """Names of the folders of damaged steps."""
+  def damaged(self) -> list[str]:
+    """Names of the folders that `set_aside` has renamed."""
     return sorted(p.name for p in self.directory.glob("*.damaged"))
 
-  def once_whole(self) -> bool:
-    """Whether there ever was a whole step."""
+  def ever_complete(self) -> bool:
+    """Whether a step has ever been complete in this workdir."""
     marker = self.directory / _MARKER
     return marker.exists() and bool(marker.read_text())
 
   def files(self, step: int) -> Files:
-    """What belongs to a step. Raises DamageError for its manifest."""
-    folder = self.folder(step)
-    if self.unproven:
+    """The files of a step. Raises DamageError if its manifest is missing or damaged."""
+    folder = self.path(step)
+    if self.without_manifests:
       return {name: (size, ()) for name, size in sizes(folder).items()}
     return read(folder, step)
 
   def json(self, step: int, name: str) -> Any:
-    """The content of a file of a step, None where it has none of this name; see `read_json`."""
-    files, folder = self.files(step), self.folder(step)
-    if self.unproven:
+    """The content of a json file of a step; None if the step does not have it. See `read_json`."""
+    files, folder = self.files(step), self.path(step)
+    if self.without_manifests:
       return json.loads((folder / name).read_text()) if name in files else None
     return read_json(folder, step, files, name)
 
   def complete(self, step: int, files: Mapping[str, int], parts: Iterable[Part]) -> None:
-    """Makes a step whole; one that it replaces goes."""
-    write(self.folder(step), step, files, parts)
+    """Writes the manifest of a step, then removes the version that the step replaces."""
+    write(self.path(step), step, files, parts)
     (self.directory / _MARKER).write_text("whole\n")
-    if (old := _beside(self.folder(step), "replaced")).exists():
+    if (old := _beside(self.path(step), "replaced")).exists():
       _remove(old)
 
   def remove(self, step: int) -> None:
-    _remove(self.folder(step))
+    _remove(self.path(step))
 
   def make_room(self, step: int) -> None:
-    """Moves a step away that comes again; until the new one is whole, it is not lost."""
-    self.folder(step).replace(_beside(self.folder(step), "replaced"))
+    """Renames a step that is to be written again; `complete` removes it, `clean_up` restores it."""
+    self.path(step).replace(_beside(self.path(step), "replaced"))
 
   def set_aside(self, step: int, problems: Sequence[str]) -> None:
-    """Says that a step is damaged, and moves it out of the way."""
+    """Warns that a step is damaged, and renames its folder unless read_only."""
     text = "checkpoint of step %d is damaged and not used: %s. %s"
     if self.read_only:
-      logging.warning(text, step, listed(problems), f"It stays in {self.directory}")
+      logging.warning(text, step, summarize(problems), f"It stays in {self.directory}")
       return
-    aside = _beside(self.folder(step), "damaged")
+    aside = _beside(self.path(step), "damaged")
     if aside.exists():
       aside.rmtree()
-    self.folder(step).replace(aside)
-    logging.warning(text, step, listed(problems), f"It is kept as {aside}; remove it when you like")
+    self.path(step).replace(aside)
+    done = f"It is kept as {aside}, which you may remove"
+    logging.warning(text, step, summarize(problems), done)
 
-  def tidy(self) -> None:
-    """Before writing: removes what interrupted saves left, sets steps aside that are not whole."""
+  def clean_up(self) -> None:
+    """Before writing: removes what interrupted saves left, and sets incomplete steps aside."""
     self.directory.mkdir(parents=True, exist_ok=True)
     for path in list(self.directory.iterdir()):
       if ".orbax-checkpoint-tmp" in path.name:
-        logging.info("removing %s, which an interrupted save left", path)
+        logging.info("removing %s, left by an interrupted save", path)
         path.rmtree() if path.is_dir() else path.unlink()
     for old in list(self.directory.glob("*.replaced")):
       step = int(old.stem)
       if self._has_manifest(step):
         _remove(old)
         continue
-      if self.folder(step).exists():
+      if self.path(step).exists():
         self.remove(step)
-      old.replace(self.folder(step))
-    if self.unproven:
-      self._adopt()
-    whole = any(map(self._has_manifest, self.listed()))
+      old.replace(self.path(step))
+    if self.without_manifests:
+      self._write_manifests()
+    complete = any(map(self._has_manifest, self.all_steps()))
     marker = self.directory / _MARKER
-    if whole or not marker.exists():
-      marker.write_text("whole\n" if whole else "")
-    for step in self.listed():
+    if complete or not marker.exists():
+      marker.write_text("whole\n" if complete else "")
+    for step in self.all_steps():
       if not self._has_manifest(step):
         self.set_aside(step, [UNFINISHED])
 
-  def _adopt(self) -> None:
+  def _write_manifests(self) -> None:
+    """Gives the steps of a workdir without manifests their manifests."""
     logging.warning(
-      "the checkpoints of steps %s in %s were written before there were manifests: they are taken "
-      "as they are, and get manifests now. Damage that they have already cannot be found",
-      self.listed(),
+      "the checkpoints of steps %s in %s have no manifests, because an earlier version wrote them: "
+      "they get manifests now, as they are. Damage from before cannot be detected",
+      self.all_steps(),
       self.directory,
     )
-    for step in self.listed():
-      files = sizes(self.folder(step))
-      self.complete(step, files, [hashes(self.folder(step), files, (0, 1), READ_THREADS)])
-    self.unproven = False
+    for step in self.all_steps():
+      files = sizes(self.path(step))
+      self.complete(step, files, [hashes(self.path(step), files, (0, 1), READ_THREADS)])
+    self.without_manifests = False
 
 
 def _beside(folder: epath.Path, ending: str) -> epath.Path:
@@ -326,8 +342,8 @@ def _beside(folder: epath.Path, ending: str) -> epath.Path:
 
 
 def _remove(folder: epath.Path) -> None:
-  """In two steps, so that being killed in between leaves nothing that looks like a checkpoint."""
-  if "://" in str(folder):  # renaming copies every object there
+  """Renames a folder, then deletes it: a process killed meanwhile leaves no partial checkpoint."""
+  if "://" in str(folder):  # object stores copy every object to rename it
     (folder / MANIFEST).unlink(missing_ok=True)
   else:
     folder = folder.replace(_beside(folder, "removed.orbax-checkpoint-tmp"))

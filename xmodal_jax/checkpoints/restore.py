@@ -1,4 +1,5 @@
-"""config.init: parameters from a converted directory, a workdir, or a PyTorch file."""
+"""Initial parameters from a converted directory, a workdir, or a PyTorch file: config.init,
+config.init_image and config.init_text."""
 
 import functools
 import re
@@ -12,6 +13,7 @@ from etils import epath
 from flax import nnx, traverse_util
 
 from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.checkpoints.manifest import CheckpointError
 from xmodal_jax.distributed import sharding
 from xmodal_jax.interop import conversion, tables, torch_files
 from xmodal_jax.interop import meta as meta_lib
@@ -29,26 +31,38 @@ def load(
   stats: nnx.State,
   model: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-  """Reads `source` into parameters like the abstract states `params` and `stats`.
+  """Reads the parameters of a whole model, config.init, as float32 arrays on the host.
 
-  Returns (params, stats, info): nested dicts of host arrays, float32, and where they came from.
-  Position tables of another resolution are resized as the system does it. Raises CheckpointError
-  for a file of another system or size, listing every key that does not fit. model: config.model,
-  which then has to agree with a converted directory about pixel statistics.
+  source: a converted directory, a workdir (its best checkpoint) or a file that torch.save or
+  safetensors wrote. params, stats: the abstract states of the model. model: config.model, whose
+  pixel statistics must be those of a converted directory. Position tables of another resolution are
+  interpolated as the rule table of the system says.
+
+  Returns (params, stats, info): nested dicts, and where the values came from. Raises
+  CheckpointError or ConversionError for a source of another system or size, listing every key that
+  does not fit.
+
+    params, stats, _ = load("clip_vit_b32", "clip", built.params, built.stats, config.model)
+    params = put(params, built.params_shardings)
   """
   want = flat(nnx.to_pure_dict(params)) | flat(nnx.to_pure_dict(stats))
   path = epath.Path(source).expanduser()
   if not path.exists():
-    raise checkpointer.CheckpointError(
+    raise CheckpointError(
       f"config.init: {path} does not exist; expected a converted directory, a workdir or a file"
     )
-  if path.is_dir():
-    have, info = _read_directory(path, system, model or {})
-  else:
+  if path.is_file():
     have, info = _read_file(path, system, want)
-  module = tables.rule_table(system)
-  have = _resize(path, module, have, want)
-  _check(path, have, want)
+  elif (path / "meta.json").exists():
+    have, info = _read_converted(path, system, model or {})
+  elif (path / "checkpoints").is_dir():
+    have, info = _read_workdir(path, system)
+  else:
+    raise CheckpointError(
+      f"{path}: expected meta.json (a converted directory) or checkpoints/ (a workdir) in it"
+    )
+  have = _resize(path, tables.rule_table(system), have, want)
+  _check_shapes(path, have, want)
   logging.info("parameters from %s (%s)", path, info["kind"])
   have = {k: np.asarray(v, np.float32) for k, v in have.items()}
   names = flat(nnx.to_pure_dict(params)).keys()
@@ -62,27 +76,25 @@ def load(
 def load_tower(
   source: str, side: str, system: str, params: nnx.State, half: bool = False
 ) -> dict[str, np.ndarray]:
-  """Reads a public file of one tower ("image" or "text") into {path: float32 array}.
+  """Reads a public file of one tower into {path: float32 array}: config.init_image, init_text.
 
-  The system's TOWERS say which files those are. What of the tower the file does not have (a new
-  projection) is left out. half: matrices and their biases are rounded to float16, as CLIP's own
-  files hold them. Raises CheckpointError, ConversionError, FileFormatError.
+  side: "image" or "text". The TOWERS of the system's rule table say which files are known. Paths
+  that the file does not have (a new projection) are left out. half: the parameters in HALF_PATHS
+  are rounded to float16, as in CLIP's own files. Raises CheckpointError, ConversionError,
+  FileFormatError.
   """
   path = epath.Path(source).expanduser()
   if not path.is_file():
-    raise checkpointer.CheckpointError(f"config.init_{side}: {path} is not a file")
-  module = tables.rule_table(system)
-  rules = getattr(module, "TOWERS", {}).get(side)
+    raise CheckpointError(f"config.init_{side}: {path} is not a file")
+  table = tables.rule_table(system)
+  rules = getattr(table, "TOWERS", {}).get(side)
   if rules is None:
-    raise checkpointer.CheckpointError(
+    raise CheckpointError(
       f"config.init_{side}: {system} starts from whole checkpoints; use config.init"
     )
   want = flat(nnx.to_pure_dict(params))
-  covered = {
-    p
-    for step in conversion.plan(rules, {k: tuple(v.shape) for k, v in want.items()}).values()
-    for p in step.paths
-  }
+  placements = conversion.plan(rules, {k: tuple(v.shape) for k, v in want.items()})
+  covered = {p for place in placements.values() for p in place.paths}
   want = {k: v for k, v in want.items() if k in covered}
   with local_copy(path) as local:
     state, _ = torch_files.state_dict(local)
@@ -93,75 +105,77 @@ def load_tower(
       e.args = (f"config.init_{side}: {path}, {what}, is not the {side} tower of {system}: {e}",)
       raise
   logging.info("%s tower from %s, %d keys not used", side, path, len(report.dropped))
-  leaves = _resize(path, module, leaves, want)
-  _check(path, leaves, want)
-  rounds = re.compile("|".join(module.HALF_PATHS)).search if half else lambda _: False
-  return {
-    k: np.asarray(v.astype(np.float16) if rounds(k) else v, np.float32) for k, v in leaves.items()
-  }
+  leaves = _resize(path, table, leaves, want)
+  _check_shapes(path, leaves, want)
+  if half:
+    rounded = re.compile("|".join(table.HALF_PATHS))
+    leaves = {k: v.astype(np.float16) if rounded.search(k) else v for k, v in leaves.items()}
+  return {k: np.asarray(v, np.float32) for k, v in leaves.items()}
 
 
-def _read_directory(
-  path: epath.Path, system: str, model: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  if (path / "meta.json").exists():
-    meta = meta_lib.read_meta(path)
-    if meta["system"] != system:
-      raise checkpointer.CheckpointError(
-        f"{path} holds a {meta['system']} model, but config.model.system is {system}"
+Leaves = dict[str, Any]  # path -> array
+Info = dict[str, Any]  # where they came from: kind, source, and sha256 or step
+
+
+def _read_converted(path: epath.Path, system: str, model: Mapping[str, Any]) -> tuple[Leaves, Info]:
+  meta = meta_lib.read_meta(path)
+  _check_system(path, meta["system"], system)
+  for key in ("mean", "std"):
+    have = meta["config"].get(key)
+    if have is not None and key in model and list(have) != list(model[key]):
+      raise CheckpointError(
+        f"{path} was trained with pixels of {key} {have}, config.model.{key} is "
+        f"{list(model[key])}: choose the config of {meta['variant'] or 'that model'}, or set it"
       )
-    for key in ("mean", "std"):
-      have = meta["config"].get(key)
-      if have is not None and key in model and list(have) != list(model[key]):
-        raise checkpointer.CheckpointError(
-          f"{path} was trained with pixels of {key} {have}, config.model.{key} is "
-          f"{list(model[key])}: choose the config of {meta['variant'] or 'that model'}, or set it"
-        )
-    tree = checkpointer.load_model(path)
-    info = dict(kind="converted directory", source=meta["source"], sha256=meta["sha256"])
-  elif (path / "checkpoints").is_dir():
-    checkpoints = checkpointer.Checkpoints(path, keep=1, metric="", read_only=True)
-
-    def check(step, meta):
-      if meta["system"] != system:
-        raise checkpointer.CheckpointError(
-          f"{path} holds a {meta['system']} model, but config.model.system is {system}"
-        )
-
-    found = checkpoints.restore_best(check=check)
-    if found is None:
-      raise checkpointer.CheckpointError(f"{path}/checkpoints is empty: nothing to start from")
-    step, _, tree = found
-    info = dict(kind="checkpoint", source=str(path), step=step)
-  else:
-    raise checkpointer.CheckpointError(
-      f"{path}: expected meta.json (a converted directory) or checkpoints/ (a workdir) in it"
-    )
-  return flat(tree["params"]) | flat(tree.get("stats") or {}), info
+  info = dict(kind="converted directory", source=meta["source"], sha256=meta["sha256"])
+  return _leaves(checkpointer.load_model(path)), info
 
 
-def _read_file(
-  path: epath.Path, system: str, want: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_workdir(path: epath.Path, system: str) -> tuple[Leaves, Info]:
+  def check(step, meta):
+    del step
+    _check_system(path, meta["system"], system)
+
+  checkpoints = checkpointer.Checkpoints(path, keep=1, metric="", read_only=True)
+  found = checkpoints.restore_best(check=check)
+  if found is None:
+    raise CheckpointError(f"{path}/checkpoints is empty: nothing to start from")
+  step, _, tree = found
+  return _leaves(tree), dict(kind="checkpoint", source=str(path), step=step)
+
+
+def _check_system(path: epath.Path, have: str, system: str) -> None:
+  if have != system:
+    raise CheckpointError(f"{path} holds a {have} model, but config.model.system is {system}")
+
+
+def _leaves(tree: Mapping[str, Any]) -> Leaves:
+  return flat(tree["params"]) | flat(tree.get("stats") or {})
+
+
+def _read_file(path: epath.Path, system: str, want: Mapping[str, Any]) -> tuple[Leaves, Info]:
+  table = tables.rule_table(system)
   with local_copy(path) as local:
     state, file_info = torch_files.state_dict(local)
-    module = tables.rule_table(system)
-    module.infer_config({k: v.shape for k, v in state.items()})  # refuses other systems by name
-    # The file's own shapes: tables of another resolution are resized afterwards.
-    leaves, _ = conversion.to_jax(state, module.RULES, want, check_shapes=False)
+    table.infer_config({k: v.shape for k, v in state.items()})  # raises for another system
+    # Tables of another resolution are resized afterwards.
+    leaves, _ = conversion.to_jax(state, table.RULES, want, check_shapes=False)
     sha256 = torch_files.sha256(local)
   return leaves, dict(kind=file_info["format"], source=path.name, sha256=sha256)
 
 
-def _resize(path, module, have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
-  """Tables of another resolution, as the system adapts them; all else as it is."""
+def _resize(
+  path: epath.Path, table: tables.RuleTable, have: Leaves, want: Mapping[str, Any]
+) -> Leaves:
+  """The arrays with position tables of the shapes that `want` has."""
   try:
-    return {k: module.resize(k, v, want[k].shape) if k in want else v for k, v in have.items()}
+    return {k: table.resize(k, v, want[k].shape) if k in want else v for k, v in have.items()}
   except ValueError as e:
-    raise checkpointer.CheckpointError(f"{path}: {e}") from None
+    raise CheckpointError(f"{path}: {e}") from None
 
 
-def _check(path: epath.Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+def _check_shapes(path: epath.Path, have: Leaves, want: Mapping[str, Any]) -> None:
+  """Raises CheckpointError, which lists the paths and shapes that differ."""
   problems = [f"missing {k} {want[k].shape}" for k in sorted(want.keys() - have.keys())]
   problems += [f"unknown {k} {have[k].shape}" for k in sorted(have.keys() - want.keys())]
   problems += [
@@ -172,11 +186,11 @@ def _check(path: epath.Path, have: Mapping[str, Any], want: Mapping[str, Any]) -
   if problems:
     shown = "\n  ".join(problems[:20])
     more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-    raise checkpointer.CheckpointError(
+    raise CheckpointError(
       f"{path} does not fit config.model (another variant or size?):\n  {shown}{more}"
     )
 
 
 def put(tree: Any, shardings: Any) -> Any:
-  """Host arrays -> device arrays, an explicit transfer."""
+  """Host arrays -> device arrays with these shardings, by an explicit transfer."""
   return jax.tree.map(sharding.place, tree, shardings)

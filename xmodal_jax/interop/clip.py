@@ -1,4 +1,4 @@
-"""Rules between CLIP_ITM's and OpenAI CLIP's state dicts and our parameters."""
+"""The rule table of CLIP: state dicts of CLIP_ITM, OpenAI CLIP and open_clip."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from xmodal_jax.interop import tables, towers
-from xmodal_jax.interop.conversion import ConversionError, Ignore, Rule, conv, same
+from xmodal_jax.interop.rules import ConversionError, Ignore, Rule, conv, same
 from xmodal_jax.losses import contrastive
-from xmodal_jax.models.layers import positions
 
 
 def _bottleneck(torch: str, ours: str, first: int = 0) -> list[Rule]:
+  """Three convolutions with BatchNorm: a residual block of a ResNet, and its stem."""
   rules = []
   for i in "123":
     rules.append(Rule(f"{torch}.conv{i}.weight", f"{ours}/conv{i}/kernel", conv, first=first))
@@ -47,66 +47,61 @@ _IGNORED = [
   Ignore("context_length"),
   Ignore("vocab_size"),
   Ignore("*.num_batches_tracked"),
-  Ignore("*attn_mask", keep=False),  # causal, made by the model
+  Ignore("*attn_mask", keep=False),  # causal, computed by the model
 ]
 
 RULES: Sequence[Rule | Ignore] = [*_TEXT, *_VIT, *_RESNET, *_IGNORED]
 
 
-def infer_config(
-  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:
   """The model section of a config from the shapes of a state dict (spec of CLIP, 7.3).
 
-  scalars: input_resolution, context_length, vocab_size of a TorchScript archive, which must agree.
-  ConversionError names what the file seems to be where it is no CLIP.
+  scalars: input_resolution, context_length, vocab_size of a TorchScript archive, which must agree
+  with the shapes. Raises ConversionError for another system.
   """
-  _refuse_others(shapes)
-  distinct, side = towers.distinct, towers.side
-  embed = shapes["text_projection"][1]
-  width = shapes["ln_final.weight"][0]
+  tables.check_keys("CLIP", shapes, _required_keys("visual.proj" in shapes))
   if "visual.proj" in shapes:
-    dim, _, patch, _ = shapes["visual.conv1.weight"]
-    depth = len(distinct(r"visual\.transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", shapes))
-    size = patch * side(shapes["visual.positional_embedding"][0], "visual.positional_embedding")
-    image = dict(kind="vit", size=size, patch=patch, width=dim, depth=depth, heads=dim // 64)
+    image = dict(kind="vit") | towers.vit_config(
+      shapes,
+      pos="visual.positional_embedding",
+      patch="visual.conv1.weight",
+      blocks="visual.transformer.resblocks.",
+    )
   else:
-    depths = tuple(len(distinct(rf"visual\.layer{s}\.(\d+)\..*", shapes)) for s in (1, 2, 3, 4))
-    name = "visual.attnpool.positional_embedding"
-    size = 32 * side(shapes[name][0], name)
-    dim = shapes["visual.layer1.0.conv1.weight"][0]
-    image = dict(kind="resnet", size=size, width=dim, depths=depths)
+    pos = "visual.attnpool.positional_embedding"
+    image = dict(
+      kind="resnet",
+      size=32 * towers.grid_side(shapes[pos][0], pos),
+      width=shapes["visual.layer1.0.conv1.weight"][0],
+      depths=tuple(towers.count_layers(f"visual.layer{s}.", shapes) for s in (1, 2, 3, 4)),
+    )
+  width = shapes["ln_final.weight"][0]
   text = dict(
     vocab=shapes["token_embedding.weight"][0],
     context=shapes["positional_embedding"][0],
     width=width,
-    depth=len(distinct(r"transformer\.resblocks\.(\d+)\..*", shapes)),
-    heads=width // 64,
+    depth=towers.count_layers("transformer.resblocks.", shapes),
+    heads=towers.heads(width),
   )
-  found = dict(input_resolution=size, context_length=text["context"], vocab_size=text["vocab"])
+  found = dict(
+    input_resolution=image["size"], context_length=text["context"], vocab_size=text["vocab"]
+  )
   for name, value in (scalars or {}).items():
     if found[name] != value:
       raise ConversionError(misshapen=[f"{name} is {value}, the weights say {found[name]}"])
-  return dict(system="clip", embed=embed, image=image, text=text)
+  return dict(system="clip", embed=shapes["text_projection"][1], image=image, text=text)
 
 
-def _refuse_others(shapes: Mapping[str, Sequence[int]]) -> None:
+def _required_keys(vit: bool) -> dict[str, int]:
   ranks = {
     "positional_embedding": 2, "text_projection": 2, "token_embedding.weight": 2,
     "ln_final.weight": 1, "visual.conv1.weight": 4, "transformer.resblocks.0.ln_1.weight": 1,
   }  # fmt: skip
-  if "visual.proj" in shapes:
-    ranks |= {"visual.positional_embedding": 2, "visual.proj": 2}
-  else:
-    ranks |= {"visual.attnpool.positional_embedding": 2, "visual.layer1.0.conv1.weight": 4}
-  wrong = [k for k, rank in ranks.items() if len(shapes.get(k, ())) != rank]
-  if wrong:
-    what = tables.describe_keys(shapes)
-    raise ConversionError(missing=[f"not a CLIP state dict ({what}); no {', '.join(wrong)}"])
+  if vit:
+    return ranks | {"visual.positional_embedding": 2, "visual.proj": 2}
+  return ranks | {"visual.attnpool.positional_embedding": 2, "visual.layer1.0.conv1.weight": 4}
 
 
 def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Image positions of another resolution are resized; everything else is left as it is."""
-  if path == "image/pos" and value.shape != shape:
-    return positions.resize_table(value, shape[0])
-  return value
+  """Image positions of another resolution are interpolated; other arrays are unchanged."""
+  return towers.resize_positions(value, shape) if path == "image/pos" else value

@@ -1,237 +1,128 @@
-"""The two-way rule engine between PyTorch state dicts and our parameter paths.
+"""Converts PyTorch state dicts to our parameters and back, by the rules of a table.
 
-A rule names both sides with templates. `{layer}` numbers the layers that our array stacks on its
-first axis (`first` is torch's number of our layer 0); any other placeholder is a number that occurs
-in both templates. Nothing is dropped in silence: unknown, extra, missing and misshapen keys are
-listed together and raise. Values keep their dtypes and bits; widening them is for who loads them.
+No key is dropped silently: keys that are unknown, extra, missing or of another shape are listed
+together in one ConversionError. Values keep their dtypes and bits; the caller widens them.
+
+  flat, report = to_jax(state, table.RULES, abstract)
+  state = to_torch(flat, table.RULES, kept=report.kept, order=report.keys)
 """
 
 import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from xmodal_jax.interop.rules import (
+  Alias,
+  Constant,
+  ConversionError,
+  Entry,
+  Ignore,
+  Rule,
+  Tied,
+  pattern,
+)
 from xmodal_jax.interop.torch_files import Lazy, TensorRef
 
 # A jax key path of nested dicts -> "image/blocks/q/kernel".
 path_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
-Pieces = tuple[np.ndarray, ...]
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-  """How one torch tensor becomes one or more arrays of ours, and back."""
-
-  forward: Callable[[np.ndarray], Pieces]
-  backward: Callable[[Pieces], np.ndarray]
-
-
-def _axes(to: Sequence[int], back: Sequence[int]) -> Transform:
-  return Transform(lambda x: (x.transpose(to),), lambda parts: parts[0].transpose(back))
-
-
-same = Transform(lambda x: (x,), lambda parts: parts[0])
-linear = _axes((1, 0), (1, 0))  # [out, in] <-> [in, out]
-conv = _axes((2, 3, 1, 0), (3, 2, 0, 1))  # OIHW <-> HWIO
-
-
-def split(n: int, inner: Transform = same) -> Transform:
-  """[n * D, ...] <-> n arrays [D, ...], each through `inner`: fused query, key, value."""
-  return Transform(
-    lambda x: tuple(inner.forward(part)[0] for part in np.split(x, n)),
-    lambda parts: np.concatenate([inner.backward((part,)) for part in parts]),
-  )
-
-
-def squeeze(*axes: int) -> Transform:
-  """Drops axes of size 1: [1, 1, D] <-> [D] with axes 0, 1."""
-  return Transform(lambda x: (np.squeeze(x, axes),), lambda parts: np.expand_dims(parts[0], axes))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """default: the value that a parameter gets where the file, by design, has no such key: it is one
-  of those with a key that `default_beside`, a regular expression, matches as a whole."""
-
-  torch: str
-  ours: tuple[str, ...] | str
-  fn: Transform = same
-  first: int = 0
-  default: float | None = None
-  default_beside: str = ".*"
-
-  @property
-  def paths(self) -> tuple[str, ...]:
-    return (self.ours,) if isinstance(self.ours, str) else self.ours
-
-
-@dataclasses.dataclass(frozen=True)
-class Ignore:
-  """Keys without a parameter of ours. keep: their values travel along, for the way back.
-  parameter: the original's optimizer has them too."""
-
-  torch: str
-  keep: bool = True
-  parameter: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Alias:
-  """Names that some files write in place of those that the rules know: re.sub(torch, means)."""
-
-  torch: str
-  means: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Tied:
-  """A key that holds the tensor of another key once more: checked, and written again."""
-
-  torch: str
-  same_as: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-  """A key without a parameter, whose value the shape of another key, `of`, determines. It may be
-  absent; where it is not it is compared, and it is written again.
-
-  value: (shape of `of`, **numbers in its name) -> array, None where a model has no such key.
-  """
-
-  torch: str
-  of: str
-  value: Callable[..., np.ndarray | None]
-
-
-Entry = Rule | Ignore | Alias | Tied | Constant
+Problems = dict[str, list[str]]  # kind, a keyword of ConversionError -> lines
 
 
 @dataclasses.dataclass
 class Report:
-  """keys: all of the file, in its order. missing: those that allow_missing let pass. filled: names
-  that got their rule's default."""
+  """What `to_jax` did with a file."""
 
-  keys: list[str]
-  kept: dict[str, np.ndarray]
-  dropped: list[str]
-  missing: list[str]
-  parameters: int
-  filled: list[str] = dataclasses.field(default_factory=list)
-
-
-class ConversionError(ValueError):
-  """Lists of keys that do not fit, by kind: unknown, extra, missing, misshapen."""
-
-  def __init__(self, **lists: list[str]):
-    self.__dict__.update(lists)
-    text = [
-      f"{len(keys)} {kind.replace('_', ' ')}:\n    " + "\n    ".join(keys)
-      for kind, keys in lists.items()
-      if keys
-    ]
-    super().__init__("the state dict does not fit the model\n  " + "\n  ".join(text))
+  keys: list[str]  # all of the file, in its order
+  kept: dict[str, np.ndarray]  # values of ignored keys
+  dropped: list[str]  # ignored keys whose values are not kept
+  missing: list[str]  # absent keys that `allow_missing` accepted
+  parameters: int  # number of values
+  filled: list[str] = dataclasses.field(default_factory=list)  # absent keys with a default
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
+class Placement:
+  """Where one torch tensor belongs: the paths of its pieces, its layer in the stacked arrays."""
+
   rule: Rule
   paths: tuple[str, ...]
-  layer: int | None
-  depth: int
+  layer: int | None  # None: the arrays are not stacked
+  depth: int  # number of layers
 
 
-def _pattern(template: str) -> re.Pattern:
-  """A template as a regular expression; numbers are written without leading zeros. `*` is any."""
-  out, seen = "", set()
-  for literal, name in re.findall(r"([^{]+)|\{(\w+)\}", template):
-    if literal:
-      out += re.escape(literal).replace(r"\*", ".*")
-    else:
-      out += f"(?P={name})" if name in seen else f"(?P<{name}>0|[1-9][0-9]*)"
-      seen.add(name)
-  return re.compile(out)
-
-
-def plan(rules: Iterable[Entry], shapes: Shapes) -> dict[str, _Step]:
-  """Every torch key of a model whose paths and shapes are given -> how it maps."""
-  steps: dict[str, _Step] = {}
+def plan(rules: Iterable[Entry], shapes: Shapes) -> dict[str, Placement]:
+  """The placement of every torch key of a model, whose paths and shapes are given."""
+  placements: dict[str, Placement] = {}
   for rule in rules:
     if not isinstance(rule, Rule):
       continue
-    pattern, stacked = _pattern(rule.paths[0]), "{layer}" in rule.torch
+    first_path, stacked = pattern(rule.paths[0]), "{layer}" in rule.torch
     for path, shape in shapes.items():
-      match = pattern.fullmatch(path)
+      match = first_path.fullmatch(path)
       if match is None:
         continue
-      env = match.groupdict()
-      paths = tuple(p.format(**env) for p in rule.paths)
+      numbers = match.groupdict()
+      paths = tuple(p.format(**numbers) for p in rule.paths)
       depth = shape[0] if stacked else 1
       for layer in range(depth):
-        name = rule.torch.format(**env, layer=layer + rule.first)
-        if name in steps:
-          raise ValueError(f"two rules for {name}: {steps[name].rule.torch} and {rule.torch}")
-        steps[name] = _Step(rule, paths, layer if stacked else None, depth)
-  return steps
+        name = rule.torch.format(**numbers, layer=layer + rule.first)
+        if name in placements:
+          raise ValueError(f"two rules for {name}: {placements[name].rule.torch} and {rule.torch}")
+        placements[name] = Placement(rule, paths, layer if stacked else None, depth)
+  return placements
 
 
 def tensors(rules: Iterable[Entry], shapes: Shapes) -> list[tuple[tuple[str, ...], bool]]:
-  """Which of our arrays are one torch tensor: (paths, stacked) for each group of them.
+  """Groups (paths, stacked) of those of our arrays that are one torch tensor.
 
-  Several paths are pieces of the same tensor (fused query, key, value). Where stacked, each of
-  them leads with a layer axis and there is one torch tensor per layer. shapes: of all parameters.
+  Several paths are pieces of the same tensor (fused query, key, value). Where stacked, each array
+  has a leading layer axis and there is one torch tensor per layer. shapes: of all parameters.
   Raises ConversionError for a parameter that no rule covers, ValueError for one in two groups.
   """
-  groups = {step.paths: step.layer is not None for step in plan(rules, shapes).values()}
-  covered = [path for paths in groups for path in paths]
-  if set(covered) != set(shapes):
-    raise ConversionError(
-      parameters_without_a_rule=sorted(set(shapes) - set(covered)),
-      rules_without_a_parameter=sorted(set(covered) - set(shapes)),
-    )
-  if twice := sorted({path for path in covered if covered.count(path) > 1}):
+  placements = plan(rules, shapes)
+  groups = {place.paths: place.layer is not None for place in placements.values()}
+  _raise_if_any(_uncovered(placements, shapes))
+  counts = collections.Counter(path for paths in groups for path in paths)
+  if twice := sorted(path for path, count in counts.items() if count > 1):
     raise ValueError(f"rules put {', '.join(twice)} into more than one torch tensor")
   return list(groups.items())
 
 
 def tensors_of(rules: Iterable[Entry], params: Any) -> list[tuple[tuple[str, ...], bool]]:
-  """`tensors` for nested dicts of parameters, shapes suffice."""
+  """`tensors` for nested dicts of parameters; shapes suffice."""
   leaves = jax.tree.leaves_with_path(params)
   return tensors(rules, {path_of(key_path): x.shape for key_path, x in leaves})
 
 
 def parameter_names(rules: Sequence[Entry], shapes: Shapes, keys: Iterable[str]) -> list[str]:
-  """Those of a file's keys that are parameters, in order, by the rules' names: of these shapes, or
-  of what is ignored."""
-  steps = plan(rules, shapes)
-  idle = [_pattern(r.torch) for r in rules if isinstance(r, Ignore) and r.parameter]
+  """Those of a file's keys that are parameters of the original, in order, by the rules' names.
+
+  shapes: of our parameters. The original may have parameters that the rules ignore.
+  """
+  placements = plan(rules, shapes)
+  ignored = [pattern(r.torch) for r in rules if isinstance(r, Ignore) and r.parameter]
   names = _canonical(rules, keys).values()
-  return [n for n in names if n in steps or any(p.fullmatch(n) for p in idle)]
+  return [n for n in names if n in placements or any(p.fullmatch(n) for p in ignored)]
 
 
 def _canonical(rules: Sequence[Entry], names: Iterable[str]) -> dict[str, str]:
-  """Name in a file -> name that the rules know."""
+  """Name in a file -> name in the rules."""
   aliases = [r for r in rules if isinstance(r, Alias)]
 
-  def one(name: str) -> str:
-    for a in aliases:
-      name = re.sub(a.torch, a.means, name)
+  def rename(name: str) -> str:
+    for alias in aliases:
+      name = re.sub(alias.torch, alias.means, name)
     return name
 
-  return {name: one(name) for name in names}
-
-
-def _has_default(rule: Rule, keys: Sequence[str]) -> bool:
-  """Whether a file with these keys gets the default of a rule whose own key it lacks."""
-  beside = re.compile(rule.default_beside).fullmatch
-  return rule.default is not None and any(beside(key) for key in keys)
+  return {name: rename(name) for name in names}
 
 
 def to_jax(
@@ -242,122 +133,182 @@ def to_jax(
   allow_missing: str | None = None,
   check_shapes: bool = True,
 ) -> tuple[dict[str, np.ndarray], Report]:
-  """Torch state dict -> {path: array}, in the dtypes of the file.
+  """Torch state dict -> {path: array} in the dtypes of the file, and a report.
 
-  state: arrays or TensorRefs, read one at a time into the stacked arrays. abstract: path ->
-  anything with a shape; all of it must be filled. allow_missing: a regular expression for whole
-  torch keys that may be absent; their paths are then absent too. check_shapes=False keeps the
-  file's shapes (position tables that are resized afterwards); the numbers of layers must fit.
+  state: arrays or TensorRefs, which are read one at a time into the stacked arrays.
+  abstract: path -> anything with a shape, for every parameter.
+  allow_missing: regular expression for whole torch keys that may be absent, as are then their
+  paths in the result.
+  check_shapes: False accepts tensors of other shapes (position tables that the caller resizes);
+  numbers of layers must fit in any case.
+
+  Raises ConversionError, which lists all keys that do not fit.
   """
   shapes = {path: tuple(x.shape) for path, x in abstract.items()}
-  steps = plan(rules, shapes)
-  ignores = [(_pattern(r.torch), r) for r in rules if isinstance(r, Ignore)]
-  known = [_pattern(r.torch) for r in rules if isinstance(r, Rule | Tied | Constant)]
+  placements = plan(rules, shapes)
   report = Report(list(state), {}, [], [], 0)
-  names = _canonical(rules, state)
-  state = {known: state[name] for name, known in names.items()}
-  if len(state) < len(report.keys):
-    count = collections.Counter(names.values())
-    twice = [f"{name} is {known}" for name, known in names.items() if count[known] > 1]
-    raise ConversionError(keys_under_two_names=twice)
-  unknown, extra, misshapen, untied, wrong = [], [], [], [], []
-  tied = {r.torch: r.same_as for r in rules if isinstance(r, Tied)}
-  for name in state:
-    if name in steps:
-      continue
-    if name in tied and tied[name] in state:
-      if not _same_bits(state[name], state[tied[name]]):
-        untied.append(f"{name} is not {tied[name]}")
-      continue
-    if (want := _constant(rules, name, state)) is not None:
-      have = _fetch(state[name])
-      if have.shape != want.shape:
-        wrong.append(f"{name} {list(have.shape)}, expected {list(want.shape)}")
-      elif differ := np.count_nonzero(have != want):
-        wrong.append(f"{name}: {differ} of {want.size} values differ")
-      elif have.dtype != want.dtype:  # a file of half precision gets its own back
-        report.kept[name] = have
-      continue
-    ignore = next((r for p, r in ignores if p.fullmatch(name)), None)
-    if ignore is None:
-      listed = extra if any(p.fullmatch(name) for p in known) else unknown
-      listed.append(f"{name} {list(state[name].shape)}")
-    elif ignore.keep:
-      report.kept[name] = _fetch(state[name])
-    else:
-      report.dropped.append(name)
-
-  absent = [name for name in steps if name not in state]
-  report.filled = [name for name in absent if _has_default(steps[name].rule, report.keys)]
-  absent = [name for name in absent if name not in set(report.filled)]
-  allowed = re.compile(allow_missing).fullmatch if allow_missing else lambda _: None
-  report.missing = [name for name in absent if allowed(name)]
-  missing = [f"{name} -> {', '.join(steps[name].paths)}" for name in absent if not allowed(name)]
-  # A stacked array needs all of its layers: leave it out whole, or complain.
-  left_out = {path for name in report.missing for path in steps[name].paths}
-  partial = {p for name in steps if name in state for p in steps[name].paths} & left_out
-  missing += [f"{path}: only some of its layers are in the file" for path in sorted(partial)]
-  covered = {path for step in steps.values() for path in step.paths}
-  no_rule = [f"{path} {list(shapes[path])}" for path in shapes if path not in covered]
-  no_model = sorted(covered - set(shapes))
-  if (
-    unknown or extra or missing or no_rule or no_model or untied or wrong
-  ):  # shapes are compared without reading
-    misshapen = _compare(state, steps, shapes) if check_shapes and not no_model else []
-    raise ConversionError(
-      unknown=unknown, extra=extra, missing=missing, misshapen=misshapen,
-      tied_and_different=untied, not_what_the_model_computes=wrong,
-      parameters_without_a_rule=no_rule, rules_without_a_parameter=no_model,
-    )  # fmt: skip
-  if check_shapes and (misshapen := _compare(state, steps, shapes)):
-    raise ConversionError(misshapen=misshapen)
-
-  flat: dict[str, np.ndarray] = {}
-  for name, step in steps.items():
-    if name not in state:
-      continue
-    pieces = step.rule.fn.forward(_fetch(state[name]))
-    for path, piece in zip(step.paths, pieces, strict=True):
-      problem = _store(flat, path, piece, step)
-      if problem:
-        misshapen.append(f"{name} -> {path}: {problem}")
-    report.parameters += sum(p.size for p in pieces)
-  if misshapen:
-    raise ConversionError(misshapen=misshapen)
+  state = _by_canonical_name(state, rules)
+  problems = _classify_keys(state, rules, placements, report)
+  problems |= _absent_keys(state, placements, allow_missing, report)
+  problems |= _uncovered(placements, shapes)
+  if check_shapes and not problems["rules_without_a_parameter"]:
+    problems["misshapen"] = _shape_problems(state, placements, shapes)
+  _raise_if_any(problems)
+  flat = _fill(state, placements, report)
   for name in report.filled:
-    for path in steps[name].paths:
-      flat[path] = np.full(shapes[path], steps[name].rule.default, np.float32)
+    for path in placements[name].paths:
+      flat[path] = np.full(shapes[path], placements[name].rule.default, np.float32)
   return {path: flat[path] for path in shapes if path in flat}, report
 
 
-def _store(flat: dict, path: str, piece: np.ndarray, step: _Step) -> str | None:
-  if step.layer is None:
-    flat[path] = np.ascontiguousarray(piece).reshape(piece.shape)  # of a 0-d array it makes 1-d
+def _raise_if_any(problems: Problems) -> None:
+  if any(problems.values()):
+    raise ConversionError(**problems)
+
+
+def _by_canonical_name(state: Mapping[str, Any], rules: Sequence[Entry]) -> dict[str, Any]:
+  """The state dict under the names that the rules use."""
+  names = _canonical(rules, state)
+  counts = collections.Counter(names.values())
+  twice = [f"{name} is {known}" for name, known in names.items() if counts[known] > 1]
+  _raise_if_any(dict(keys_under_two_names=twice))
+  return {known: state[name] for name, known in names.items()}
+
+
+def _classify_keys(
+  state: Mapping[str, Any],
+  rules: Sequence[Entry],
+  placements: Mapping[str, Placement],
+  report: Report,
+) -> Problems:
+  """Checks the keys that are no parameters, and adds the ignored ones to the report."""
+  ignores = [(pattern(r.torch), r) for r in rules if isinstance(r, Ignore)]
+  known = [pattern(r.torch) for r in rules if isinstance(r, Rule | Tied | Constant)]
+  tied = {r.torch: r.same_as for r in rules if isinstance(r, Tied)}
+  unknown, extra, different, wrong = [], [], [], []
+  for name, value in state.items():
+    if name in placements:
+      continue
+    if tied.get(name) in state:
+      if not _same_bits(value, state[tied[name]]):
+        different.append(f"{name} is not {tied[name]}")
+    elif (expected := _expected_constant(rules, name, state)) is not None:
+      wrong += _check_constant(name, _fetch(value), expected, report)
+    elif ignore := next((r for p, r in ignores if p.fullmatch(name)), None):
+      if ignore.keep:
+        report.kept[name] = _fetch(value)
+      else:
+        report.dropped.append(name)
+    else:
+      kind = extra if any(p.fullmatch(name) for p in known) else unknown
+      kind.append(f"{name} {list(value.shape)}")
+  return dict(
+    unknown=unknown, extra=extra, tied_and_different=different, not_what_the_model_computes=wrong
+  )
+
+
+def _check_constant(
+  name: str, value: np.ndarray, expected: np.ndarray, report: Report
+) -> list[str]:
+  """Problems of a constant buffer. One of another dtype (half precision) is kept as it is."""
+  if value.shape != expected.shape:
+    return [f"{name} {list(value.shape)}, expected {list(expected.shape)}"]
+  if different := np.count_nonzero(value != expected):
+    return [f"{name}: {different} of {expected.size} values differ"]
+  if value.dtype != expected.dtype:
+    report.kept[name] = value
+  return []
+
+
+def _absent_keys(
+  state: Mapping[str, Any],
+  placements: Mapping[str, Placement],
+  allow_missing: str | None,
+  report: Report,
+) -> Problems:
+  """Sorts absent parameters into those with a default, those that may be missing, and problems."""
+  allowed = re.compile(allow_missing).fullmatch if allow_missing else lambda _: None
+  missing = []
+  for name, place in placements.items():
+    if name in state:
+      continue
+    if _has_default(place.rule, report.keys):
+      report.filled.append(name)
+    elif allowed(name):
+      report.missing.append(name)
+    else:
+      missing.append(f"{name} -> {', '.join(place.paths)}")
+  # A stacked array needs all of its layers or none.
+  left_out = {path for name in report.missing for path in placements[name].paths}
+  present = {path for name, p in placements.items() if name in state for path in p.paths}
+  missing += [f"{p}: only some of its layers are in the file" for p in sorted(left_out & present)]
+  return dict(missing=missing)
+
+
+def _has_default(rule: Rule, keys: Sequence[str]) -> bool:
+  """Whether a file with these keys gets the default of a rule whose own key it lacks."""
+  beside = re.compile(rule.default_beside).fullmatch
+  return rule.default is not None and any(beside(key) for key in keys)
+
+
+def _uncovered(placements: Mapping[str, Placement], shapes: Shapes) -> Problems:
+  """Parameters without a rule, and rules that need a parameter which the model does not have."""
+  covered = {path for place in placements.values() for path in place.paths}
+  return dict(
+    parameters_without_a_rule=[f"{p} {list(shapes[p])}" for p in sorted(shapes.keys() - covered)],
+    rules_without_a_parameter=sorted(covered - shapes.keys()),
+  )
+
+
+def _shape_problems(
+  state: Mapping[str, Any], placements: Mapping[str, Placement], shapes: Shapes
+) -> list[str]:
+  """Keys whose shape is not the model's. Transforms run on zero-stride arrays: nothing is read."""
+  out = []
+  for name, place in placements.items():
+    if name not in state:
+      continue
+    expected = [shapes[p] if place.layer is None else shapes[p][1:] for p in place.paths]
+    shape = tuple(state[name].shape)
+    try:
+      found = [x.shape for x in place.rule.fn.forward(np.broadcast_to(np.int8(0), shape))]
+    except ValueError:  # np.split or transpose of another rank
+      found = None
+    if found != expected:
+      targets = f"{', '.join(place.paths)} {[list(s) for s in expected]}"
+      out.append(f"{name} {list(shape)} -> {targets}")
+  return out
+
+
+def _fill(
+  state: Mapping[str, Any], placements: Mapping[str, Placement], report: Report
+) -> dict[str, np.ndarray]:
+  """Reads the tensors one at a time into {path: array}, stacked ones into their layer."""
+  flat: dict[str, np.ndarray] = {}
+  misshapen = []
+  for name, place in placements.items():
+    if name not in state:
+      continue
+    pieces = place.rule.fn.forward(_fetch(state[name]))
+    for path, piece in zip(place.paths, pieces, strict=True):
+      if problem := _store(flat, path, piece, place):
+        misshapen.append(f"{name} -> {path}: {problem}")
+    report.parameters += sum(p.size for p in pieces)
+  _raise_if_any(dict(misshapen=misshapen))
+  return flat
+
+
+def _store(flat: dict, path: str, piece: np.ndarray, place: Placement) -> str | None:
+  if place.layer is None:
+    flat[path] = np.ascontiguousarray(piece).reshape(piece.shape)  # it makes 0-d arrays 1-d
     return None
   if path not in flat:
-    flat[path] = np.empty((step.depth, *piece.shape), piece.dtype)
+    flat[path] = np.empty((place.depth, *piece.shape), piece.dtype)
   stack = flat[path]
   if stack.shape[1:] != piece.shape or stack.dtype != piece.dtype:
     return f"{piece.dtype}{list(piece.shape)} beside {stack.dtype}{list(stack.shape[1:])}"
-  stack[step.layer] = piece
+  stack[place.layer] = piece
   return None
-
-
-def _compare(state: Mapping[str, Any], steps: Mapping[str, _Step], shapes: Shapes) -> list[str]:
-  """Keys whose shape is not the model's, found from zero-stride stand-ins of no memory."""
-  wrong = []
-  for name, step in steps.items():
-    if name not in state:
-      continue
-    want = [shapes[p] if step.layer is None else shapes[p][1:] for p in step.paths]
-    have = tuple(state[name].shape)
-    try:
-      got = [x.shape for x in step.rule.fn.forward(np.broadcast_to(np.int8(0), have))]
-    except ValueError:  # np.split or transpose of another rank
-      got = None
-    if got != want:
-      wrong.append(f"{name} {list(have)} -> {', '.join(step.paths)} {[list(w) for w in want]}")
-  return wrong
 
 
 def _same_bits(a: Any, b: Any) -> bool:
@@ -365,17 +316,21 @@ def _same_bits(a: Any, b: Any) -> bool:
   return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
-def _constant(rules: Sequence[Entry], name: str, state: Mapping[str, Any]) -> np.ndarray | None:
-  """What the Constant of this name has to be beside the rest of a file; None if it is none."""
+def _expected_constant(
+  rules: Sequence[Entry], name: str, state: Mapping[str, Any]
+) -> np.ndarray | None:
+  """The value that a Constant of this name must have in this file; None if it is none."""
   for rule in rules:
-    if isinstance(rule, Constant) and (match := _pattern(rule.torch).fullmatch(name)):
+    if isinstance(rule, Constant) and (match := pattern(rule.torch).fullmatch(name)):
       numbers = match.groupdict()
       of = state.get(rule.of.format(**numbers))
-      return None if of is None else _value(rule, of.shape, numbers)
+      return None if of is None else _constant_value(rule, of.shape, numbers)
   return None
 
 
-def _value(rule: Constant, shape: Sequence[int], numbers: Mapping[str, str]) -> np.ndarray | None:
+def _constant_value(
+  rule: Constant, shape: Sequence[int], numbers: Mapping[str, str]
+) -> np.ndarray | None:
   return rule.value(tuple(shape), **{k: int(v) for k, v in numbers.items()})
 
 
@@ -390,55 +345,68 @@ def to_torch(
   kept: Mapping[str, np.ndarray] | None = None,
   order: Sequence[str] = (),
 ) -> dict[str, Lazy]:
-  """{path: array} -> torch state dict of arrays that are made when they are asked for.
+  """{path: array} -> torch state dict of lazy arrays, each made when it is written.
 
-  kept: values of ignored keys, from the report of the way there. order: the keys of the file on
-  the way there; they come first and keep their aliases, and what was filled stays out again.
+  kept: values of ignored keys, from the report of `to_jax`. order: the keys of the original file,
+  from the same report. They come first, under the names they have there, and what the file lacks
+  (defaults, tied keys, constants) is not written.
   """
-  steps = plan(rules, {path: tuple(x.shape) for path, x in flat.items()})
-  covered = {path for step in steps.values() for path in step.paths}
-  if covered != set(flat):
-    raise ConversionError(
-      parameters_without_a_rule=sorted(set(flat) - covered),
-      rules_without_a_parameter=sorted(covered - set(flat)),
-    )
-  kept = dict(kept or {})
+  shapes = {path: tuple(x.shape) for path, x in flat.items()}
+  placements = plan(rules, shapes)
+  _raise_if_any(_uncovered(placements, shapes))
   alias = {known: name for name, known in _canonical(rules, order).items()}
-  filled = lambda name, step: order and step.rule.default is not None and name not in alias
+  name_in_file = lambda known: alias.get(known, known)
+  in_file = lambda known: not order or known in alias
   out = {
-    alias.get(name, name): _lazy(flat, step)
-    for name, step in steps.items()
-    if not filled(name, step)
+    name_in_file(known): _lazy(flat, place)
+    for known, place in placements.items()
+    if place.rule.default is None or in_file(known)
   }
-  for tied in (r for r in rules if isinstance(r, Tied)):
-    first = out.get(alias.get(tied.same_as, tied.same_as))
-    if first is not None and (not order or tied.torch in order):
-      out[tied.torch] = first
-  for rule in (r for r in rules if isinstance(r, Constant)):
-    pattern = _pattern(rule.of)
-    for known in steps:
-      name, match = alias.get(known, known), pattern.fullmatch(known)
-      if match is None or name not in out:
-        continue
-      key = rule.torch.format(**match.groupdict())
-      value = _value(rule, out[name].shape, match.groupdict())
-      if value is not None and (not order or alias.get(key, key) in order):
-        out[alias.get(key, key)] = Lazy(value.shape, value.dtype, lambda v=value: v)
-  out |= {name: Lazy(v.shape, v.dtype, lambda v=v: v) for name, v in kept.items()}
+  for rule in rules:
+    if isinstance(rule, Tied):
+      tensor = out.get(name_in_file(rule.same_as))
+      if tensor is not None and in_file(rule.torch):
+        out[name_in_file(rule.torch)] = tensor
+    elif isinstance(rule, Constant):
+      for known, value in _constants(rule, placements, out, name_in_file):
+        if in_file(known):
+          out[name_in_file(known)] = _ready(value)
+  out |= {name: _ready(value) for name, value in (kept or {}).items()}
   names = dict.fromkeys([n for n in order if n in out]) | dict.fromkeys(out)
   return {name: out[name] for name in names}
 
 
-def _lazy(flat: Mapping[str, Any], step: _Step) -> Lazy:
-  def make():
-    parts = (np.asarray(flat[p]) for p in step.paths)
-    return step.rule.fn.backward(tuple(x if step.layer is None else x[step.layer] for x in parts))
+def _constants(
+  rule: Constant, placements: Mapping[str, Placement], out: Mapping[str, Lazy], name_in_file
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, value) for every tensor of the state dict `out` that the constant belongs to."""
+  of = pattern(rule.of)
+  for known in placements:
+    match = of.fullmatch(known)
+    if match is None or name_in_file(known) not in out:
+      continue
+    numbers = match.groupdict()
+    value = _constant_value(rule, out[name_in_file(known)].shape, numbers)
+    if value is not None:
+      yield rule.torch.format(**numbers), value
 
-  sample = make()  # a view, but for fused weights, which are copies for this moment only
+
+def _ready(value: np.ndarray) -> Lazy:
+  return Lazy(value.shape, value.dtype, lambda: value)
+
+
+def _lazy(flat: Mapping[str, Any], place: Placement) -> Lazy:
+  def make():
+    arrays = (np.asarray(flat[p]) for p in place.paths)
+    return place.rule.fn.backward(
+      tuple(x if place.layer is None else x[place.layer] for x in arrays)
+    )
+
+  sample = make()  # a view; of fused weights a copy, which is freed at once
   return Lazy(sample.shape, sample.dtype, make)
 
 
 def arrays(state: Mapping[str, Lazy]) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, array) of what `to_torch` gave, one alive at a time."""
+  """(name, array) of a state dict of `to_torch`; one array is in memory at a time."""
   for name, lazy in state.items():
     yield name, lazy.make()

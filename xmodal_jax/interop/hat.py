@@ -1,13 +1,12 @@
-"""Rules between HAT's state dicts and our parameters."""
+"""The rule table of HAT."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from xmodal_jax.interop import tables, towers
-from xmodal_jax.interop.conversion import ConversionError, Entry, Ignore, Rule
+from xmodal_jax.interop.rules import Entry, Ignore, Rule
 
 _TEXT = "text_transformer."
 
@@ -21,7 +20,7 @@ RULES: Sequence[Entry] = [
   *towers.swin("vit_model.", "image/swin"),
   *towers.bert(_TEXT, "text"),
   Ignore(_TEXT + "embeddings.position_ids"),
-  Ignore(_TEXT + "pooler.*", parameter=True),  # nothing reads what it makes
+  Ignore(_TEXT + "pooler.*", parameter=True),  # its output is unused
 ]
 
 # Public files of single towers: Microsoft's or timm's Swin, OpenAI's CLIP or timm's ViT, and a
@@ -39,32 +38,21 @@ TOWERS: Mapping[str, Sequence[Entry]] = {
 }
 
 
-def infer_config(
-  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:
   """The model section of a config from the shapes of a state dict (HAT spec, 7.2)."""
   del scalars
   patch, joint = "vit_model.patch_embed.proj.weight", "cross_modal_image_transform.weight"
-  words, places = (_TEXT + f"embeddings.{x}_embeddings.weight" for x in ("word", "position"))
-  hidden = _TEXT + "encoder.layer.0.intermediate.dense.weight"
-  need = {patch: 4, joint: 2, words: 2, places: 2, hidden: 2}
-  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
-  if wrong:
-    what = tables.describe_keys(shapes)
-    raise ConversionError(missing=[f"not a HAT state dict ({what}); no {', '.join(wrong)}"])
-  vocab, width = shapes[words]
-  depth = len(towers.distinct(re.escape(_TEXT) + r"encoder\.layer\.(\d+)\..*", shapes))
-  text = dict(vocab=vocab, context=shapes[places][0], width=width, depth=depth)
-  text |= dict(heads=max(width // 64, 1), mlp=shapes[hidden][0])
+  tables.check_keys("HAT", shapes, {patch: 4, joint: 2} | towers.bert_ranks(_TEXT))
+  text = towers.bert_config(shapes, _TEXT)
   return dict(
     system="hat",
     embed=shapes[joint][0],
     image=dict(kind="swin") | towers.swin_config(shapes, "vit_model."),
     text=text,
-    levels=((3, depth - 1), (1, 3), (2, 9)),
+    levels=((3, text["depth"] - 1), (1, 3), (2, 9)),
   )
 
 
 def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Tables of another window or resolution are resized; everything else is left as it is."""
+  """Position tables of another window are interpolated; other arrays are unchanged."""
   return towers.resize_swin_tables(path, value, shape)

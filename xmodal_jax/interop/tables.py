@@ -1,13 +1,53 @@
-"""Rule tables of the systems by name, and what a state dict seems to be of."""
+"""Rule tables: what a module `interop/<system>.py` provides about the PyTorch files of a system."""
 
 import importlib
 import re
-import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
+import numpy as np
+
+from xmodal_jax.interop.rules import ConversionError, Entry
 from xmodal_jax.models import registry
 
-# What a state dict is of, by keys that only such files have: for messages.
+Shapes = Mapping[str, Sequence[int]]  # torch key -> shape
+
+
+class RuleTable(Protocol):
+  """The interface of a rule table. A module may also define
+
+  TOWERS: Mapping[str, Sequence[Entry]]
+    Rules for public files of one tower, by side ("image", "text"): config.init_image and
+    config.init_text. Without it a system starts from whole checkpoints only.
+  HALF_PATHS: Sequence[str]
+    Regular expressions for the paths that config.init_half rounds to float16.
+  optimizer_names(names, groups) -> list[str]
+    The torch parameter names in the order of the ids of an optimizer file. names: in the order of
+    the state dict; groups: number of parameters of each parameter group. Without it both orders are
+    the same.
+  """
+
+  RULES: Sequence[Entry]
+  """The whole state dict of a checkpoint, in both directions."""
+
+  def infer_config(
+    self, shapes: Shapes, scalars: Mapping[str, int] | None = None
+  ) -> dict[str, Any]:
+    """config.model of a state dict. scalars: numbers beside the tensors of a TorchScript archive.
+
+    Raises ConversionError for a state dict of another system, see `check_keys`.
+    """
+
+  def resize(self, path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Interpolates the position table at `path` to `shape`; other arrays are returned unchanged."""
+
+
+def rule_table(name: str) -> RuleTable:
+  """The rule table of a registered system. Raises ValueError for another name."""
+  return importlib.import_module(registry.entry(name).interop)
+
+
+# Keys that only files of one kind have, for error messages.
 _SIGNATURES = (
   (r"image_model\.(vit|vision_transformer)\.|cross_model\.|team_block_list\.", "TEAM"),
   (r"vit_model\.layers\.|cross_modal_(text|image)_transform", "HAT"),
@@ -22,16 +62,24 @@ _SIGNATURES = (
 )
 
 
-def rule_table(name: str) -> types.ModuleType:
-  """The interop module of a system: `RULES`, `infer_config`, `resize`, optionally `TOWERS`,
-  `HALF_PATHS`, `optimizer_names`."""
-  return importlib.import_module(registry.entry(name).interop)
-
-
 def describe_keys(keys: Iterable[str]) -> str:
-  """What a state dict with these keys seems to be, in words for an error message."""
+  """What a state dict with these keys seems to be, in words for an error message.
+
+  >>> describe_keys(["img_txt_enc.img_proj.weight"])
+  'it seems to be of TGDT (or TERAN)'
+  """
   keys = list(keys)
   for pattern, what in _SIGNATURES:
     if any(re.match(pattern, key) for key in keys):
       return f"it seems to be of {what}"
   return f"first keys: {', '.join(keys[:3])}"
+
+
+def check_keys(system: str, shapes: Shapes, ranks: Mapping[str, int]) -> None:
+  """Raises ConversionError unless the state dict has all keys of `ranks` with that many axes.
+
+  The message says what the state dict seems to be instead.
+  """
+  if wrong := [key for key, rank in ranks.items() if len(shapes.get(key, ())) != rank]:
+    what = describe_keys(shapes)
+    raise ConversionError(missing=[f"not a {system} state dict ({what}); no {', '.join(wrong)}"])

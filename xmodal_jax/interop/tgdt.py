@@ -1,13 +1,12 @@
-"""Rules between TGDT's and TERAN's state dicts and our parameters."""
+"""The rule table of TGDT and TERAN."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from xmodal_jax.interop import tables, towers
-from xmodal_jax.interop.conversion import ConversionError, Entry, Ignore, Rule, Tied
+from xmodal_jax.interop.rules import Entry, Ignore, Rule, Tied
 
 _ALL, _BERT = "img_txt_enc.", "img_txt_enc.txt_enc.bert_model."
 
@@ -30,7 +29,7 @@ RULES: Sequence[Entry] = [
   Ignore(_BERT + "embeddings.position_ids"),
   *towers.bert(_BERT, "text"),
   Tied(_ALL + "txt_enc.word_embeddings.weight", _BERT + "embeddings.word_embeddings.weight"),
-  # Heads whose results nothing reads.
+  # Heads whose outputs are unused.
   *(
     Ignore(name + ".*", parameter=True)
     for name in (
@@ -67,9 +66,9 @@ _GROUP = (
 
 
 def optimizer_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
-  """Names in the order of the original's optimizer, from that of its state dict.
+  """Parameter names in the order of an optimizer file's ids; groups: sizes of its groups.
 
-  The text tower is the second group, and absent where it did not train.
+  The text tower is the second group, and absent if it was frozen.
   """
   bare = {name: name.removeprefix(_ALL) for name in names}
   first = [n for prefix in _GROUP for n in names if bare[n].startswith(prefix)]
@@ -77,48 +76,30 @@ def optimizer_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
   return first if len(groups) == 1 else first + second
 
 
-def infer_config(
-  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:
   """The model section of a config from the shapes of a state dict (TGDT spec, 7)."""
   del scalars
-  words, places = (_BERT + f"embeddings.{x}_embeddings.weight" for x in ("word", "position"))
-  hidden = _BERT + "encoder.layer.0.intermediate.dense.weight"
-  box, joint = f"{_REGIONS}.2.weight", _ALL + "img_proj.weight"
-  inner = lambda stack: shapes.get(f"{stack}.layers.0.linear1.weight", (0,))[0]
-  need = {words: 2, places: 2, hidden: 2, box: 2, joint: 2}
-  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
-  if wrong:
-    what = tables.describe_keys(shapes)
-    raise ConversionError(missing=[f"not a TGDT state dict ({what}); no {', '.join(wrong)}"])
-  count = lambda prefix: len(towers.distinct(re.escape(prefix) + r"(\d+)\..*", shapes))
+  features, joint = f"{_REGIONS}.2.weight", _ALL + "img_proj.weight"
+  tables.check_keys("TGDT", shapes, towers.bert_ranks(_BERT) | {features: 2, joint: 2})
 
   def stack(name: str) -> dict[str, int]:
     """The number of heads is in no file: every published stack has 4."""
-    name = _ALL + name
-    return dict(depth=count(f"{name}.layers."), heads=4, mlp=inner(name))
+    mlp = shapes.get(f"{_ALL}{name}.layers.0.linear1.weight", (0,))[0]
+    return dict(depth=towers.count_layers(f"{_ALL}{name}.layers.", shapes), heads=4, mlp=mlp)
 
-  vocab, width = shapes[words]
   upper = stack("transformer_encoder_text")
   return dict(
     system="tgdt",
     embed=shapes[joint][0],
-    image=dict(features=shapes[box][0]) | stack("img_enc.transformer_encoder"),
-    text=dict(
-      vocab=vocab,
-      context=shapes[places][0],
-      width=width,
-      depth=count(_BERT + "encoder.layer."),
-      heads=max(width // 64, 1),
-      mlp=shapes[hidden][0],
-    ),
+    image=dict(features=shapes[features][0]) | stack("img_enc.transformer_encoder"),
+    text=towers.bert_config(shapes, _BERT),
     lower=stack("transformer_encoder_1"),
     upper=upper if upper["depth"] else {},
-    shared=not count(_ALL + "transformer_encoder_2.layers."),
+    shared=not stack("transformer_encoder_2")["depth"],
   )
 
 
 def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Nothing is resized."""
+  """No array depends on the input size: returned unchanged."""
   del path, shape
   return value

@@ -1,13 +1,17 @@
-"""Rule tables of the towers: the names and layouts of public PyTorch files, under any prefix."""
+"""Rules and sizes of the towers: names and layouts of public PyTorch files, under any prefix.
+
+Each function takes the prefix in the file and our path, and gives the rules of one component. The
+functions `*_config` read a tower's sizes off the shapes of a state dict.
+"""
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop.conversion import (
+from xmodal_jax.interop.rules import (
   Alias,
   Constant,
   ConversionError,
@@ -20,6 +24,7 @@ from xmodal_jax.interop.conversion import (
   split,
   squeeze,
 )
+from xmodal_jax.interop.tables import Shapes
 from xmodal_jax.models.layers import positions
 
 
@@ -32,11 +37,13 @@ def norm(torch: str, ours: str, first: int = 0) -> list[Rule]:
 
 
 def batch_norm(torch: str, ours: str, first: int = 0) -> list[Rule]:
+  """BatchNorm with its running statistics."""
   names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
   return [Rule(f"{torch}.{a}", f"{ours}/{b}", first=first) for a, b in names.items()]
 
 
 def dense(torch: str, ours: str) -> list[Rule]:
+  """torch.nn.Linear."""
   return [
     Rule(f"{torch}.weight", f"{ours}/kernel", linear),
     Rule(f"{torch}.bias", f"{ours}/bias"),
@@ -44,7 +51,7 @@ def dense(torch: str, ours: str) -> list[Rule]:
 
 
 def fused(weight: str, bias: str, ours: str) -> list[Rule]:
-  """One matrix for query, key and value, in this order of rows; `ours` is what holds q, k, v."""
+  """One matrix whose rows are query, key and value, in this order. ours: parent path of q, k, v."""
   paths = lambda name: tuple(f"{ours}/{x}/{name}" for x in "qkv")
   return [
     Rule(weight, paths("kernel"), split(3, linear)),
@@ -73,7 +80,7 @@ def clip_blocks(torch: str, ours: str) -> list[Rule]:
 
 
 def clip_vit(torch: str, ours: str) -> list[Rule]:
-  """OpenAI CLIP's `visual`, where it is a ViT."""
+  """The ViT of OpenAI CLIP, `visual` in its files."""
   return [
     Rule(f"{torch}.conv1.weight", f"{ours}/patch/kernel", conv),
     Rule(f"{torch}.class_embedding", f"{ours}/cls"),
@@ -86,7 +93,7 @@ def clip_vit(torch: str, ours: str) -> list[Rule]:
 
 
 def timm_vit(torch: str, ours: str) -> list[Rule]:
-  """timm's and DeiT's VisionTransformer. torch: a prefix with its dot, "" for a bare file."""
+  """timm's and DeiT's VisionTransformer. torch: prefix with its dot, "" for none."""
   block, blocks = f"{torch}blocks.{{layer}}", f"{ours}/blocks"
   return [
     Rule(f"{torch}cls_token", f"{ours}/cls", squeeze(0, 1)),
@@ -104,7 +111,7 @@ def timm_vit(torch: str, ours: str) -> list[Rule]:
 
 
 def bert(torch: str, ours: str) -> list[Rule]:
-  """Hugging Face's BertModel without pooler. torch: a prefix with its dot, "" for a bare file."""
+  """Hugging Face's BertModel without pooler. torch: prefix with its dot, "" for none."""
   table, layer, blocks = f"{torch}embeddings", f"{torch}encoder.layer.{{layer}}", f"{ours}/blocks"
   return [
     Rule(f"{table}.word_embeddings.weight", f"{ours}/word/embedding"),
@@ -123,24 +130,21 @@ def bert(torch: str, ours: str) -> list[Rule]:
 
 
 def swin(torch: str, ours: str) -> list[Entry]:
-  """Swin Transformer as Microsoft and timm 0.4.12 have it. torch: a prefix with its dot, "" for a
-  bare file.
+  """Swin Transformer as in Microsoft's files and timm 0.4.12. torch: prefix with its dot, "" for
+  none.
 
-  Bare files are of classifiers, which normalise the last stage only: the norms of the others start
-  as they do in training. Index and mask buffers have to be what the tables say.
+  Public files are of classifiers, which normalise the last stage only: the norms of the other
+  stages get their initial values. Index and mask buffers must have the values that the position
+  tables imply.
   """
   layer, stage = f"{torch}layers.{{stage}}", f"{ours}/stages/{{stage}}"
   block, blocks = f"{layer}.blocks.{{layer}}", f"{stage}/blocks"
   table = f"{block}.attn.relative_position_bias_table"
-  level = lambda name, path, default: [
-    Rule(
-      f"{torch}norm_{i}.{name}",
-      f"{ours}/norms/{i}/{path}",
-      default=default,
-      default_beside=r"patch_embed\..*",
-    )
-    for i in range(3)
-  ]
+
+  def stage_norms(name: str, path: str, default: float) -> list[Rule]:
+    only = dict(default=default, default_beside=r"patch_embed\..*")  # keys of public files
+    return [Rule(f"{torch}norm_{i}.{name}", f"{ours}/norms/{i}/{path}", **only) for i in range(3)]
+
   return [
     Rule(f"{torch}patch_embed.proj.weight", f"{ours}/patch/kernel", conv),
     Rule(f"{torch}patch_embed.proj.bias", f"{ours}/patch/bias"),
@@ -156,32 +160,38 @@ def swin(torch: str, ours: str) -> list[Entry]:
     *dense(f"{block}.mlp.fc2", f"{blocks}/wo"),
     Rule(f"{layer}.downsample.reduction.weight", f"{stage}/merge/reduction/kernel", linear),
     *norm(f"{layer}.downsample.norm", f"{stage}/merge/ln"),
-    *level("weight", "scale", 1.0),
-    *level("bias", "bias", 0.0),
+    *stage_norms("weight", "scale", 1.0),
+    *stage_norms("bias", "bias", 0.0),
     *norm(f"{torch}norm", f"{ours}/norms/3"),
   ]
 
 
 def window_of(rows: int) -> int:
-  """w of a table of (2w-1)^2 rows; 0 for another number of rows."""
-  side = math.isqrt(rows)
-  return (side + 1) // 2 if side * side == rows and side % 2 else 0
+  """Window size w of a position table of (2w-1)^2 rows; 0 for another number of rows."""
+  length = math.isqrt(rows)
+  return (length + 1) // 2 if length * length == rows and length % 2 else 0
 
 
 def _window_index(shape: tuple[int, ...], stage: int, layer: int) -> np.ndarray | None:
+  """The relative position index of a block, from the shape of its position table."""
   del stage, layer
   window = window_of(shape[0])
   return positions.relative_index(window) if window else None
 
 
 def _window_mask(shape: tuple[int, ...], stage: int, layer: int) -> np.ndarray | None:
-  """Every second block has one, where the grid is of several windows: at the sizes of all
-  published files, 32 windows of pixels, it is of 8, 4, 2 and 1 along a side."""
-  window, along = window_of(shape[0]), 8 >> stage
-  return positions.shift_mask(along * window, window) if window > 1 < along and layer % 2 else None
+  """The attention mask of a block with shifted windows, from the shape of its position table.
+
+  Every second block has one if the grid has several windows. All published files have an image size
+  of 32 windows in patches of 4 pixels, that is 8, 4, 2 and 1 windows along a side by stage.
+  """
+  window, windows = window_of(shape[0]), 8 >> stage
+  if window > 1 and windows > 1 and layer % 2:
+    return positions.shift_mask(windows * window, window)
+  return None
 
 
-# What stands in public files of one tower beside the tower, and is of no use here.
+# Keys of public files that are not of the tower.
 CLIP_REST: list[Entry] = [
   Ignore(name, keep=False)
   for name in (
@@ -192,7 +202,7 @@ CLIP_REST: list[Entry] = [
 TIMM_REST: list[Entry] = [Ignore(name, keep=False) for name in ("head.*", "pre_logits.*")]
 SWIN_REST: list[Entry] = [Ignore("head.*", keep=False)]
 BERT_REST: list[Entry] = [
-  # Files with a language model's head have the prefix; the oldest have TensorFlow's LayerNorms.
+  # Files with a language model's head have the prefix; the oldest have TensorFlow's names.
   Alias(r"^(?=embeddings\.|encoder\.|pooler\.)", "bert."),
   Alias(r"LayerNorm\.gamma$", "LayerNorm.weight"),
   Alias(r"LayerNorm\.beta$", "LayerNorm.bias"),
@@ -206,23 +216,77 @@ def distinct(pattern: str, names: Iterable[str]) -> set[str]:
   return {m[1] for name in names if (m := re.fullmatch(pattern, name))}
 
 
-def side(rows: int, name: str) -> int:
-  """Side of the square grid of a position table that also has a row for one more token."""
-  out = math.isqrt(max(rows - 1, 0))
-  if out * out != rows - 1 or not out:
+def count_layers(prefix: str, names: Iterable[str]) -> int:
+  """How many numbers follow the prefix in the names.
+
+  >>> count_layers("blocks.", ["blocks.0.norm1.weight", "blocks.1.norm1.weight", "norm.weight"])
+  2
+  """
+  return len(distinct(re.escape(prefix) + r"(\d+)\..*", names))
+
+
+def grid_side(rows: int, name: str) -> int:
+  """Side of the square grid of a position table of `rows` rows, one of which is of the CLS token.
+
+  Raises ConversionError, which names the table, for another number of rows.
+  """
+  side = math.isqrt(max(rows - 1, 0))
+  if side * side != rows - 1 or not side:
     raise ConversionError(misshapen=[f"{name}: {rows} rows are no square and one more"])
-  return out
+  return side
 
 
-def swin_config(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> dict[str, Any]:
+def heads(width: int) -> int:
+  """The number of heads of a published transformer: no file has it, all have 64 units per head."""
+  return max(width // 64, 1)
+
+
+def vit_config(shapes: Shapes, *, pos: str, patch: str, blocks: str) -> dict[str, int]:
+  """Sizes of a ViT. pos, patch: keys of position table and patch embedding; blocks: prefix."""
+  width, _, patch_size, _ = shapes[patch]
+  return dict(
+    size=patch_size * grid_side(shapes[pos][-2], pos),
+    patch=patch_size,
+    width=width,
+    depth=count_layers(blocks, shapes),
+    heads=heads(width),
+  )
+
+
+def bert_ranks(prefix: str) -> dict[str, int]:
+  """The keys that `bert_config` needs, and their numbers of axes."""
+  names = ("embeddings.word_embeddings", "embeddings.position_embeddings")
+  names += ("encoder.layer.0.intermediate.dense",)
+  return {f"{prefix}{name}.weight": 2 for name in names}
+
+
+def bert_config(shapes: Shapes, prefix: str) -> dict[str, int]:
+  """Sizes of a BERT whose keys have this prefix."""
+  words, places, hidden = bert_ranks(prefix)
+  vocab, width = shapes[words]
+  return dict(
+    vocab=vocab,
+    context=shapes[places][0],
+    width=width,
+    depth=count_layers(prefix + "encoder.layer.", shapes),
+    heads=heads(width),
+    mlp=shapes[hidden][0],
+  )
+
+
+def resize_positions(value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """A position table of another grid [1 + N, D], interpolated to `shape`; see `positions`."""
+  return value if value.shape == tuple(shape) else positions.resize_table(value, shape[0])
+
+
+def swin_config(shapes: Shapes, prefix: str = "") -> dict[str, Any]:
   """Arguments of `Swin` from the shapes of a state dict whose keys have this prefix.
 
-  The size is 32 windows of the first table, for patches of 4: so are all published files. `patch`
-  and `mlp_ratio` are there where they are not the defaults. Raises ConversionError.
+  The image size is 32 windows of the first table, for patches of 4, as in all published files.
+  `patch` and `mlp_ratio` are left out where they have their defaults. Raises ConversionError.
   """
-  count = lambda pattern: len(distinct(re.escape(prefix) + pattern, shapes))
-  stages = count(r"layers\.(\d+)\..*")
-  depths = tuple(count(rf"layers\.{i}\.blocks\.(\d+)\..*") for i in range(stages))
+  stages = count_layers(f"{prefix}layers.", shapes)
+  depths = tuple(count_layers(f"{prefix}layers.{i}.blocks.", shapes) for i in range(stages))
   block = lambda i: f"{prefix}layers.{i}.blocks.0."
   tables = [block(i) + "attn.relative_position_bias_table" for i in range(stages)]
   proj, hidden = f"{prefix}patch_embed.proj.weight", block(0) + "mlp.fc1.weight"
@@ -244,10 +308,10 @@ def swin_config(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> dict[s
 
 
 def resize_swin_tables(path: str, value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-  """Position tables [depth, (2w-1)^2, H] of another window, resized head by head to `shape`.
+  """Position tables [depth, (2w-1)^2, H] of another window, interpolated per head to `shape`.
 
-  Everything else, and tables that have the rows already, are left as they are. Raises ValueError
-  for rows that are no square.
+  Other arrays, and tables of this window, are returned unchanged. Raises ValueError for a number of
+  rows that is no square.
   """
   if path.rsplit("/", 1)[-1] != "table" or value.ndim != 3 or value.shape[1] == shape[1]:
     return value

@@ -1,28 +1,26 @@
-"""Rules between ZeroVL's state dicts and our parameters."""
+"""The rule table of ZeroVL."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop import towers
-from xmodal_jax.interop.conversion import ConversionError, Entry, Ignore, Rule, linear
+from xmodal_jax.interop import tables, towers
+from xmodal_jax.interop.rules import ConversionError, Entry, Ignore, Rule, linear
 from xmodal_jax.losses import contrastive
 from xmodal_jax.models import zerovl
-from xmodal_jax.models.layers import positions
 
 _IMAGE, _TEXT = "image_encoder.model.model.", "text_encoder.model.model."
 
 RULES: Sequence[Entry] = [
   *towers.timm_vit(_IMAGE, "image"),
   Ignore(f"{_TEXT}embeddings.position_ids"),
-  # BERT built without pre-trained weights had a pooler, which nothing reads.
+  # A BERT built without pre-trained weights has a pooler, whose output is unused.
   Ignore(f"{_TEXT}pooler.*", parameter=True),
   *towers.bert(_TEXT, "text"),
   Rule("image_projection.linear.weight", "image_proj/kernel", linear),
   Rule("text_projection.linear.weight", "text_proj/kernel", linear),
-  # A constant temperature is in no file: a run that learns it begins at the published value.
+  # A constant temperature is in no file: learning it starts from the published value.
   Rule("loss.temperature", "temperature", default=zerovl.TEMPERATURE),
   Rule("loss.bias", "logit_bias", default=contrastive.INITIAL_BIAS),
   *towers.dense("classifier", "classifier"),
@@ -35,61 +33,36 @@ TOWERS: Mapping[str, Sequence[Entry]] = {
 }
 
 
-def infer_config(
-  shapes: Mapping[str, Sequence[int]], scalars: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:
   """The model section of a config from the shapes of a state dict (ZeroVL spec, 7).
 
-  Pixel statistics are in no file, so they are not among it: see PRESETS.
+  Pixel statistics are in no file: they come from PRESETS.
   """
   del scalars
-  pos, patch_name = _IMAGE + "pos_embed", _IMAGE + "patch_embed.proj.weight"
-  need = {pos: 3, patch_name: 4}
+  image_keys = dict(
+    pos=_IMAGE + "pos_embed", patch=_IMAGE + "patch_embed.proj.weight", blocks=_IMAGE + "blocks."
+  )
+  ranks = {image_keys["pos"]: 3, image_keys["patch"]: 4}
   probe = "classifier.weight" in shapes
-  tables, hidden = _TEXT + "embeddings.", _TEXT + "encoder.layer.0.intermediate.dense.weight"
-  words, places = (tables + f"{x}_embeddings.weight" for x in ("word", "position"))
   if not probe:
-    need |= {"image_projection.linear.weight": 2, "text_projection.linear.weight": 2}
-    need |= {words: 2, places: 2, hidden: 2}
-  wrong = [k for k, rank in need.items() if len(shapes.get(k, ())) != rank]
-  if wrong:
-    what = tables.describe_keys(shapes)
-    raise ConversionError(missing=[f"not a ZeroVL state dict ({what}); no {', '.join(wrong)}"])
+    ranks |= {"image_projection.linear.weight": 2, "text_projection.linear.weight": 2}
+    ranks |= towers.bert_ranks(_TEXT)
+  tables.check_keys("ZeroVL", shapes, ranks)
   others = [k for k in shapes if k.startswith((_IMAGE + "head.", _IMAGE + "pre_logits."))]
   if others:
     raise ConversionError(unknown=[f"{k}: of another program, ZeroVL has no head" for k in others])
-  width, _, patch, _ = shapes[patch_name]
-  count = lambda prefix: len(towers.distinct(re.escape(prefix) + r"(\d+)\..*", shapes))
-  heads = lambda width: max(width // 64, 1)
-  image = dict(
-    size=patch * towers.side(shapes[pos][1], pos),
-    patch=patch,
-    width=width,
-    depth=count(_IMAGE + "blocks."),
-    heads=heads(width),
-  )
+  image = towers.vit_config(shapes, **image_keys)
   if probe:
     return dict(system="zerovl", image=image, classes=shapes["classifier.weight"][0])
-  vocab, text_width = shapes[words]
-  text = dict(
-    vocab=vocab,
-    context=shapes[places][0],
-    width=text_width,
-    depth=count(_TEXT + "encoder.layer."),
-    heads=heads(text_width),
-    mlp=shapes[hidden][0],
-  )
   return dict(
     system="zerovl",
     embed=shapes["image_projection.linear.weight"][0],
     image=image,
-    text=text,
+    text=towers.bert_config(shapes, _TEXT),
     learn_temperature="loss.temperature" in shapes,
   )
 
 
 def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Image positions of another resolution are resized; everything else is left as it is."""
-  if path == "image/pos" and value.shape != shape:
-    return positions.resize_table(value, shape[0])
-  return value
+  """Image positions of another resolution are interpolated; other arrays are unchanged."""
+  return towers.resize_positions(value, shape) if path == "image/pos" else value
