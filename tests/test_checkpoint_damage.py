@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, unfinished or old: nothing of them is ever restored silently."""
+"""Checkpoints that are damaged, incomplete or without a manifest are never restored silently."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.checkpoints import manifest as manifest_lib
 from xmodal_jax.optim import train_state
 
-# Orbax leaves tasks behind when what it reads is damaged.
+# Orbax leaves asyncio tasks behind when it reads damaged files.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 META = dict(system="clip", metric="rsum", fingerprint="f", pending=False)
@@ -59,14 +59,14 @@ def copied(written, tmp_path) -> pathlib.Path:
   return pathlib.Path(shutil.copytree(written, tmp_path / "run"))
 
 
-def test_the_next_step_does_not_wait_for_a_copy_on_the_devices(tmp_path, monkeypatch):
+def test_save_returns_after_a_copy_on_the_devices(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpointer, "_room_for_copy", lambda state: True)
   with contextlib.closing(opened(tmp_path)) as checkpoints:
     going, go = threading.Event(), threading.Event()
     real = checkpoints.writer.save
 
     def slow(folder, args):
-      assert args["model"].item["params"]["w"].sharding == rows  # each device copied its own part
+      assert args["model"].item["params"]["w"].sharding == rows  # each device copied its own shard
       going.set()
       assert go.wait(60)
       real(folder, args=args)
@@ -77,15 +77,15 @@ def test_the_next_step_does_not_wait_for_a_copy_on_the_devices(tmp_path, monkeyp
     for step in (3, 6):
       state = state_of(step)
       state.params["w"] = jax.device_put(state.params["w"], rows)
-      checkpoints.save(step, state, META)  # returns, though nothing has been written
+      checkpoints.save(step, state, META)  # returns before anything is written
       assert going.wait(60) and not checkpoints.pending.done()
       for x in jax.tree.leaves(state):
-        x.delete()  # what a step does with the state that it is given
+        x.delete()  # as the donation to the next step does
       go.set()
       checkpoints.wait()
       assert same(checkpoints.restore(step, want()), step)
       going.clear(), go.clear()
-    # A failure is told by the next call, as any other.
+    # The next call raises a failure of the background thread.
     monkeypatch.setattr(checkpoints.writer, "save", lambda *args, **kw: 1 / 0)
     checkpoints.save(9, state_of(9), META)
     with pytest.raises(checkpointer.CheckpointError, match="the latest is of step 6"):
@@ -96,7 +96,7 @@ def test_the_next_step_does_not_wait_for_a_copy_on_the_devices(tmp_path, monkeyp
   "limit, in_use, peak, fits",
   [
     (60_000, 9_000, 20_000, True),
-    (60_000, 9_000, 40_000, False),  # 20 left: not for 8 and for 31 of a step
+    (60_000, 9_000, 40_000, False),  # 20 kB left, for a copy of 8 and 31 of a step
     (None, 9_000, 20_000, False),
   ],
 )
@@ -125,7 +125,7 @@ def flip(path: pathlib.Path, bit: int) -> None:
 
 @contextlib.contextmanager
 def changed(path: pathlib.Path, change):
-  """The file changed by change(path), and afterwards as it was, in a folder of its old name."""
+  """Applies change(path); restores the file and the name of its folder afterwards."""
   data = path.read_bytes() if path.exists() else None
   change(path)
   try:
@@ -140,23 +140,23 @@ def changed(path: pathlib.Path, change):
 
 
 def falls_back(workdir: pathlib.Path, path: pathlib.Path, caplog, read_only: bool = False) -> bool:
-  """Whether step 6 is restored in the place of 9, and a warning names what is wrong with 9."""
+  """Whether step 6 is restored instead of 9, with a warning that names the damaged file."""
   caplog.clear()
   with contextlib.closing(opened(workdir, read_only=read_only)) as checkpoints:
     step, meta, state = checkpoints.restore_latest(want())
   name = str(path.relative_to(workdir / "checkpoints" / "9"))
-  said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-  said = [m for m in said if m.startswith("checkpoint of step 9 is damaged and not used: ")]
+  warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+  warnings = [m for m in warnings if m.startswith("checkpoint of step 9 is damaged and not used: ")]
   aside = (workdir / "checkpoints" / "9.damaged").exists()
-  named = len(said) == 1 and f"{name} " in said[0]
+  named = len(warnings) == 1 and f"{name} " in warnings[0]
   return step == 6 and meta == META and same(state, 6) and named and aside != read_only
 
 
 def count_fall_backs(workdir: pathlib.Path, caplog, flips: int, seed: int) -> int:
-  """How many of so many flips of a random bit of a random file of step 9 were noticed."""
+  """How many of `flips` flips of a random bit in a random file of step 9 were detected."""
   rng, files, noticed = np.random.default_rng(seed), files_of(workdir, 9), 0
   for i in range(flips):
-    # Every file comes before one comes twice.
+    # Each file once before any file twice.
     if i % len(files) == 0:
       order = rng.permutation(len(files))
     path = files[order[i % len(files)]]
@@ -183,7 +183,7 @@ def refuse(step, meta):
 
 @pytest.mark.parametrize("plans", [1 << 20, 0], ids=["first", "while_reading"])
 def test_any_flipped_bit(written, caplog, monkeypatch, plans):
-  """Both where files are checked before Orbax sees them, and where it reads damaged ones."""
+  """Files are checked before Orbax reads them, or at the same time."""
   monkeypatch.setattr(checkpointer, "_CHECK_FIRST", plans)
   assert count_fall_backs(written, caplog, 40, seed=plans) == 40
   assert len(files_of(written, 9)) < 40
@@ -212,7 +212,7 @@ def test_every_file_truncated_or_missing(written, caplog):
       assert "is missing" in caplog.text
 
 
-def test_what_does_not_belong(written, caplog):
+def test_foreign_file_or_manifest(written, caplog):
   path = written / "checkpoints" / "9" / "train" / "d" / "junk"
   with changed(path, lambda p: p.write_text("junk")):
     assert falls_back(written, path, caplog)
@@ -234,7 +234,7 @@ def test_one_step_by_its_number(copied):
 
 
 def test_damaged_best(copied):
-  """The next best is taken, whether the best has lost its parameters or only its metrics."""
+  """The next best is used, whether the parameters or only the metrics are damaged."""
   flip(copied / "checkpoints" / "6" / "metrics" / "metrics", 20)
   assert opened(copied, read_only=True).best() == 9
   assert opened(copied, read_only=True).restore_best()[0] == 9
@@ -256,7 +256,7 @@ def test_nothing_intact_is_an_error(copied, caplog):
     checkpointer.CheckpointError, match=f"(?s)no intact .*step 9: .*{name} .*step 3: "
   ):
     opened(copied, read_only=True).restore_best()
-  for _ in range(2):  # starting the run again does not start it anew
+  for _ in range(2):  # running again does not restart from step 0
     with pytest.raises(checkpointer.CheckpointError, match=r"(?s)no intact .*Put back a copy") as e:
       opened(copied).restore_latest(want())
   assert "set aside: 3.damaged, 6.damaged, 9.damaged" in str(e.value)
@@ -265,12 +265,12 @@ def test_nothing_intact_is_an_error(copied, caplog):
 
 
 def killed_before_manifest(workdir, step) -> None:
-  """What a process leaves that is killed once Orbax has committed."""
+  """The state of the disk if the process is killed after Orbax has committed."""
   with contextlib.closing(opened(workdir)) as checkpoints:
     checkpoints._finish = lambda step: checkpoints.writer.wait_until_finished()
     checkpoints.save(step, state_of(step), META)
     checkpoints.wait()
-    assert checkpoints.latest() != step  # a process that runs does not take it for whole either
+    assert checkpoints.latest() != step  # nor is it complete for a running process
 
 
 def test_killed_before_the_manifest(copied, caplog):
@@ -280,13 +280,13 @@ def test_killed_before_the_manifest(copied, caplog):
   assert "checkpoint of step 12 is damaged and not used: manifest is missing" in caplog.text
   step, _, state = checkpoints.restore_latest(want())
   assert step == 9 and same(state, 9)
-  checkpoints.save(12, state_of(12), META)  # the same step comes again
+  checkpoints.save(12, state_of(12), META)  # the same step is saved again
   checkpoints.wait()
   assert checkpoints.restore_latest(want())[0] == 12
 
 
 def test_killed_in_the_first_save(tmp_path):
-  """There is nothing to lose: the run begins anew."""
+  """Without a complete checkpoint the run starts from step 0."""
   killed_before_manifest(tmp_path, 3)
   assert opened(tmp_path).restore_latest(want()) is None
   assert opened(tmp_path).restore_latest(want()) is None
@@ -299,13 +299,13 @@ def test_leftovers_of_interrupted_saves(copied):
   (folder / "9.manifest.orbax-checkpoint-tmp").write_text("half")
   names = lambda: {p.name for p in folder.iterdir()}
   opened(copied, read_only=True).restore_latest(want())
-  assert len(names()) == 7  # a reader leaves them: the run may be alive
+  assert len(names()) == 7  # a reader keeps them: the run may be active
   opened(copied)
   assert names() == {"3", "6", "9", "manifests"}
 
 
 def test_killed_while_a_step_is_replaced(copied):
-  """The step whose evaluation was made up for is there all the time."""
+  """A step that is saved again with its metrics is never missing on the disk."""
   (copied / "checkpoints" / "9").replace(copied / "checkpoints" / "9.replaced")
   killed_before_manifest(copied / "other", 9)
   shutil.copytree(copied / "other" / "checkpoints" / "9", copied / "checkpoints" / "9")
@@ -317,7 +317,7 @@ def test_killed_while_a_step_is_replaced(copied):
   assert opened(copied, read_only=True).metrics(9) == {"rsum": 7.0}
 
 
-def test_written_before_there_were_manifests(copied, caplog):
+def test_checkpoints_without_manifests(copied, caplog):
   folder = copied / "checkpoints"
   for path in folder.rglob(manifest_lib.MANIFEST):
     path.unlink()
@@ -330,13 +330,13 @@ def test_written_before_there_were_manifests(copied, caplog):
   assert "they get manifests now, as they are" in caplog.text
   flip(files_of(copied, 9)[-1], 5)
   assert opened(copied).restore_latest(want())[0] == 6
-  # Where only some have none, they are not of an older version.
+  # If only some steps have no manifest, they are damaged.
   (folder / "6" / manifest_lib.MANIFEST).unlink()
   assert opened(copied).restore_latest(want())[0] == 3
 
 
-def test_what_is_kept(tmp_path):
-  """The latest, and the best: the last of equals. A damaged one is nobody's best."""
+def test_which_steps_are_kept(tmp_path):
+  """The latest, and the best: of equal ones the newest, never a damaged one."""
   checkpoints = opened(tmp_path, keep=1)
   steps = lambda: {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
   for step, rsum, kept in ((1, 5, {"1"}), (2, 5, {"2"}), (3, 1, {"2", "3"}), (4, None, {"2", "4"})):
@@ -350,7 +350,7 @@ def test_what_is_kept(tmp_path):
 
 
 def test_shares_of_several_processes(tmp_path, monkeypatch):
-  """A file of many blocks: the processes' shares are the whole, and each finds what is its own."""
+  """A file of many blocks: the shares cover all bytes, and one process finds the damaged block."""
   monkeypatch.setattr(manifest_lib, "BLOCK", 64)
   data = np.random.default_rng(0).bytes(1000)
   (tmp_path / "a").mkdir()

@@ -1,4 +1,4 @@
-"""A moving average of the parameters: updated, sharded, saved, resumed, and what is evaluated."""
+"""The moving average of the parameters: update, sharding, checkpoints, resuming, evaluation."""
 
 import shutil
 
@@ -17,8 +17,8 @@ from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.training import loop
 
 
-def test_average_of_what_the_parameters_become():
-  """Of the bounded ones, not of the updates; by hand in numpy."""
+def test_average_of_the_updated_parameters():
+  """The average is of the parameters after all transformations; the reference is in numpy."""
   tx = factory.make_optimizer(
     tiny.optim(ema=0.9, weight_decay=0.0, bounds=(("w", -0.25, 1.0),)),
     lambda step: 0.1,
@@ -81,8 +81,8 @@ def saved(c, workdir, step) -> tuple[dict, dict]:
   return restore.flat(state.params), restore.flat(transforms.averaged(state).params)
 
 
-def test_who_reads_a_workdir_gets_the_average(averaged_run):
-  """And that is what was evaluated."""
+def test_readers_of_a_workdir_get_the_average(averaged_run):
+  """The evaluation used the same parameters."""
   c, workdir, results = averaged_run
   (before, _), (average, raw) = (saved(c, workdir, step) for step in (5, 6))
   for path, value in average.items():
@@ -98,7 +98,7 @@ def test_who_reads_a_workdir_gets_the_average(averaged_run):
   assert retrieval.evaluate(again, workdir)["test"] == results["test"]
 
 
-def test_resumed_run_goes_on_from_the_parameters(averaged_run, tmp_path):
+def test_resumed_run_continues_from_the_parameters(averaged_run, tmp_path):
   c, straight, _ = averaged_run
   shutil.copytree(straight, tmp_path / "run")
   for step in (4, 5, 6):
@@ -110,7 +110,7 @@ def test_resumed_run_goes_on_from_the_parameters(averaged_run, tmp_path):
 
 
 def test_average_starts_from_the_towers_of_files(tiny_data, monkeypatch):
-  """Which replace those that the optimizer was initialised with."""
+  """The towers replace the parameters that the optimizer was initialized with."""
   c = tiny.config(tiny_data, optim__ema=0.5, init_image="a file")
   built = setup.build(c)
   path = "image/blocks/q/kernel"

@@ -1,4 +1,4 @@
-"""LAMB: what its norms are taken over, on stacked and fused parameters, and on many devices."""
+"""LAMB: the groups of its norms, with stacked and fused parameters, and on several devices."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ FROZEN = (r"q/kernel$", 0.0)
 
 
 def draw(seed: int) -> dict:
-  """Layers of very different sizes, a stacked scalar, a zero tensor."""
+  """Parameters whose layers differ in magnitude by powers of 10, with a stacked scalar."""
   rng = np.random.default_rng(seed)
   array = lambda *shape: rng.normal(size=shape).astype(np.float32)
   sizes = 10.0 ** np.arange(DEPTH, dtype=np.float32)
@@ -50,7 +50,7 @@ def make(params, rules=RULES, lr=0.1, **changes):
 
 
 def run(tx, params, steps=4):
-  """Parameters after `steps` gradients that depend on them."""
+  """Parameters after `steps` updates, with gradients that depend on the parameters."""
   state, update = tx.init(params), jax.jit(tx.update)
   for step in range(steps):
     grads = jax.tree.map(lambda g, p: g * (1 + 0.1 * p), draw(10 + step), params)
@@ -59,8 +59,8 @@ def run(tx, params, steps=4):
   return jax.device_get(params)
 
 
-def plain(steps=4, *, lr=0.1, clip=1.0, decay=lambda name: 0.01, mult=lambda name: 1.0):
-  """The original's loop, a tensor at a time, in float64: spec of TEAM, 4.1."""
+def reference(steps=4, *, lr=0.1, clip=1.0, decay=lambda name: 0.01, mult=lambda name: 1.0):
+  """The original's loop over tensors, in float64: spec of TEAM, 4.1."""
   tensors = lambda tree: {
     k: np.array(v, np.float64)
     for k, v in conversion.arrays(conversion.to_torch(restore.flat(tree), RULES))
@@ -86,7 +86,7 @@ def as_torch(params):
 
 
 def compare(ours, theirs, tolerance):
-  """Errors against the largest entry of each array: rounding is worse where terms cancel."""
+  """Errors relative to the largest entry of each array: rounding is worse where terms cancel."""
   assert ours.keys() == theirs.keys()
   for key, value in theirs.items():
     error = np.abs(np.asarray(ours[key]) - value).max()
@@ -94,15 +94,15 @@ def compare(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("clip", [1.0, 7.0])
-def test_original_is_the_loop_over_its_tensors(clip):
+def test_original_equals_a_loop_over_its_tensors(clip):
   tx = make(draw(0), trust="original", grad_clip=clip)
-  compare(as_torch(run(tx, draw(0))), plain(clip=clip), 1e-5)
+  compare(as_torch(run(tx, draw(0))), reference(clip=clip), 1e-5)
 
 
 def test_original_without_decay_has_no_ratio_and_the_multiple_comes_last():
   lr_mult = ((r"^blocks/", 0.1), (".*", 1.0))
   tx = make(draw(0), trust="original", grad_clip=1.0, decay=NO_BIAS, lr_mult=lr_mult)
-  want = plain(
+  want = reference(
     decay=lambda name: 0.0 if name.endswith("bias") else 0.01,
     mult=lambda name: 0.1 if name.startswith("blocks") else 1.0,
   )
@@ -127,7 +127,7 @@ def test_groups_of_both_forms():
 
 
 def unstacked(tree):
-  """A nested dict with each layer of `blocks` for itself, and the same rules without layers."""
+  """The parameters with one entry per layer of `blocks`."""
   layers = [jax.tree.map(lambda x, i=i: x[i], tree["blocks"]) for i in range(DEPTH)]
   return {k: v for k, v in tree.items() if k != "blocks"} | {
     str(i): x for i, x in enumerate(layers)
@@ -135,7 +135,7 @@ def unstacked(tree):
 
 
 @pytest.mark.parametrize("decay", [((".*", 1.0),), NO_BIAS])
-def test_optax_form_is_that_of_optax_stacked_or_not(decay):
+def test_optax_form_equals_optax_lamb_stacked_or_not(decay):
   params, grads = unstacked(draw(0)), [unstacked(draw(10 + i)) for i in range(3)]
   paths = restore.flat(params)
   tx = make(params, [Rule(path, path) for path in paths], decay=decay)
@@ -151,7 +151,7 @@ def test_optax_form_is_that_of_optax_stacked_or_not(decay):
     w, b = theirs.update(g, states[1], other)
     s, c = stacked.update(draw(10 + step), states[2], layered)
     states = a, b, c
-    compare(restore.flat(u), restore.flat(w), 5e-7)  # sums of another order: the last bits
+    compare(restore.flat(u), restore.flat(w), 5e-7)  # rounding of sums in another order
     params, other = optax.apply_updates(params, u), optax.apply_updates(other, w)
     layered = optax.apply_updates(layered, s)
   compare(restore.flat(unstacked(layered)), restore.flat(params), 1e-6)
@@ -167,7 +167,7 @@ def test_zero_tensors_take_the_plain_step():
 
 
 @pytest.mark.parametrize("trust", ["optax", "original"])
-def test_eight_devices_are_one(trust):
+def test_eight_devices_equal_one(trust):
   params = draw(0)
   tx = make(params, trust=trust, grad_clip=1.0)
   mesh = sharding.make_mesh((("data", 2), ("fsdp", 2), ("model", 2)))
@@ -191,7 +191,7 @@ def test_eight_devices_are_one(trust):
 
 @pytest.mark.parametrize("variant", ["vit_b32", "rn50", "tiny"])
 def test_rules_and_axes_agree_on_what_is_stacked(variant):
-  """Leading dimensions without a name in the metadata are layers, and so say the torch rules."""
+  """Axes without a name in the metadata are layer axes, which the rules must agree with."""
   from xmodal_jax.runtime import setup
 
   config = config_lib.base()
@@ -218,7 +218,7 @@ def test_rules_and_axes_agree_on_what_is_stacked(variant):
 
 
 def test_one_update_compiles_without_a_loop_over_layers():
-  """As many operations for many layers as for few."""
+  """The number of operations does not depend on the number of layers."""
 
   def count(depth):
     params = {"w": jnp.zeros((depth, 4, 4))}
@@ -237,5 +237,5 @@ def test_step_schedule():
   np.testing.assert_allclose(schedule(steps, np), want, rtol=1e-12)
   np.testing.assert_allclose(jax.jit(schedule)(steps), want, rtol=1e-5)
   assert float(jax.jit(schedule)(25)) == pytest.approx(0.05)
-  with pytest.raises(ValueError, match=r"optim\.step_every='0\.01 epochs' are 0 steps"):
+  with pytest.raises(ValueError, match=r"optim\.step_every='0\.01 epochs' is 0 steps"):
     schedules.make_schedule(c | dict(step_every="0.01 epochs", step_factor=0.1), run)

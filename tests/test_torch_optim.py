@@ -1,4 +1,4 @@
-"""Going on with a PyTorch run: its optimizer file becomes an optax state."""
+"""Continuing a PyTorch run: its optimizer file becomes an optax state."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def shapes(state):
 
 
 def values(built, seed=0):
-  """{torch name: array} of parameters and running statistics, in another order than the rules."""
+  """{torch name: array} of parameters and running statistics, in another order than the rules'."""
   rng = np.random.default_rng(seed)
   want = shapes(built.params) | shapes(built.stats)
   flat = {k: rng.normal(size=shape).astype(np.float32) for k, shape in want.items()}
@@ -87,7 +87,7 @@ def chain(built, **changes):
 
 
 @pytest.mark.parametrize("image", [None, RESNET])
-def test_three_steps_there_and_three_here(image, tmp_path):
+def test_three_steps_in_torch_and_three_in_jax(image, tmp_path):
   built = toy(image)
   run = TorchRun(built)
   assert ("visual.layer1.0.bn1.running_mean" in run.state) == bool(image)
@@ -100,7 +100,7 @@ def test_three_steps_there_and_three_here(image, tmp_path):
     source, str(tmp_path / "optimizer.pt"), "clip", nnx.to_pure_dict(built.params), tx
   )
   assert step == 3
-  jax.tree.map(lambda a, b: None, state, tx.init(params))  # of one structure
+  jax.tree.map(lambda a, b: None, state, tx.init(params))  # raises if the structures differ
   target = to_jax(built, {k: run.target[k] for k in run.names})
   update = jax.jit(tx.update)
   for _ in range(3):
@@ -125,7 +125,7 @@ def moments(state):
 
 
 def test_two_groups_and_the_step_of_apex(tmp_path):
-  """The groups' order, found by a function; ids may be any numbers, and apex keeps one step."""
+  """A function gives the order of the groups; ids may be any numbers; apex stores one step."""
   built = toy()
   run = TorchRun(built, count=2)
   run.train(2)
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
   def state(changes):
     return {i: s | changes.get(i, {}) for i, s in good["state"].items() if changes.get(i, 1)}
 
-  # Of one name no moments, one misshapen, one that is in no group.
+  # One parameter without moments, one of another shape, one in no group.
   save(good | {"state": state({0: None, 1: {"exp_avg": torch.zeros(7)}}) | {99: good["state"][2]}})
   with pytest.raises(conversion.ConversionError) as e:
     load(built, path, run.names)
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
   with pytest.raises(conversion.ConversionError, match="unknown"):
     load(built, path, ["other", *run.names[1:]], allow_missing=True)
   save(good | {"state": state({2: {"step": torch.tensor(5.0)}})})
-  with pytest.raises(ValueError, match=r"steps \[1, 5\]; all parameters have to be at"):
+  with pytest.raises(ValueError, match=r"steps \[1, 5\]; all parameters must be at"):
     load(built, path, run.names)
   save(good | {"state": state({2: {"max_exp_avg_sq": torch.zeros(1)}})})
   with pytest.raises(ValueError, match="amsgrad"):
@@ -202,12 +202,12 @@ def test_what_does_not_fit_is_listed(tmp_path):
     load(built, path, run.names)
 
 
-def test_wrong_combinations_say_what_to_do(tiny_data, tmp_path):
+def test_wrong_combinations_are_errors(tiny_data, tmp_path):
   config = tiny.config(tiny_data, init_optimizer=str(tmp_path / "optimizer.pt"))
   with pytest.raises(ValueError, match=r"set config\.init to the PyTorch file"):
     loop.train(config, tmp_path / "a")
   config.init = str(tmp_path)
-  with pytest.raises(ValueError, match=r"is a directory\. To go on in a workdir of ours"):
+  with pytest.raises(ValueError, match=r"is a directory\. To resume a run of this package"):
     loop.train(config, tmp_path / "b")
   config.init = str(tmp_path / "none.pt")
   with pytest.raises(ValueError, match=r"none\.pt does not exist"):
@@ -219,7 +219,7 @@ def test_wrong_combinations_say_what_to_do(tiny_data, tmp_path):
   run.save(tmp_path)
   save_file(run.state, tmp_path / "model.safetensors")
   config.init = str(tmp_path / "model.safetensors")
-  with pytest.raises(ValueError, match="does not tell the order"):
+  with pytest.raises(ValueError, match="does not preserve the order"):
     loop.train(config, tmp_path / "d")
 
 
@@ -228,8 +228,8 @@ def losses(folder):
   return {r["step"]: r["loss"] for r in rows if r["kind"] == "train"}
 
 
-def test_training_goes_on_where_the_file_is(tiny_data, tmp_path):
-  """Three steps, all of it through PyTorch files, three more: as six steps on end."""
+def test_training_continues_from_the_step_of_the_file(tiny_data, tmp_path):
+  """Three steps, a conversion to PyTorch files and back, and three more steps equal six steps."""
   changes = dict(total="6 steps", eval__test=False, eval__every="0 steps")
   config = tiny.config(tiny_data, **changes)
   loop.train(config, tmp_path / "straight")
@@ -253,8 +253,8 @@ def test_training_goes_on_where_the_file_is(tiny_data, tmp_path):
   torch.save(dict(state=entries, param_groups=groups), tmp_path / "optimizer.pt")
 
   files = dict(init=str(tmp_path / "model.pt"), init_optimizer=str(tmp_path / "optimizer.pt"))
-  loop.train(tiny.config(tiny_data, **changes, **files), tmp_path / "on")
-  ours, straight = losses(tmp_path / "on"), losses(tmp_path / "straight")
+  loop.train(tiny.config(tiny_data, **changes, **files), tmp_path / "continued")
+  ours, straight = losses(tmp_path / "continued"), losses(tmp_path / "straight")
   assert list(ours) == [4, 5, 6]
   np.testing.assert_allclose([ours[i] for i in (4, 5, 6)], [straight[i] for i in (4, 5, 6)])
   short = tiny.config(tiny_data, **(changes | {"total": "3 steps"}), **files)

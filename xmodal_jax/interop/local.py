@@ -1,4 +1,4 @@
-"""Files of object stores on this machine."""
+"""Local copies of files in object stores."""
 
 import contextlib
 import tempfile
@@ -9,7 +9,11 @@ from etils import epath
 
 @contextlib.contextmanager
 def local_copy(path: epath.Path) -> Iterator[epath.Path]:
-  """The file on this machine, where it is mapped into memory."""
+  """A local path of the file, which can be mapped into memory; a download is deleted afterwards.
+
+  with local_copy(epath.Path("gs://bucket/ViT-B-32.pt")) as file:
+    state, info = torch_files.state_dict(file)
+  """
   if "://" not in str(path):
     yield path
     return

@@ -1,4 +1,4 @@
-"""meta.json of a converted directory: where parameters are from, and what the way back needs."""
+"""meta.json of a converted directory: the source of the parameters, and what `to_torch` needs."""
 
 import base64
 import json
@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xmodal_jax.interop.conversion import ConversionError, Report
+from xmodal_jax.interop.conversion import Report
+from xmodal_jax.interop.rules import ConversionError
 
 VERSION = 1  # of the layout
-BESIDE = "ignored.pth"  # what is ignored and too large for meta.json, as a PyTorch file
-_PACKED = 2**16  # bytes
+BESIDE = "ignored.pth"  # PyTorch file of the ignored arrays that are too large for meta.json
+_PACKED = 2**16  # bytes, the largest array in meta.json
 
 
 def pack(array: np.ndarray) -> dict[str, Any]:
-  """An array as JSON: numbers where they are few, else their compressed bytes."""
+  """An array as JSON: numbers if they are few, otherwise compressed bytes.
+
+  >>> pack(np.array([3, 4]))
+  {'dtype': 'int64', 'shape': [2], 'values': [3, 4]}
+  """
   out = {"dtype": array.dtype.name, "shape": list(array.shape)}
   if array.dtype.kind in "iub" and array.size <= 16:
     return out | {"values": array.ravel().tolist()}
@@ -42,9 +47,10 @@ def meta(
   info: Mapping[str, Any],
   report: Report,
 ) -> dict[str, Any]:
-  """What stands beside the parameters: where they are from and what the way back needs.
+  """The content of meta.json.
 
-  Ignored arrays that are named in `beside` have to be written to the file BESIDE.
+  source, sha256: the PyTorch file; info: from `torch_files.state_dict`; report: from
+  `conversion.to_jax`. The caller writes the ignored arrays named in `beside` to the file BESIDE.
   """
   return dict(
     system=system,
@@ -65,18 +71,23 @@ def meta(
 
 
 def read_meta(path: epath.PathLike) -> dict[str, Any]:
-  """meta.json of a converted directory, checked to be of this version."""
+  """meta.json of a converted directory. Raises ConversionError if it is of another version."""
   file = epath.Path(path) / "meta.json"
   if not file.exists():
     raise ConversionError(missing=[f"{file}: not a converted directory"])
   out = json.loads(file.read_text())
   if out.get("converter") != VERSION:
-    raise ConversionError(unknown=[f"{file}: converter version {out.get('converter')!r}"])
+    version = out.get("converter")
+    raise ConversionError(unknown=[f"{file}: converter version {version!r}, expected {VERSION}"])
   return out
 
 
 def wrap(state: Mapping[str, Any], wrapper: Sequence[str]) -> dict[str, Any]:
-  """Puts a state dict back into what it was wrapped in: keys, and a prefix "module."."""
+  """Nests a state dict as in the original file: inside of keys, names prefixed by "module.".
+
+  >>> wrap({"a": 1}, ["model", "module."])
+  {'model': {'module.a': 1}}
+  """
   out = dict(state)
   for key in reversed(wrapper):
     out = {key + k: v for k, v in out.items()} if key == "module." else {key: out}

@@ -1,4 +1,4 @@
-"""Adam moments out of a PyTorch optimizer file, to go on with a run that PyTorch began."""
+"""Adam moments from a PyTorch optimizer file, to continue a PyTorch run: config.init_optimizer."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from xmodal_jax.interop.conversion import path_of
 from xmodal_jax.interop.local import local_copy
 
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_states")
-_ORDERED = ("zip", "legacy", "tar")  # formats that keep a state dict's order
+_ORDERED = ("zip", "legacy", "tar")  # formats that preserve the order of a state dict
 Groups = list[dict[str, Any]]
 
 
@@ -28,23 +28,23 @@ def optim_state(
   *,
   allow_missing: bool = False,
 ) -> tuple[optax.OptState, int]:
-  """The moments of a PyTorch Adam, AdamW or apex FusedLAMB in an optax state; and their step.
+  """(optax state, step) with the moments of a PyTorch Adam, AdamW or apex FusedLAMB.
 
-  file: what torch.save wrote of an optimizer's state_dict, also inside of a training checkpoint.
+  file: torch.save of an optimizer's state_dict, also inside of a training checkpoint.
   names: torch names of the optimizer's parameters in the order of its groups, or a function of the
-  groups' sizes that gives them; names that `rules` ignore are passed over. fresh: tx.init(params)
-  or its shapes, with one scale_by_adam in it. The state that comes back is like it: float32 host
-  arrays for the moments, and the file's step for every count.
+  groups' sizes that returns them. Names that `rules` ignore are skipped.
+  fresh: tx.init(params) or its shapes, with exactly one scale_by_adam in it. The result has the
+  same structure: float32 host arrays for the moments, and the file's step for every count.
+  allow_missing: parameters without moments in the file, which never had a gradient, get zeros.
 
-  allow_missing: zeros for parameters that have no moments in the file, because they never had a
-  gradient. ConversionError lists all missing, unknown and misshapen ones; ValueError says what
-  else the file has that optax cannot express.
+  Raises ConversionError, which lists all missing, unknown and misshapen parameters, and ValueError
+  for a state that optax cannot express.
   """
   state, groups = _find(torch_files.read(file), file)
   ids = [i for group in groups for i in group["params"]]
   if callable(names):
     names = names([len(group["params"]) for group in groups])
-  if len(ids) != len(names):  # nothing says then which is which
+  if len(ids) != len(names):  # ids cannot be assigned to names
     raise ValueError(
       f"{file}: an optimizer of {len(ids)} parameters, in groups of "
       f"{[len(group['params']) for group in groups]}, for a model of {len(names)}"
@@ -52,23 +52,23 @@ def optim_state(
   entries = {name: state[i] for name, i in zip(names, ids, strict=True) if i in state}
   entries |= {f"state {i}, in no group": state[i] for i in state.keys() - set(ids)}
   if any("max_exp_avg_sq" in entry for entry in entries.values()):
-    raise ValueError(f"{file}: an amsgrad optimizer, which optim has no form of")
+    raise ValueError(f"{file}: an amsgrad optimizer, which is not supported")
   step = _step(entries, groups, file)
 
   adam = [x for x in jax.tree.leaves(fresh, is_leaf=_is_adam) if _is_adam(x)]
   if len(adam) != 1:
-    raise ValueError(f"an optax state with {len(adam)} scale_by_adam in it; there has to be one")
+    raise ValueError(f"an optax state with {len(adam)} scale_by_adam in it; expected one")
   leaves, tree = jax.tree_util.tree_flatten_with_path(adam[0].mu)
   shapes = {path_of(k): x for k, x in leaves}
   idle = [name for name in names if name not in entries] if allow_missing else []
   zeros = _zeros(idle, rules, shapes)
-  # A default is of a parameter, not of its moments.
+  # Defaults are values of parameters, not of their moments.
   rules = [
     dataclasses.replace(r, default=None) if isinstance(r, conversion.Rule) else r for r in rules
   ]
   moments = []
   for key in ("exp_avg", "exp_avg_sq"):
-    # Moments have the layout of their parameter, so the parameter's rule moves them.
+    # Moments have the layout of their parameter, so its rule converts them.
     have = {name: entry[key] for name, entry in entries.items() if key in entry}
     try:
       flat, _ = conversion.to_jax(have | zeros, rules, shapes)
@@ -93,22 +93,22 @@ def for_init(
   params: Mapping[str, Any],
   tx: optax.GradientTransformation,
 ) -> tuple[optax.OptState, int]:
-  """config.init_optimizer as (optax state on the host, step), for the parameters of config.init.
+  """(optax state on the host, step) of the file config.init_optimizer.
 
-  params: nested dict, shapes suffice. The file of config.init gives the order of the names; a
-  system whose optimizer has another order defines `optimizer_names(names, groups)`, groups being
-  the numbers of parameters in the optimizer's groups. Raises ValueError where config.init is no
-  file that torch.save wrote, and what `optim_state` raises.
+  init: config.init, the PyTorch file of the parameters, which gives the order of the names. A
+  system whose optimizer has another order defines `optimizer_names`, see `tables.RuleTable`.
+  params: nested dict, shapes suffice. Raises ValueError if config.init is not a file that
+  torch.save wrote, and the errors of `optim_state`.
   """
-  need = "config.init_optimizer goes on with the run that saved it"
+  need = "config.init_optimizer continues the run that saved it"
   if not init:
     raise ValueError(f"{need}: set config.init to the PyTorch file of its parameters")
   if epath.Path(init).expanduser().is_dir():
     raise ValueError(
-      f"{need}: config.init has to be the PyTorch file of its parameters, but {init} is a "
-      "directory. To go on in a workdir of ours, give it as --workdir and leave both empty"
+      f"{need}: config.init must be the PyTorch file of its parameters, but {init} is a directory. "
+      "To resume a run of this package, pass its --workdir and leave both keys empty"
     )
-  module = tables.rule_table(system)
+  table = tables.rule_table(system)
   shapes = {path_of(k): x.shape for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
   paths = [epath.Path(source).expanduser() for source in (init, init_optimizer)]
   for path in paths:
@@ -118,15 +118,15 @@ def for_init(
     state, info = torch_files.state_dict(file)
     if info["format"] not in _ORDERED:
       raise ValueError(
-        f"{need}: config.init is a {info['format']} file, which does not tell the order of the "
-        "optimizer's parameters; use the file that torch.save wrote"
+        f"{need}: config.init is a {info['format']} file, which does not preserve the order of "
+        "the optimizer's parameters; use the file that torch.save wrote"
       )
-    names = conversion.parameter_names(module.RULES, shapes, state)  # without buffers
-    reorder = getattr(module, "optimizer_names", lambda names, groups: names)
+    names = conversion.parameter_names(table.RULES, shapes, state)  # without buffers
+    reorder = getattr(table, "optimizer_names", lambda names, groups: names)
     opt_state, step = optim_state(
       optimizer_file,
       lambda groups: reorder(names, groups),
-      module.RULES,
+      table.RULES,
       jax.eval_shape(tx.init, params),
       allow_missing=True,
     )
@@ -135,7 +135,7 @@ def for_init(
 
 
 def _find(tree: Any, file: str | os.PathLike) -> tuple[dict[Any, dict[str, Any]], Groups]:
-  """(state by id, groups) of an optimizer's state_dict, also out of a training checkpoint."""
+  """(state by id, groups) of an optimizer's state_dict, also inside of a training checkpoint."""
   key = next((k for k in _WRAPPERS if isinstance(tree, Mapping) and k in tree), None)
   tree = tree if key is None else tree[key]
   if isinstance(tree, list) and len(tree) == 1:
@@ -149,27 +149,29 @@ def _find(tree: Any, file: str | os.PathLike) -> tuple[dict[Any, dict[str, Any]]
 
 
 def _step(entries: Mapping[str, Mapping[str, Any]], groups: Groups, file: Any) -> int:
-  """The number of steps taken: apex keeps it by group, PyTorch by parameter."""
+  """The number of steps taken, which apex stores per group and PyTorch per parameter."""
   found = [g["step"] for g in groups if "step" in g]
   found += [entry["step"] for entry in entries.values() if "step" in entry]
   values = {int(x.read() if isinstance(x, torch_files.TensorRef) else x) for x in found}
   if len(values) != 1:
     what = f"steps {sorted(values)[:10]}" if values else "no step"
-    raise ValueError(f"{file}: {what}; all parameters have to be at the same step")
+    raise ValueError(f"{file}: {what}; all parameters must be at the same step")
   return values.pop()
 
 
 def _zeros(
   names: Sequence[str], rules: Sequence[conversion.Entry], shapes: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Zeros for those of the torch tensors `names` that are of the model; they are logged."""
+  """Zeros for those of the torch tensors `names` that the model has, with a warning."""
   if not names:
     return {}
   blank = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in shapes.items()}
   state = conversion.to_torch(blank, rules)
   out = {name: state[name].make() for name in names if name in state}
   if out:
-    logging.warning("no optimizer state, so zeros, for %d: %s", len(out), ", ".join(out))
+    logging.warning(
+      "no optimizer state for %d tensors, which start from zeros: %s", len(out), ", ".join(out)
+    )
   return out
 
 

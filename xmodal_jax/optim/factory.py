@@ -17,18 +17,24 @@ from xmodal_jax.optim.schedules import Schedule
 
 
 def first_match(what: str, rules: Sequence[tuple[str, float]], path: str) -> float:
-  """Value of the first rule whose regex is found in `path`. Raises ValueError without one."""
+  """Value of the first rule whose regex is found in `path`. Raises ValueError if there is none.
+
+  what: the config key of the rules, for the message.
+
+  >>> first_match("optim.decay", [("bias$", 0.0), (".*", 0.1)], "image/blocks/q/bias")
+  0.0
+  """
   for pattern, value in rules:
     if re.search(pattern, path):
       return value
   raise ValueError(
-    f"{what}: no rule matches parameter {path}; end the list with ('.*', value) to say what the "
-    "rest gets"
+    f"{what}: no rule matches parameter {path}; end the list with ('.*', value) for all other "
+    "parameters"
   )
 
 
 def per_param(what: str, rules: Sequence[tuple[str, float]], params: Any) -> Any:
-  """Nested dict like `params` of the value of the first rule that matches each path."""
+  """Nested dict like `params` with the value of the first rule that matches each path."""
   return jax.tree_util.tree_map_with_path(
     lambda p, _: float(first_match(what, rules, transforms.path_of(p))), params
   )
@@ -40,9 +46,11 @@ Tensors = Sequence[tuple[Sequence[str], bool]]
 def trust_groups(trust: str, decay: Any, params: Any, tensors: Tensors) -> Tensors:
   """Groups for `transforms.scale_by_trust_ratio`, for parameters like `params`.
 
-  trust: see config.optim.trust. decay: nested dict of weight decays; "original" has no ratio
-  without one (use_nvlamb is off), and raises ValueError where it differs inside of one tensor.
-  tensors: which arrays are one tensor of the published optimizer, `interop.conversion.tensors`.
+  trust: config.optim.trust. "optax" takes the norms of each array; "original" those of each tensor
+  of the published optimizer, and only of tensors with weight decay (apex with use_nvlamb=False).
+  decay: nested dict of weight decays. tensors: which arrays are one tensor of the published
+  optimizer, see `interop.conversion.tensors`. Raises ValueError if the decay differs inside one
+  tensor.
   """
   paths_of = lambda tree: [transforms.path_of(k) for k, _ in jax.tree.leaves_with_path(tree)]
   if covered := set(paths_of(params)) ^ {path for paths, _ in tensors for path in paths}:
@@ -56,7 +64,7 @@ def trust_groups(trust: str, decay: Any, params: Any, tensors: Tensors) -> Tenso
     if len({decay[path] for path in paths}) > 1:
       raise ValueError(
         f"optim.decay differs between {', '.join(paths)}, which are one tensor with "
-        "optim.trust='original': give them the same"
+        "optim.trust='original': set the same value for them"
       )
   return [(paths, stacked) for paths, stacked in tensors if decay[paths[0]]]
 
@@ -70,8 +78,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """The optax chain of the `optim` section, for parameters like `params` (shapes suffice).
 
-  tensors: what LAMB takes norms of, see `trust_groups`; adamw needs none.
-  steps_per_epoch: of the run, which durations in `freeze` may count in.
+  tensors: for LAMB, see `trust_groups`. steps_per_epoch: for durations in epochs in `freeze`.
+
+    tx = make_optimizer(config.optim, make_schedule(config.optim, run), params)
+    opt_state = tx.init(params)
   """
   if config["name"] not in ("adamw", "lamb"):
     raise ValueError(f"optim.name is {config['name']!r}; there are adamw, lamb")
@@ -83,14 +93,14 @@ def make_optimizer(
       (p, schedules.duration_to_steps(d, steps_per_epoch)) for p, d in config["freeze"]
     ] + [(".*", 0)]
     starts = jax.tree.map(int, per_param("optim.freeze", rules_of, params))
-    chain.append(transforms.hold(starts))  # what is frozen has no part in the norm that is clipped
-    frozen = [transforms.hold(starts)]  # nor does it decay
+    chain.append(transforms.hold(starts))  # excluded from the global norm
+    frozen = [transforms.hold(starts)]  # and from the weight decay
   if config["grad_clip"]:
     chain.append(optax.clip_by_global_norm(config["grad_clip"]))
   scale = transforms.scale_by_adam_from(starts, *adam) if frozen else optax.scale_by_adam(*adam)
   chain += [scale, transforms.add_decay(decay)]
   if config["name"] == "lamb":
-    # The decay is inside of the ratio, multiples of the learning rate are outside.
+    # The ratio includes the weight decay, but not the learning rate and its multiples.
     chain.append(
       transforms.scale_by_trust_ratio(trust_groups(config["trust"], decay, params, tensors))
     )

@@ -12,12 +12,17 @@ Schedule = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class RunLength:
-  """The length of a run: what durations and schedules are measured against."""
+  """The length of a run, which durations and schedules refer to.
+
+  >>> RunLength(samples=1000, batch_size=96, total="30 epochs").total_steps
+  300
+  """
 
   samples: int  # training samples per epoch
   batch_size: int
   total: str  # e.g. "5 epochs"
-  # Steps per epoch where several data sets each leave a part batch; None: samples // batch_size.
+  # Steps per epoch of a mix of datasets, each of which drops its last partial batch. None:
+  # samples // batch_size.
   epoch_steps: int | None = None
 
   @property
@@ -30,7 +35,11 @@ class RunLength:
 
 
 def duration_to_steps(duration: str, steps_per_epoch: int) -> int:
-  """ "500 steps" -> 500; "2.5 epochs" -> 2.5 * steps_per_epoch, rounded. Raises ValueError."""
+  """The number of steps of a duration in steps or epochs, rounded. Raises ValueError.
+
+  >>> duration_to_steps("500 steps", 10), duration_to_steps("2.5 epochs", 10)
+  (500, 25)
+  """
   m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?)\s*", duration)
   if not m:
     raise ValueError(f"duration {duration!r}: expected e.g. '500 steps' or '5 epochs'")
@@ -43,17 +52,24 @@ SCHEDULES = ("cosine", "linear", "constant", "step", "milestones", "clip_itm")
 
 
 def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
-  """Learning rate as a function of the 0-based step; `schedule(step, xp=np)` is the float64 form.
+  """Learning rate as a function of the 0-based step, from the `optim` section of a config.
 
-  A linear warm-up, see config.optim.warmup_from, times
-  cosine:     half a cosine from the end of the warm-up down to `end` * lr at the end of the run;
-              `cycles` of it where that is not 0.5.
-  linear:     a line likewise.
-  constant:   lr.
-  step:       lr * step_factor ** (step // step_every), counted from step 0.
-  milestones: lr * step_factor for each of `milestones` that is past, counted from step 0.
-  clip_itm:   the staircase of CLIP_ITM: the cosine is followed in captions, not in batches, so that
-              the position jumps by an epoch of captions at each epoch and hardly moves inside one.
+  The rate is lr * warm-up * decay. The linear warm-up is min((step + offset) / warmup, 1) with
+  offset 0, 1 or 2 for config.optim.warmup_from "zero", "first" or "second". Let p be the share of
+  the steps after the warm-up that are done, 0 to 1. The decay of each schedule is
+
+    cosine:     end + (1 - end) * (1 + cos(2 pi * cycles * p)) / 2; half a cosine for cycles=0.5
+    linear:     end + (1 - end) * (1 - p)
+    constant:   1
+    step:       step_factor ** (step // step_every), counted from step 0
+    milestones: step_factor ** (number of milestones that are past), counted from step 0
+    clip_itm:   the cosine of CLIP_ITM, whose position is samples * epoch + step in the epoch: its
+                run length is in captions while its step counts batches, which makes a staircase
+
+  `schedule(step, xp=np)` computes in float64 on the host. Raises ValueError for an invalid section.
+
+    schedule = make_schedule(config.optim, RunLength(samples, config.batch_size, config.total))
+    float(schedule(100))
   """
   lr, warmup = config["lr"], _warmup(config["warmup"], run)
   end, name, total = config["end"], config["schedule"], run.total_steps
@@ -67,7 +83,9 @@ def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
   factor = config["step_factor"]
   every = duration_to_steps(config["step_every"], per_epoch)
   if name == "step" and every < 1:
-    raise ValueError(f"optim.step_every={config['step_every']!r} are {every} steps")
+    raise ValueError(
+      f"optim.step_every={config['step_every']!r} is {every} steps; expected at least one"
+    )
   milestones = [duration_to_steps(m, per_epoch) for m in config["milestones"]]
   if name == "milestones" and not milestones:
     raise ValueError("optim.milestones is empty; name durations such as '10 epochs'")
@@ -95,7 +113,7 @@ def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
 
 
 def _warmup(duration: str, run: RunLength) -> int:
-  """Steps of a duration that may also be a share of the run, "2.5 %", rounded down."""
+  """Steps of a duration, which may also be a share of the run: "2.5 %", rounded down."""
   if duration.strip().endswith("%"):
     try:
       return int(run.total_steps * float(duration.strip()[:-1]) / 100)

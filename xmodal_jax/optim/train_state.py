@@ -1,4 +1,4 @@
-"""What training changes."""
+"""The train state."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Gradient transformations that optax lacks: LARS, LAMB's trust ratio, freezing, bounds, EMA."""
+"""Gradient transformations that optax lacks: LARS, LAMB's trust ratio, freezing, bounds, EMA.
+
+p is a parameter, u its update, g its gradient, |.| the Euclidean norm.
+"""
 
 import functools
 import re
@@ -16,11 +19,15 @@ path_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def add_decay(weights: Any) -> optax.GradientTransformation:
-  """Adds weight * parameter, weight per parameter: decoupled weight decay."""
+  """Decoupled weight decay (Loshchilov and Hutter, 2019, arXiv:1711.05101): u + weight * p.
+
+  weights: nested dict of floats like the parameters; optax.add_decayed_weights has only a mask.
+  """
   return optax.stateless(lambda u, p: jax.tree.map(lambda u, p, w: u + w * p, u, p, weights))
 
 
 def scale_per_param(factors: Any) -> optax.GradientTransformation:
+  """factor * u. factors: nested dict of floats like the parameters."""
   return optax.stateless(lambda u, _: jax.tree.map(lambda u, f: u * f, u, factors))
 
 
@@ -40,14 +47,17 @@ def lars(
   nesterov: bool = False,
   adapted: Any = None,
 ) -> optax.GradientTransformation:
-  """LARS (You et al., 2017) as ZeroVL's linear probe has it: a whole optimizer, not a scaling.
+  """LARS (You et al., 2017, arXiv:1708.03888) as in ZeroVL's linear probe: a complete optimizer.
 
-  The step of a tensor p with gradient g is d = rate * ratio * (g + weight_decay * p), with
-  ratio = eta |p| / (|g| + weight_decay |p| + eps), or 1 where either norm is 0. The learning rate
-  is inside of d, so that the momentum remembers steps and not gradients: where the rate falls, what
-  was gathered at the higher one stays as large as it was. The first step begins the momentum, later
-  ones enter by 1 - dampening. adapted: nested dict like the parameters of bools, which tensors have
-  a ratio; None: all.
+    ratio = eta |p| / (|g| + weight_decay |p| + eps), or 1 if |p| or |g| is 0
+    d     = rate * ratio * (g + weight_decay * p)
+    m     = d at the first step, then momentum * m + (1 - dampening) * d
+    u     = -m, or -(d + momentum * m) with nesterov
+
+  The learning rate is inside d, so the momentum accumulates steps, not gradients: a lower rate does
+  not shrink the steps that are already in it. optax.lars multiplies by the rate outside.
+
+  adapted: nested dict of bools like the parameters, which of them have a ratio; None: all.
   """
 
   def init(params):
@@ -56,34 +66,43 @@ def lars(
   def update(grads, state, params=None):
     if params is None:
       raise ValueError("lars needs the parameters: call update(grads, state, params)")
-    rate, norm = schedule(state.count), lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
+    rate = schedule(state.count)
     on = adapted if adapted is not None else jax.tree.map(lambda _: True, params)
 
     def step(p, g, on):
-      of_p, of_g = norm(p), norm(g)
-      ratio = eta * of_p / (of_g + weight_decay * of_p + eps)
-      ratio = jnp.where((of_p > 0) & (of_g > 0) & on, ratio, 1)
+      p_norm, g_norm = _norm(p), _norm(g)
+      ratio = eta * p_norm / (g_norm + weight_decay * p_norm + eps)
+      ratio = jnp.where((p_norm > 0) & (g_norm > 0) & on, ratio, 1)
       return (g + weight_decay * p) * ratio * rate
 
     steps = jax.tree.map(step, params, grads, on)
     if not momentum:
       return jax.tree.map(jnp.negative, steps), LarsState(state.count + 1, state.momentum)
     share = jnp.where(state.count > 0, 1 - dampening, 1)
-    kept = jax.tree.map(lambda m, d: momentum * m + share * d, state.momentum, steps)
-    ahead = lambda m, d: -(d + momentum * m) if nesterov else -m
-    return jax.tree.map(ahead, kept, steps), LarsState(state.count + 1, kept)
+    moments = jax.tree.map(lambda m, d: momentum * m + share * d, state.momentum, steps)
+    if nesterov:
+      updates = jax.tree.map(lambda m, d: -(d + momentum * m), moments, steps)
+    else:
+      updates = jax.tree.map(jnp.negative, moments)
+    return updates, LarsState(state.count + 1, moments)
 
   return optax.GradientTransformation(init, update)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+  return jnp.sqrt(jnp.sum(jnp.square(x)))
 
 
 def scale_by_trust_ratio(
   groups: Sequence[tuple[Sequence[str], bool]],
 ) -> optax.GradientTransformation:
-  """Multiplies updates by |parameter| / |update|: LAMB's step relative to what it changes.
+  """LAMB's trust ratio (You et al., 2020, arXiv:1904.00962): u * |p| / |u|.
 
-  groups: (paths, stacked). Both norms are taken over all arrays of a group together; where
-  stacked, for each index of the first axis apart. The ratio is 1 where either norm is 0, and for
-  arrays that are in no group.
+  groups: (paths, stacked). Both norms are over all arrays of a group together; if stacked,
+  separately for each index of the first axis. The ratio is 1 if either norm is 0, and for arrays in
+  no group.
+
+    scale_by_trust_ratio([(("blocks/q/kernel", "blocks/k/kernel", "blocks/v/kernel"), True)])
   """
 
   def update(updates, params):
@@ -107,10 +126,12 @@ def scale_by_trust_ratio(
 def scale_by_adam_from(
   starts: Any, b1: float, b2: float, eps: float
 ) -> optax.GradientTransformation:
-  """optax.scale_by_adam where each parameter begins at a step of its own, moments and counts alike.
+  """optax.scale_by_adam (Kingma and Ba, 2015, arXiv:1412.6980) with a first step per parameter.
 
-  starts: nested dict of ints like the parameters. Before its start a parameter's update is 0, and
-  what its gradient is does not matter.
+    u = (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps), n = count + 1 - start
+
+  starts: nested dict of ints like the parameters. Before its start a parameter's gradient is
+  ignored: its moments and its update are 0.
   """
 
   def init(params):
@@ -134,7 +155,7 @@ def scale_by_adam_from(
 
 
 def hold(starts: Any) -> optax.GradientTransformation:
-  """Updates of 0 before each parameter's start; see `scale_by_adam_from`."""
+  """Sets updates to 0 before each parameter's first step. starts: see `scale_by_adam_from`."""
 
   def update(updates, state, params=None):
     del params
@@ -146,7 +167,7 @@ def hold(starts: Any) -> optax.GradientTransformation:
 
 
 def adjust(fn: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransformation:
-  """Makes the updated parameter fn(path, p + u); last of a chain."""
+  """Replaces the updated parameter p + u by fn(path, p + u); at the end of a chain."""
 
   def one(path, u, p):
     new = p + u
@@ -157,7 +178,10 @@ def adjust(fn: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransform
 
 
 def bound(bounds: Sequence[tuple[str, float, float]]) -> optax.GradientTransformation:
-  """Keeps every parameter whose path matches (regex, low, high) inside [low, high]."""
+  """Clips updated parameters to [low, high]. bounds: (regex for the path, low, high).
+
+  bound([("^logit_scale$", 0.0, 4.6052)])
+  """
 
   def fn(path, x):
     for pattern, low, high in bounds:
@@ -169,9 +193,15 @@ def bound(bounds: Sequence[tuple[str, float, float]]) -> optax.GradientTransform
 
 
 def round_trip(dtype: str, patterns: Sequence[str]) -> optax.GradientTransformation:
-  """Rounds parameters whose path matches to `dtype` after every update: no float32 master copy."""
+  """Rounds updated parameters to `dtype`, as if they had no float32 master copy.
+
+  patterns: regular expressions for the paths.
+  """
   regex = re.compile("|".join(patterns))
-  fn = lambda path, x: x.astype(dtype).astype(x.dtype) if regex.search(path) else x
+
+  def fn(path, x):
+    return x.astype(dtype).astype(x.dtype) if regex.search(path) else x
+
   return adjust(fn)
 
 
@@ -180,16 +210,18 @@ class AverageState(NamedTuple):
 
 
 def average(decay: float) -> optax.GradientTransformation:
-  """Keeps an exponential moving average of the updated parameters; last of a chain.
+  """Keeps an exponential moving average of the updated parameters; at the end of a chain.
 
-  It starts from the first parameters, so that it has no bias to correct.
+    average = decay * average + (1 - decay) * (p + u)
+
+  It starts from the initial parameters, so it needs no bias correction. Updates are unchanged.
   """
   if not 0 < decay < 1:
     raise ValueError(f"optim.ema is {decay}; a decay is above 0 and below 1, and 0.0 is none")
 
   def update(updates, state, params=None):
     new = optax.apply_updates(params, updates)
-    # As a step towards them: near a decay of 1 the sum of two products would round more.
+    # Equal to the formula above, with less rounding when the decay is close to 1.
     moved = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, new)
     return updates, AverageState(moved)
 
@@ -197,16 +229,15 @@ def average(decay: float) -> optax.GradientTransformation:
 
 
 def _first_average(params: Any) -> AverageState:
-  # Copies, because both are donated to the same step.
+  # Copies: one buffer cannot be donated twice to a step.
   return AverageState(jax.tree.map(lambda x: x.copy(), params))
 
 
 def averaged(state: Any) -> Any:
-  """A train state with its average in the place of the parameters, and these in the average's.
+  """Swaps the parameters of a train state and their average; its own inverse.
 
-  The inverse is the same. What is evaluated is what this gives, and so is what is saved: readers of
-  a checkpoint find the averaged parameters, and who goes on from it turns them back. A state
-  without an average stays as it is.
+  Evaluation and checkpoints use the swapped state, so readers of a checkpoint get the averaged
+  parameters, and resuming swaps them back. A state without an average is returned unchanged.
   """
   held = [x for x in jax.tree.leaves(state.opt_state, is_leaf=_is_average) if _is_average(x)]
   if not held:
@@ -217,7 +248,7 @@ def averaged(state: Any) -> Any:
 
 
 def restart_average(opt_state: Any, params: Any) -> Any:
-  """The optimizer state whose average, where it has one, starts from these parameters."""
+  """The optimizer state with its average, if it has one, set to these parameters."""
   one = lambda x: _first_average(params) if _is_average(x) else x
   return jax.tree.map(one, opt_state, is_leaf=_is_average)
 
