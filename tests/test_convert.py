@@ -1,4 +1,4 @@
-"""The rule engine on small made-up models, and the tool on a small CLIP."""
+"""The conversion on small artificial models, and the tool on a small CLIP."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ RULES = [
 
 
 def small() -> dict[str, np.ndarray]:
-  """Two layers, two stages of one and three blocks; values all differ."""
+  """Two layers, two stages of one and three blocks; all values differ."""
   shapes = {"scale": (), "cls": (1, 1, 5), "net.1.w": (4, 3), "net.0.w": (4, 3)}
   shapes |= {"net.0.qkv": (6, 4), "net.1.qkv": (6, 4), "net.0.count": (), "mask": (9, 9)}
   shapes |= {f"stage1.{i}.conv": (2, 3, 1, 1) for i in range(1)}
@@ -47,7 +47,7 @@ def abstract(**changes) -> dict[str, types.SimpleNamespace]:
   return {k: types.SimpleNamespace(shape=v) for k, v in shapes.items() if v is not None}
 
 
-def test_each_value_goes_to_its_place():
+def test_values_at_their_paths():
   state = small()
   flat, report = conversion.to_jax(state, RULES, abstract())
   assert {k: v.shape for k, v in flat.items()} == {k: v.shape for k, v in abstract().items()}
@@ -65,7 +65,7 @@ def test_each_value_goes_to_its_place():
   assert report.keys == list(state)
 
 
-def test_the_way_back_is_the_identity():
+def test_round_trip_is_the_identity():
   state = small()
   flat, report = conversion.to_jax(state, RULES, abstract())
   back = conversion.to_torch(flat, RULES, kept=report.kept, order=report.keys)
@@ -76,7 +76,7 @@ def test_the_way_back_is_the_identity():
     np.testing.assert_array_equal(array, state[name], name)
 
 
-def test_all_that_does_not_fit_is_listed_at_once():
+def test_all_problems_are_listed_at_once():
   state = small()
   state |= {"new.thing": np.zeros(2), "net.2.w": np.zeros((4, 3)), "cls": np.zeros((1, 1, 6))}
   del state["net.1.qkv"], state["scale"]
@@ -108,7 +108,7 @@ def test_missing_keys_pass_only_when_named_in_full():
   assert "scale" not in flat and report.missing == ["scale"]
 
 
-def test_a_stack_is_never_filled_in_part():
+def test_a_stack_needs_all_of_its_layers():
   state = small()
   del state["net.1.w"]
   with pytest.raises(conversion.ConversionError, match="only some of its layers"):
@@ -170,7 +170,7 @@ CONFIGS = {
 
 
 def clip_state(kind: str) -> dict[str, np.ndarray]:
-  """A torch state dict of random values, made from our model by the way back."""
+  """A torch state dict of random values, converted from our model."""
   module = nnx.eval_shape(lambda: clip.build(CONFIGS[kind], rngs=nnx.Rngs(0)))
   shapes = restore.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
   rng = np.random.default_rng(1)
@@ -196,8 +196,8 @@ def test_config_is_read_off_the_shapes(kind):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_where_clip_values_go(kind):
-  """A round trip does not see two paths that are swapped, so name some by hand."""
+def test_clip_values_at_their_paths(kind):
+  """A round trip does not detect two swapped paths, so this lists some of them."""
   state = clip_state(kind)
   module = nnx.eval_shape(lambda: clip.build(CONFIGS[kind], rngs=nnx.Rngs(0)))
   shapes = restore.flat(nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))))
@@ -252,7 +252,7 @@ def test_other_files_are_named(key, what):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("wrapper", [[], ["state_dict"], ["model", "module."]])
-def test_the_tool_there_and_back(kind, wrapper, tool, tmp_path, capsys):
+def test_the_tool_in_both_directions(kind, wrapper, tool, tmp_path, capsys):
   state = clip_state(kind) | {"visual.bn9.num_batches_tracked": np.array(3)}
   source, out, back = tmp_path / "m.pt", tmp_path / "dir", tmp_path / "m.pth"
   torch_files.write(source, meta_lib.wrap(state, wrapper))

@@ -1,5 +1,5 @@
-"""The released models of all systems at full size, of random bits: both ways bit-exact, in bounded
-memory. The tool runs as a process of its own, as a user would run it."""
+"""The released models of all systems at full size, with random bits: conversion in both directions
+is bit-exact and needs bounded memory. The tool runs in its own process."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ from xmodal_jax.models import clip, hat, team, tgdt, zerovl
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_MEMORY = 2.5  # times the file, interpreter and libraries included
 
-# The peak of the program after exec; ru_maxrss would begin at what pytest has.
+# Peak memory after exec; ru_maxrss would include that of pytest.
 RUN = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -49,7 +49,7 @@ TEAM = {
   "modelscope_chinese_large": ("chinese_l14", 421_195_264),
 }
 
-# Name in the list of keys -> preset, whether it has to be named, number of parameters (ZeroVL spec,
+# Name in the list of keys -> preset, whether it needs --variant, number of parameters (ZeroVL spec,
 # section 7).
 ZEROVL = {
   "zerovl": ("pretrain", False, 195_476_736),
@@ -57,8 +57,8 @@ ZEROVL = {
   "linear_prob_imagenet": ("linear_probe", False, 86_567_656),
 }
 
-HAT_PARAMETERS = 199_377_592  # of both published configs; the pooler's are not ours
-# The same of TGDT and its first stage, and what its files hold twice.
+HAT_PARAMETERS = 199_377_592  # of both published configs, without the pooler
+# The same for TGDT and its first stage, and the tensor that its files contain twice.
 TGDT = {
   "f30k_all": ("tgdt", 255_372_032),
   "stage1_teran_unshared": ("teran", None),
@@ -84,14 +84,14 @@ def shapes_of(name: str, system: str = "clip") -> dict[str, tuple[int, ...]]:
 
 
 def bits(shape, dtype, seed: int) -> np.ndarray:
-  """Random bits, not random numbers: NaNs and denormals have to survive as well."""
+  """Random bits, which include NaNs and denormals."""
   n = int(np.prod(shape)) * dtype.itemsize
   words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-n // 8), np.uint64)
   return words.view(np.uint8)[:n].view(dtype).reshape(shape)
 
 
 def tool(system: str, *args: str) -> tuple[str, int]:
-  """What the tool printed, and its peak memory in bytes."""
+  """The output of the tool, and its peak memory in bytes."""
   command = [sys.executable, "-c", RUN, str(ROOT / "tools" / "convert.py"), "--system", system]
   done = subprocess.run([*command, *args], capture_output=True, text=True, cwd=ROOT)
   assert done.returncode == 0, done.stderr[-2000:]
@@ -100,7 +100,7 @@ def tool(system: str, *args: str) -> tuple[str, int]:
 
 
 def constants(system: str, keys) -> dict[str, np.ndarray]:
-  """Buffers, which are what they have to be and not random bits."""
+  """The values of constant buffers."""
   out = {}
   for rule in tables.rule_table(system).RULES:
     if isinstance(rule, rules.Constant):
@@ -113,7 +113,10 @@ def constants(system: str, keys) -> dict[str, np.ndarray]:
 
 
 def there_and_back(system: str, keys, tmp_path, prefix: str = "", variant: str = "") -> str:
-  """What the tool said of a file of random bits with these keys, which came back as it was."""
+  """Converts a file of random bits with these keys and back, and compares the files.
+
+  Returns the output of the tool.
+  """
   source, out, back = tmp_path / "a.pt", tmp_path / "dir", tmp_path / "b.pth"
   make = lambda i, shape, dtype: torch_files.Lazy(shape, dtype, lambda: bits(shape, dtype, i))
   seeds = {k: list(keys).index(TIED.get(k, k)) for k in keys}
@@ -223,8 +226,8 @@ def test_hat_config_from_shapes_is_the_preset():
   assert count == HAT_PARAMETERS
 
 
-def test_files_that_fit_two_presets_have_to_be_named(tmp_path):
-  """Of zeros: nothing but names and shapes is looked at before the question is asked."""
+def test_files_that_fit_two_presets_need_a_variant(tmp_path):
+  """The file has zeros: only names and shapes are read before the error."""
   source = tmp_path / "a.pth"
   zeros = {
     k: np.broadcast_to(np.int8(0), s) for k, s in shapes_of("zerovl_14m_eval", "zerovl").items()
@@ -246,7 +249,7 @@ def team_shapes(variant: str) -> dict[str, nnx.Variable]:
 
 
 def test_team_optimizer_groups():
-  """Of the CLIP config, 314 tensors and then the 296 of the image tower (TEAM spec, 4.1)."""
+  """314 tensors of the CLIP config, then the 296 of the image tower (TEAM spec, 4.1)."""
   keys = shapes_of("team_clipl14", "team")
   want = {k: v.shape for k, v in team_shapes("clip_l14").items()}
   names = conversion.parameter_names(team_rules.RULES, want, keys)
@@ -268,12 +271,12 @@ def test_team_optimizer_groups():
   ],
 )
 def test_towers_that_team_starts_from(name, kind, variant):
-  """The lists of keys fill the whole tower; only the class head is left over."""
+  """The lists of keys fill the whole tower; only the class head is dropped."""
   tower = f"image/{kind}/"
   want = {k: v for k, v in team_shapes(variant).items() if k.startswith(tower)}
   if kind == "deit":
     del want[tower + "proj/kernel"]  # new in TEAM
-  # Zeros of no memory on this side, and a byte for each value on ours.
+  # Zero-stride arrays of bytes need little memory.
   state = {k: np.broadcast_to(np.int8(0), s) for k, s in shapes_of(name, "team").items()}
   flat, report = conversion.to_jax(state, team_rules.TOWERS["image"], want, check_shapes=False)
   assert report.dropped == [k for k in state if k.startswith("head.")]

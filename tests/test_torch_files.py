@@ -1,4 +1,4 @@
-"""The reader of PyTorch files: every format against torch.load, and files that mean harm."""
+"""The reader and writer of PyTorch files: every format against torch.load."""
 
 import argparse
 import collections
@@ -24,7 +24,7 @@ def torch():
 
 
 def tree_without_torch() -> dict:
-  """One of everything that `write` takes."""
+  """An example of each type that `write` accepts."""
   floats = np.arange(12, dtype=np.float32).reshape(3, 4)
   arrays = {
     d: floats.astype(d) for d in ("float16", "float32", "float64", "int64", "uint8", "bool")
@@ -38,7 +38,7 @@ def tree_without_torch() -> dict:
 
 
 def same(a, b) -> bool:
-  """Equal trees: arrays in bits, shape and dtype; torch tensors count as arrays."""
+  """Whether trees are equal: arrays in bits, shape and dtype; torch tensors count as arrays."""
   if hasattr(b, "detach"):
     b = b.detach()
     b = b.view(type(b)(0).short().dtype).numpy() if "bfloat" in str(b.dtype) else b.numpy()
@@ -106,7 +106,7 @@ def test_objects_become_placeholders(torch, tmp_path):
   assert type(ours["lr"]) is np.float64 and ours["lr"] == 0.25 and ours["int"] == -3
   np.testing.assert_array_equal(ours["array"], tree["array"])
   assert ours["dtype"].name == "torch.float16" and ours["device"].args == ("cuda", 1)
-  assert ours["type"].name == "builtins.long"  # protocol 2 speaks Python 2
+  assert ours["type"].name == "builtins.long"  # protocol 2 uses Python 2's names
   assert ours["set"] == {1, 2} and ours["default"] == {"a": 1}
 
 
@@ -161,7 +161,7 @@ def test_tar_of_old_torch(torch, tmp_path):
   whole = (tmp_path / "a.pth").read_bytes()
   end = whole.index(tree) + len(tree)
   bad_header = bytearray(whole)
-  bad_header[whole.index(b"storages\0")] ^= 1  # another name: the checksum of the header is off
+  bad_header[whole.index(b"storages\0")] ^= 1  # another name: the checksum of the header is wrong
   for damaged in (bytes(bad_header), *(whole[:n] for n in range(0, end, 61))):
     (tmp_path / "x").write_bytes(damaged)
     with pytest.raises(FileFormatError, match="checksum" if len(damaged) == len(whole) else "a"):
@@ -222,7 +222,7 @@ def test_wrappers_are_found(tmp_path, wrapper):
 @pytest.mark.parametrize(
   "tree", [[1, 2], {}, {"a": 1}, {"model": {"a": [1]}}, 5, {"state_dict": {}}]
 )
-def test_what_holds_no_arrays_is_refused(tmp_path, tree):
+def test_files_without_arrays_are_refused(tmp_path, tree):
   torch_files.write(tmp_path / "a.pth", tree)
   with pytest.raises(FileFormatError, match=r"a\.pth"):
     torch_files.state_dict(tmp_path / "a.pth")

@@ -1,4 +1,4 @@
-"""Files that mean harm or are damaged: refused by name or as a format error, and nothing is run."""
+"""Malicious and damaged files are refused, by name or as a format error, and no code is run."""
 
 import argparse
 import io
@@ -46,7 +46,7 @@ def test_class_as_dictionary_key(tmp_path):
   assert {k.name: v for k, v in ours["c"].items()} == {name: 5}
 
 
-CALLS = {  # name as pickled -> pickles that would call it
+CALLS = {  # name of a global -> pickles that call it
   "os.system": [b"cos\nsystem\n(X\x02\x00\x00\x00iditR.", b"(S'id'\nios\nsystem\n.",
                 b"(cos\nsystem\nX\x02\x00\x00\x00ido.",
                 b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02id\x85R."],
@@ -54,7 +54,7 @@ CALLS = {  # name as pickled -> pickles that would call it
   "nt.system": [b"cnt\nsystem\n)R."],
   "builtins.eval": [b"c__builtin__\neval\n(X\x01\x00\x00\x001tR.", b"cbuiltins\neval\n)\x81."],
   "builtins.exec": [b"cbuiltins\nexec\n)R."],
-  "builtins.getattr": [b"cbuiltins\ngetattr\n0]."],  # the mention alone
+  "builtins.getattr": [b"cbuiltins\ngetattr\n0]."],  # without a call
   "builtins.__import__": [b"c__builtin__\n__import__\n)R."],
   "subprocess.Popen": [b"csubprocess\nPopen\n)\x81."],
   "importlib.import_module": [b"cimportlib\nimport_module\n)R."],
@@ -92,7 +92,7 @@ def test_nothing_is_run(tmp_path, torch):
     with pytest.raises(UnsafeFileError):
       torch_files.read(tmp_path / "a")
     assert not mark.exists()
-    torch.load(tmp_path / "a", weights_only=False)  # the file is harmful indeed
+    torch.load(tmp_path / "a", weights_only=False)  # torch runs the code in the file
     assert mark.exists()
     mark.unlink()
 
@@ -104,7 +104,7 @@ def test_placeholders_are_inert(tmp_path):
   assert type(thing) is Placeholder and thing.name == "evil.mod.Thing"
   assert (thing.args, thing.state) == ((1,), {"a": 2})
   assert "evil" not in sys.modules and not callable(thing)
-  write_zip(tmp_path / "a.pt", code[:-1] + b")R.")  # to call the object itself
+  write_zip(tmp_path / "a.pt", code[:-1] + b")R.")  # calls the object itself
   with pytest.raises(FileFormatError, match="calls an object"):
     torch_files.read(tmp_path / "a.pt")
 
@@ -159,7 +159,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("what", BOMBS)
-def test_pickles_that_ask_for_too_much(tmp_path, what):
+def test_pickles_beyond_the_limits(tmp_path, what):
   write_zip(tmp_path / "a.pt", BOMBS[what], {"0": bytes(16)})
   with pytest.raises(FileFormatError):
     torch_files.read(tmp_path / "a.pt")
@@ -171,7 +171,7 @@ def test_far_memo_and_deep_nesting_are_data(tmp_path):
   assert torch_files.read(tmp_path / "a.pt") == []
   write_zip(tmp_path / "a.pt", b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".")
   assert len(torch_files.read(tmp_path / "a.pt")) == 1
-  write_zip(tmp_path / "a.pt", b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s.")  # holds itself
+  write_zip(tmp_path / "a.pt", b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s.")  # contains itself
   with pytest.raises(FileFormatError, match="wrapped"):
     torch_files.state_dict(tmp_path / "a.pt")
 
@@ -185,7 +185,7 @@ def test_damaged_zips(tmp_path):
   data = bytearray(file.read_bytes())
   data[data.index(bytes(range(16)))] ^= 1
   file.write_bytes(data)
-  torch_files.read(file)  # reading does not look at the values
+  torch_files.read(file)  # without verify the values are not checked
   with pytest.raises(FileFormatError, match="CRC"):
     torch_files.read(file, verify=True)
   write_zip(file, good, {})
@@ -240,7 +240,7 @@ def test_prefixes(samples, tmp_path):
 
 
 def use(value) -> None:
-  """Reads every array that a tree reaches."""
+  """Reads every array in a tree."""
   todo, seen = [value], set()
   while todo:
     value = todo.pop()
@@ -265,4 +265,4 @@ def test_flipped_bytes(samples, tmp_path):
         read += 1
       except FileFormatError:
         pass
-  assert read  # damage to values alone is not seen
+  assert read  # damage to values alone is not detected

@@ -1,11 +1,11 @@
-"""Converts a PyTorch checkpoint to a directory of ours, and back.
+"""Converts a PyTorch checkpoint to a converted directory, and back.
 
   python tools/convert.py --system clip --checkpoint ViT-B-32.pt --out clip_vit_b32
   python tools/convert.py --system zerovl --variant 100m --checkpoint zerovl_100m.pth --out zerovl
   python tools/convert.py --system clip --to torch --checkpoint clip_vit_b32 --out vit_b32.pth
 
-The way back also takes a workdir, and writes its best checkpoint in float32.
-Values keep their dtypes and bits both ways. --allow-missing REGEX lets whole torch keys be absent.
+With --to torch, --checkpoint may also be a workdir: its best checkpoint is written in float32.
+Values keep their dtypes and bits. --allow-missing REGEX accepts a file without matching torch keys.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are traced, nothing is computed
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are traced
 
 from flax import nnx
 
@@ -25,7 +25,7 @@ from xmodal_jax.models import registry
 
 
 def abstract(module, config) -> tuple[dict, set[str]]:
-  """{path: ShapeDtypeStruct} of a model, and the paths that are running statistics."""
+  """{path: ShapeDtypeStruct} of a model, and the paths of running statistics."""
   model = nnx.eval_shape(lambda: module.build(config, rngs=nnx.Rngs(0)))
   params, stats, _ = nnx.state(model, nnx.Param, nnx.BatchStat, ...)
   stats = restore.flat(nnx.to_pure_dict(stats))
@@ -33,9 +33,10 @@ def abstract(module, config) -> tuple[dict, set[str]]:
 
 
 def variant_of(module, config: dict, named: str | None, source: pathlib.Path) -> tuple[str, dict]:
-  """(name of the preset that a file is of, or "", and the config of its model).
+  """(name of the preset that a file fits, or "", and the config of its model).
 
-  What no file tells (pixel statistics) is the preset's. named: which of several that fit alike.
+  Values that no file has (pixel statistics) are the preset's. named: --variant, which chooses
+  between presets that differ only in those. Exits with a message if none or several fit.
   """
   fit = [
     name for name, p in module.PRESETS.items() if p == {**p, **config} and config.keys() <= p.keys()
@@ -43,11 +44,11 @@ def variant_of(module, config: dict, named: str | None, source: pathlib.Path) ->
   if named is None and len(fit) > 1:
     beside = sorted(set.union(*(set(module.PRESETS[n]) for n in fit)) - config.keys())
     raise SystemExit(
-      f"{source} can be {' or '.join(fit)}, which differ in what no file tells "
-      f"({', '.join(beside)}): say which it is with --variant"
+      f"{source} can be {' or '.join(fit)}, which differ in values that are not in the file "
+      f"({', '.join(beside)}): choose one with --variant"
     )
   if named is not None and named not in fit:
-    fits = f"it fits {' or '.join(fit)}" if fit else "it is of a size of its own"
+    fits = f"it fits {' or '.join(fit)}" if fit else "its size is that of no preset"
     raise SystemExit(f"{source} is not of variant {named!r}: {fits}")
   name = named or (fit[0] if fit else "")
   return name, module.PRESETS[name] if name else config
@@ -60,16 +61,16 @@ def to_jax(
   allow_missing: str | None,
   variant: str | None = None,
 ) -> str:
-  """Writes `out`, which must not exist yet; returns a line about it."""
+  """Writes the converted directory `out`, which must not exist yet; returns a line about it."""
   if out.exists():
     raise SystemExit(f"{out} exists already")
   module = registry.system_module(system)
   state, info = torch_files.state_dict(source, verify=True)
-  rules = tables.rule_table(system)
-  config = rules.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
+  table = tables.rule_table(system)
+  config = table.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
   variant, config = variant_of(module, config, variant, source)
   want, stats = abstract(module, config)
-  flat, report = conversion.to_jax(state, rules.RULES, want, allow_missing=allow_missing)
+  flat, report = conversion.to_jax(state, table.RULES, want, allow_missing=allow_missing)
   meta = meta_lib.meta(
     system=system,
     variant=variant,
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--checkpoint", required=True, type=pathlib.Path)
   parser.add_argument("--out", required=True, type=pathlib.Path)
   parser.add_argument("--allow-missing", metavar="REGEX")
-  parser.add_argument("--variant", help="the preset that it is of, where several fit a file alike")
+  parser.add_argument("--variant", help="the preset, if a file fits several")
   args = parser.parse_args(argv)
   try:
     if args.to == "jax":

@@ -1,8 +1,11 @@
-"""Reads PyTorch and safetensors files without torch and without running anything in them.
+"""Reads PyTorch and safetensors files without torch, and without executing code from them.
 
-`read` gives the object tree with TensorRefs for arrays, `state_dict` the named arrays in it. What a
-file is, is found from its content: torch.save zips, TorchScript archives, the format of torch < 1.6
-and the tar format before it, safetensors. `write` makes files that torch.load reads.
+`read` returns the object tree with TensorRefs for arrays, `state_dict` the named arrays in it. The
+format is detected from the content: torch.save zips, TorchScript archives, the two formats of torch
+before 1.6, safetensors. `write` makes files that torch.load reads.
+
+  state, info = state_dict("ViT-B-32.pt")
+  state["visual.proj"].shape, state["visual.proj"].read()
 """
 
 import hashlib
@@ -38,7 +41,7 @@ Lazy, write = write_lib.Lazy, write_lib.write
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _ARCHIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
-_MAX_HEADER = 100_000_000  # of a safetensors file, as its own library has it
+_MAX_HEADER = 100_000_000  # bytes of a safetensors header, the limit of the safetensors library
 _MAX_NAMES = 1_000_000
 _CHUNK = 1 << 20
 _SAFETENSORS = {
@@ -50,18 +53,19 @@ _SAFETENSORS = {
 
 
 class FileInfo(TypedDict):
-  """What `state_dict` found around the arrays."""
+  """What a file contains besides the arrays."""
 
   format: str  # zip, torchscript, legacy, tar, safetensors
-  wrapper: tuple[str, ...]  # keys on the way to the arrays; a last "module." is a stripped prefix
+  wrapper: tuple[str, ...]  # keys that lead to the arrays; a last "module." is a stripped prefix
   scalars: dict[str, int]  # input_resolution, context_length, vocab_size of a TorchScript CLIP
-  extras: dict[Any, Any]  # what lies beside the arrays: epoch, config, optimizer
+  extras: dict[Any, Any]  # other entries of the wrapping dicts: epoch, config, optimizer
 
 
 def read(path: str | os.PathLike, *, verify: bool = False) -> Any:
   """The object tree of a file: dicts, lists, numbers, text, TensorRefs; Placeholders for the rest.
 
-  verify: also checks the CRC of every array that the file has one for (zip), which reads it whole.
+  verify: also checks the CRC of every array in a zip, which reads the whole file. Raises
+  FileFormatError, or UnsafeFileError if the file refers to code.
   """
   return read_with_format(path, verify=verify)[0]
 
@@ -99,7 +103,7 @@ def _read(source: Source, verify: bool) -> tuple[Any, str]:
 
 
 class _Zip:
-  """Entries of a zip by name. Stored ones are used where they lie, deflated ones in memory."""
+  """Entries of a zip by name. Stored entries are mapped, compressed ones are read into memory."""
 
   def __init__(self, source: Source):
     self.source = source
@@ -121,7 +125,7 @@ class _Zip:
       raise FileFormatError(f"zip entry {e.filename!r} is damaged or encrypted")
     start = e.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
     if start + e.compress_size > min(self.directory, self.source.size):
-      raise FileFormatError(f"zip entry {e.filename!r} ends outside of the file")
+      raise FileFormatError(f"zip entry {e.filename!r} ends beyond the end of the file")
     return start
 
   def storage(self, name: str, nbytes: int) -> Storage:
@@ -137,11 +141,11 @@ class _Zip:
     return Storage(self.read(name), 0, nbytes)
 
   def read(self, name: str) -> bytes:
-    """The content, CRC checked."""
+    """The content of an entry; its CRC is checked."""
     e = self.entries[name]
     data = self.source.read(self._place(e), e.compress_size)
     if e.compress_type == zipfile.ZIP_DEFLATED:
-      if e.file_size > 1040 * e.compress_size:  # deflate cannot: one symbol is at most 258 bytes
+      if e.file_size > 1040 * e.compress_size:  # more than deflate can reach
         raise FileFormatError(f"zip entry {name!r} claims an impossible size")
       try:
         data = zlib.decompressobj(-15).decompress(data, e.file_size + 1)
@@ -154,6 +158,7 @@ class _Zip:
     return data
 
   def check(self, name: str) -> None:
+    """Raises FileFormatError if the CRC of an entry is wrong."""
     e, crc = self.entries[name], 0
     if e.compress_type != zipfile.ZIP_STORED:
       self.read(name)
@@ -174,14 +179,14 @@ def _read_zip(source: Source, verify: bool) -> tuple[Any, str]:
     raise FileFormatError(f"a zip archive with {len(found)} data.pkl: not one of torch.save")
   root = found[0].removesuffix("data.pkl")
   if root + "byteorder" in archive.entries and archive.read(root + "byteorder") != b"little":
-    raise FileFormatError("a file of a big-endian machine")
+    raise FileFormatError("a file from a big-endian machine")
   storages: dict[str, Storage] = {}
 
   def persistent(pid):
     kind, cls, key, _, numel = pid
     dtype = names.storage_dtype(cls)
     if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
-      raise FileFormatError("a persistent id that is no storage")
+      raise FileFormatError("a persistent id that is not a storage")
     name, nbytes = f"{root}data/{key}", numel * dtype.itemsize
     known = storages.get(name)
     if known is None or known.nbytes < nbytes:
@@ -241,10 +246,11 @@ def _read_safetensors(source: Source) -> dict[str, TensorRef]:
 def state_dict(
   path: str | os.PathLike, *, verify: bool = False
 ) -> tuple[dict[str, TensorRef], FileInfo]:
-  """Name -> TensorRef of the weights in a file, out of whatever the file wraps them in.
+  """({name: TensorRef}, info) of the weights in a file.
 
-  Looks into "state_dict", "model_state_dict" and "model", walks the modules of a TorchScript
-  archive, and strips a prefix "module." that all names have.
+  Unwraps the keys "state_dict", "model_state_dict" and "model", walks the modules of a TorchScript
+  archive, and strips a prefix "module." that all names have. Raises FileFormatError if the file has
+  no state dict.
   """
   tree, kind = read_with_format(path, verify=verify)
   wrapper, extras, scalars = [], {}, {}
@@ -263,12 +269,13 @@ def state_dict(
     if len(wrapper) > 4:
       raise FileFormatError(f"{path}: weights are wrapped more than four times")
   if not isinstance(tree, Mapping):
-    raise FileFormatError(f"{path}: holds a {_kind(tree)}, not a dict of arrays")
+    raise FileFormatError(f"{path}: contains a {_kind(tree)}, expected a dict of arrays")
   odd = [k for k, v in tree.items() if not (type(k) is str and isinstance(v, TensorRef))]
   if odd or not tree:
     some = ", ".join(f"{str(k)[:60]} ({_kind(tree[k])})" for k in odd[:10])
     raise FileFormatError(
-      f"{path}: no state dict: " + (f"{len(odd)} entries are no arrays: {some}" if odd else "empty")
+      f"{path}: no state dict: "
+      + (f"{len(odd)} entries are not arrays: {some}" if odd else "it is empty")
     )
   if all(k.startswith("module.") for k in tree):
     wrapper.append("module.")
@@ -281,7 +288,7 @@ def _kind(value: Any) -> str:
 
 
 def _walk_modules(root: Placeholder) -> dict[str, TensorRef]:
-  """Dotted names of the tensors of a tree of modules, in the order of the attributes."""
+  """{dotted name: tensor} of a tree of modules, in the order of the attributes."""
   out, todo = {}, [("", root, 0)]
   while todo:
     name, node, depth = todo.pop()
@@ -289,7 +296,7 @@ def _walk_modules(root: Placeholder) -> dict[str, TensorRef]:
       out[name] = node
     elif isinstance(node, Placeholder) and isinstance(node.state, dict):
       if depth > 64 or len(todo) + len(out) > _MAX_NAMES:
-        raise FileFormatError("a TorchScript archive whose modules hold each other")
+        raise FileFormatError("a TorchScript archive whose modules contain each other")
       prefix = f"{name}." if name else ""
       children = [
         (f"{prefix}{k}", v, depth + 1)
@@ -301,6 +308,6 @@ def _walk_modules(root: Placeholder) -> dict[str, TensorRef]:
 
 
 def sha256(path: str | os.PathLike) -> str:
-  """Of the file's bytes, streamed."""
+  """Hex digest of the file's bytes, read in chunks."""
   with open(path, "rb", buffering=0) as f:
     return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The two formats in which torch.save wrote before it wrote zips (torch 1.6)."""
+"""The two formats of torch.save before its zip format (torch 1.6)."""
 
 import re
 import struct
@@ -19,7 +19,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def read_magic(source: Source) -> Any:
-  """The format of torch 0.2 to 1.5: five pickles, then the storages. Also names bare pickles."""
+  """The format of torch 0.2 to 1.5: five pickles, then the storages. Bare pickles are refused."""
   data = source.map()
   first = pickles.Unpickler(data)
   try:
@@ -29,7 +29,7 @@ def read_magic(source: Source) -> Any:
   except FileFormatError as e:
     raise FileFormatError("neither a PyTorch nor a safetensors file, or a damaged one") from e
   if type(magic) is not int or magic != _MAGIC:
-    raise FileFormatError("a bare pickle (pickle.dump), not a file of torch.save: not read")
+    raise FileFormatError("a bare pickle (pickle.dump), not a file of torch.save")
   protocol, system = first.load(), first.load()
   if protocol != 1001 or not isinstance(system, dict) or not system.get("little_endian", True):
     raise FileFormatError("a legacy file of an unknown protocol or a big-endian machine")
@@ -42,7 +42,7 @@ def read_magic(source: Source) -> Any:
     kind, cls, key, _, numel, view = pid
     dtype = names.storage_dtype(cls)
     if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
-      raise FileFormatError("a persistent id that is no storage")
+      raise FileFormatError("a persistent id that is not a storage")
     if key not in storages:
       storage = Storage(None, 0, numel * dtype.itemsize)
       storage.limit = max(storage.limit, source.size)
@@ -56,7 +56,7 @@ def read_magic(source: Source) -> Any:
     part = Storage(None, 0, size * dtype.itemsize)
     part.limit = root.limit
     if not 0 <= offset * dtype.itemsize <= root.nbytes - part.nbytes:
-      raise FileFormatError("a view that ends outside of its storage")
+      raise FileFormatError("a view that ends beyond its storage")
     views.append((part, root, offset * dtype.itemsize))
     return part, dtype
 
@@ -81,7 +81,7 @@ def read_magic(source: Source) -> Any:
 
 
 def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
-  """Name -> (offset, size) of plain members. tarfile does more, and has hung on damaged headers."""
+  """{name: (offset, size)} of regular files. The tarfile module can hang on damaged headers."""
   members, pos = {}, 0
   while any(header := source.read(pos, 512)):
     digits = [header[i:j].strip(b" \0") for i, j in ((124, 136), (148, 156))]
@@ -97,7 +97,7 @@ def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
 
 
 def read_tar(source: Source) -> Any:
-  """The format before: a tar of storages, tensors and the pickle."""
+  """The format of torch < 0.2: a tar of storages, tensors and a pickle."""
   members, data = _tar_members(source), source.map()
   if not {"storages", "tensors", "pickle"} <= set(members):
     raise FileFormatError("a tar archive, but not one of torch.save")
@@ -125,7 +125,7 @@ def read_tar(source: Source) -> Any:
       storage, dtype = typed[root]
       part = Storage(source, 0, numel * dtype.itemsize)
       if not 0 <= offset * dtype.itemsize <= storage.nbytes - part.nbytes:
-        raise FileFormatError("a view that ends outside of its storage")
+        raise FileFormatError("a view that ends beyond its storage")
       part.place(source, storage.offset + offset * dtype.itemsize)
       typed[target] = part, dtype
     count, pos = load(members["tensors"][0])

@@ -1,5 +1,8 @@
-"""Which globals of a pickle are data. A global is a `Name`; a call is a lookup in the closed table
-CALLS; everything else that looks like a class becomes a `Placeholder`, which only records."""
+"""Which globals of a pickle are data.
+
+Nothing is imported: a global is a `Name`. A call is a lookup in the fixed table CALLS. Other names
+that look like classes become a `Placeholder`, which records its arguments; the rest is refused.
+"""
 
 import re
 import sys
@@ -20,7 +23,7 @@ from xmodal_jax.interop.torch_files.tensor import (
 
 
 class Name:
-  """A global that a pickle mentions, by its dotted name."""
+  """A global of a pickle, by its dotted name; nothing is imported."""
 
   __slots__ = ("name",)
 
@@ -38,7 +41,7 @@ class Name:
 
 
 class Placeholder:
-  """What would have been an object of class `name`: constructor arguments, state and contents."""
+  """Stands for an object of the class `name`: constructor arguments, state and contents."""
 
   __slots__ = ("args", "elements", "items", "name", "state")
 
@@ -51,7 +54,7 @@ class Placeholder:
 
 
 class _NumpyDtype:
-  """numpy.dtype under construction: the byte order comes as its state."""
+  """A numpy.dtype whose byte order BUILD sets."""
 
   __slots__ = ("dtype",)
 
@@ -66,7 +69,7 @@ _NOT_DATA = sys.stdlib_module_names | {
   "__builtin__", "cPickle", "commands", "copy_reg", "exceptions", "popen2", "urllib2",
   "distutils", "pip", "pkg_resources", "setuptools",
 }  # fmt: skip
-# Of the standard library only these may be mentioned; `Name` and `Placeholder` hold them.
+# The only globals of the standard library that a file may refer to, as `Name` or `Placeholder`.
 _STDLIB_DATA = {
   "argparse.Namespace", "types.SimpleNamespace", "decimal.Decimal", "fractions.Fraction",
   "uuid.UUID", "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta",
@@ -75,7 +78,7 @@ _STDLIB_DATA = {
   *(f"builtins.{t}" for t in ("bool", "int", "float", "str", "bytes", "list", "tuple", "dict",
   "object", "range", "slice", "long", "unicode", "xrange")),
 }  # fmt: skip
-# Functions and lower-case classes whose call is recorded, not refused.
+# Functions and lower-case classes whose calls become a Placeholder.
 _RECORDED = {
   "torch.device", "torch.serialization._get_layout", "builtins.slice", "builtins.range",
   "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta",
@@ -92,7 +95,7 @@ def _like_a_class(name: str) -> bool:
 
 
 class Machine(Protocol):
-  """What a call may ask of the unpickler."""
+  """The methods of the unpickler that calls use."""
 
   def key(self, value: Any) -> Any: ...
 
@@ -100,7 +103,7 @@ class Machine(Protocol):
 
 
 def find(module: str, name: str) -> Name:
-  """The Name of a global, or UnsafeFileError: of the standard library only data may be named."""
+  """The Name of a global. Raises UnsafeFileError for code of the standard library."""
   module = _OLD_NAMES.get(module, module)
   full = f"{module}.{name}"
   if len(full) > 1000 or not re.fullmatch(r"[\w.<>-]+", full):
@@ -111,7 +114,7 @@ def find(module: str, name: str) -> Name:
 
 
 def call(vm: Machine, function: Any, args: Any, new: bool = False) -> Any:
-  """What REDUCE and its kin give. new: the stream says that `function` is a class."""
+  """The result of REDUCE and similar opcodes. new: the opcode says that `function` is a class."""
   if not isinstance(function, Name) or type(args) is not tuple:
     raise FileFormatError(f"the pickle calls an object of type {type(function).__name__}")
   name = function.name
@@ -123,7 +126,7 @@ def call(vm: Machine, function: Any, args: Any, new: bool = False) -> Any:
 
 
 def build(target: Any, state: Any) -> None:
-  """BUILD: the state of an object that `call` gave."""
+  """BUILD: sets the state of an object that `call` returned."""
   if isinstance(target, Placeholder):
     target.state = state
   elif isinstance(target, TensorRef) and target.storage is None:
@@ -139,7 +142,7 @@ def build(target: Any, state: Any) -> None:
       raise FileFormatError("a structured numpy dtype")
     if state[1] in (">", "<"):
       target.dtype = target.dtype.newbyteorder(state[1])
-  elif type(target) is not dict:  # a state dict's _metadata: versions of modules, of no use here
+  elif type(target) is not dict:  # a state dict's _metadata, versions of modules: ignored
     raise FileFormatError(f"state for an object of type {type(target).__name__}")
 
 
@@ -151,7 +154,7 @@ def _pairs(vm: Machine, *args) -> dict:
 
 
 def _tensor(vm, storage, offset, shape, stride, *_, dtype=None):
-  raw, stored = storage  # made by the file's reader for a persistent id
+  raw, stored = storage  # from the reader's persistent id
   if type(raw) is not Storage:
     raise FileFormatError("a tensor without a storage")
   return TensorRef(raw, offset, shape, stride, dtype or stored)
@@ -178,9 +181,9 @@ def _sequence(kind):
 
 
 def _bytes(vm, text, encoding="utf-8"):
-  """How protocol 2 writes bytes: text of their latin-1 characters."""
+  """Bytes in protocol 2, which writes them as text in latin-1."""
   if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8"):
-    raise FileFormatError("_codecs.encode of something else than text")
+    raise FileFormatError("_codecs.encode of something other than text")
   vm.charge(len(text))
   return text.encode(encoding)
 
@@ -197,7 +200,7 @@ def _numpy_scalar(vm, dtype, data):
 
 
 def _numpy_array(vm, cls, shape, kind):
-  return TensorRef(None, 0, (), (), np.dtype("uint8"))  # BUILD brings the rest
+  return TensorRef(None, 0, (), (), np.dtype("uint8"))  # BUILD sets the rest
 
 
 def _reconstructor(vm, cls, base, state):
@@ -235,11 +238,11 @@ for _kind in ("int", "double", "bool", "tensor"):
 
 
 def bytes_of(value: Any) -> bytes:
-  """Bytes; or the text that a `str` of Python 2 became when it happened to be valid UTF-8."""
+  """The bytes of a value, which may be text: a Python 2 `str` that is valid UTF-8."""
   if type(value) is str:
     return value.encode()
   if type(value) is not bytes:
-    raise FileFormatError(f"{type(value).__name__} where bytes belong")
+    raise FileFormatError(f"{type(value).__name__} instead of bytes")
   return value
 
 

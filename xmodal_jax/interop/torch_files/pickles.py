@@ -1,7 +1,7 @@
-"""Reads the pickles inside PyTorch files by interpreting their opcodes; nothing is imported or run.
+"""Reads the pickles inside PyTorch files by interpreting their opcodes; no code is imported or run.
 
-Python's own unpickler looks names up, calls what they stand for, sets attributes and sizes its memo
-as the stream says. This one has no way to do any of it: see names for what a name can be.
+Python's unpickler imports names, calls them, sets attributes and allocates a memo of any size, all
+as the stream says. This one cannot: see `names` for what a name can become.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from xmodal_jax.interop.torch_files.names import Name, Placeholder
 from xmodal_jax.interop.torch_files.tensor import FileFormatError
 
 _MAX_OPS = 10_000_000  # an optimizer state of 1,500 parameters takes 0.2 million
-_MAX_INT = 1024  # bytes; hashing and printing larger ones is slow, and no checkpoint has them
+_MAX_INT = 1024  # bytes; larger integers are slow to hash and print, and no checkpoint has them
 _KEYS = (str, int, float, complex, bytes, type(None), Name, Placeholder)
 _ERRORS = (
   IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
@@ -23,10 +23,10 @@ _ERRORS = (
 
 
 class Unpickler:
-  """One pickle out of `data` (bytes or a map) from `pos` on; `load()` leaves `pos` behind it.
+  """Reads one pickle of `data` (bytes or a map) from `pos` on; `load()` moves `pos` to its end.
 
-  persistent(id) gives the object of a persistent id. Work and memory are bounded by the length of
-  the stream, whatever it holds; any damage is a FileFormatError.
+  persistent(id) returns the object of a persistent id. Time and memory are bounded by the length of
+  the stream, whatever it contains; any damage is a FileFormatError.
   """
 
   def __init__(self, data, pos: int = 0, persistent: Callable[[Any], Any] | None = None):
@@ -59,7 +59,7 @@ class Unpickler:
     raise FileFormatError(f"a pickle of more than {_MAX_OPS} operations")
 
   def charge(self, n: int) -> None:
-    """Copies that a call makes are paid for, or a short stream could ask for any amount."""
+    """Counts n copied elements against the budget, so a short stream cannot allocate any amount."""
     self.budget -= n
     if self.budget < 0:
       raise FileFormatError("the pickle unfolds to much more than its own size")
@@ -93,7 +93,7 @@ class Unpickler:
     return values
 
   def key(self, value: Any) -> Any:
-    """Dictionary keys: atoms and flat tuples. The hash of nested tuples can take for ever."""
+    """Checks a dictionary key: atoms and flat tuples. Nested tuples can take forever to hash."""
     for v in value if type(value) is tuple else (value,):
       if not isinstance(v, _KEYS):
         raise FileFormatError(f"a dictionary key of type {type(v).__name__}")
@@ -164,7 +164,7 @@ def _obj(vm: Unpickler) -> None:
 
 def _persistent(vm: Unpickler, pid: Any) -> None:
   if vm.persistent is None:
-    raise FileFormatError("a tensor in a place where none belongs")
+    raise FileFormatError("a tensor where none is expected")
   vm.push(vm.persistent(pid))
 
 
@@ -175,7 +175,7 @@ def _dict(vm: Unpickler) -> None:
 
 
 def _swap_pop(vm: Unpickler, method: Callable, n: int) -> None:
-  """The last n values go into the object below them."""
+  """Applies `method` with the last n values to the object below them."""
   values = vm.stack[-n:]
   del vm.stack[-n:]
   method(vm, vm.stack[-1], values)
@@ -198,7 +198,7 @@ def _put(vm: Unpickler, index: int) -> None:
 def _stack_global(vm: Unpickler) -> None:
   name, module = vm.stack.pop(), vm.stack.pop()
   if type(name) is not str or type(module) is not str:
-    raise FileFormatError("a global whose name is no text")
+    raise FileFormatError("a global whose name is not text")
   vm.push(vm.find(module, name))
 
 

@@ -1,4 +1,4 @@
-"""Arrays that still lie in a file: a storage is a run of its bytes, a TensorRef a strided view."""
+"""Arrays in a file, not yet read: a storage is a range of bytes, a TensorRef a view of it."""
 
 import mmap
 import os
@@ -23,26 +23,24 @@ DTYPES |= {
 DTYPES |= {"half": DTYPES["float16"], "float": DTYPES["float32"], "double": DTYPES["float64"]}
 DTYPES |= {"long": DTYPES["int64"], "int": DTYPES["int32"], "short": DTYPES["int16"]}
 
-# A view may repeat elements (stride 0), but no array is larger than its file, small ones apart.
+# A view may repeat elements (stride 0), but an array larger than this must not exceed its file.
 _FREE_BYTES = 1 << 24
 
 
 class FileFormatError(ValueError):
-  """The file is damaged, truncated, or of a kind that is not read."""
+  """The file is damaged, truncated, or of an unsupported format."""
 
 
 class UnsafeFileError(FileFormatError):
-  """The file asks for a global that is not data. `name` is the global; nothing was run."""
+  """The file refers to a global that is not data, `name`. No code was run."""
 
   def __init__(self, name: str):
-    super().__init__(
-      f"refused: the pickle asks for {name!r}, which is not data; nothing of it was run"
-    )
+    super().__init__(f"refused: the pickle refers to {name!r}, which is code; nothing was executed")
     self.name = name
 
 
 class Source:
-  """A file opened for reading: positioned reads, and one map of it made on the first view."""
+  """A file opened for reading: positioned reads, and a memory map made on first use."""
 
   def __init__(self, path: str | os.PathLike):
     self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -59,7 +57,7 @@ class Source:
     return self._map
 
   def read_into(self, buffer: memoryview, offset: int) -> None:
-    """Fills `buffer` from `offset`. Unlike a map, leaves no page of the file in this process."""
+    """Fills `buffer` from `offset`. Unlike a map, keeps no page of the file in this process."""
     done = 0
     while done < len(buffer):
       n = os.preadv(self.fd, [buffer[done:]], offset + done)
@@ -69,14 +67,14 @@ class Source:
 
   def read(self, offset: int, size: int) -> bytes:
     if offset < 0 or size < 0 or offset + size > self.size:
-      raise FileFormatError(f"{size} bytes at {offset} are outside of a file of {self.size} bytes")
+      raise FileFormatError(f"{size} bytes at {offset} are outside the file of {self.size} bytes")
     buffer = bytearray(size)
     self.read_into(memoryview(buffer), offset)
     return bytes(buffer)
 
 
 class Storage:
-  """`nbytes` bytes at `offset` of a source, or of bytes in memory. Legacy files say where late."""
+  """`nbytes` bytes at `offset` of a source or of bytes. Legacy files give the place later."""
 
   __slots__ = ("limit", "nbytes", "offset", "source")
 
@@ -86,7 +84,9 @@ class Storage:
 
   def place(self, source: Source, offset: int) -> None:
     if offset < 0 or self.nbytes < 0 or offset + self.nbytes > source.size:
-      raise FileFormatError(f"storage of {self.nbytes} bytes at {offset} ends outside of the file")
+      raise FileFormatError(
+        f"storage of {self.nbytes} bytes at {offset} ends beyond the end of the file"
+      )
     self.source, self.offset = source, offset
 
 
@@ -114,19 +114,19 @@ class TensorRef:
   def _check(self):
     numbers = (self.offset, *self.shape, *self.stride)
     if any(type(n) is not int or n < 0 for n in numbers):
-      raise FileFormatError("tensor with an offset, size or stride that is no natural number")
+      raise FileFormatError("tensor with an offset, size or stride that is not a natural number")
     if len(self.shape) != len(self.stride) or len(self.shape) > 32:
       raise FileFormatError(f"tensor of {len(self.shape)} sizes and {len(self.stride)} strides")
     if (self.offset + self._span()) * self.dtype.itemsize > self.storage.nbytes:
       raise FileFormatError(
-        f"tensor of shape {self.shape}, stride {self.stride}, offset {self.offset} ends outside of "
+        f"tensor of shape {self.shape}, stride {self.stride}, offset {self.offset} ends beyond "
         f"its storage of {self.storage.nbytes} bytes"
       )
     if self.nbytes > self.storage.limit:
       raise FileFormatError(f"tensor of shape {self.shape} is larger than the whole file")
 
   def _span(self) -> int:
-    """Elements from the first to the last one that the view touches."""
+    """Number of elements from the first to the last one of the view."""
     if 0 in self.shape:
       return 0
     return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
@@ -166,7 +166,7 @@ class TensorRef:
     return self._strided(source if isinstance(source, bytes) else source.map(), offset)
 
   def read(self, out: np.ndarray | None = None) -> np.ndarray:
-    """A copy in memory, read straight into it. out: C-contiguous, of this shape and dtype."""
+    """A copy in memory. out: array to read into, C-contiguous, of this shape and dtype."""
     if out is None:
       out = np.empty(self.shape, self.dtype)
     elif out.shape != self.shape or out.dtype != self.dtype or not out.flags.c_contiguous:

@@ -1,4 +1,4 @@
-"""Writes files that torch.load reads (weights_only too), without torch, one array at a time."""
+"""Writes files that torch.load reads, also with weights_only, without torch: an array at a time."""
 
 import dataclasses
 import os
@@ -14,15 +14,15 @@ import numpy as np
 from xmodal_jax.interop.torch_files.tensor import DTYPES, STORAGE_DTYPES, TensorRef, contiguous
 
 _ROOT = "archive"
-_ALIGN = 64  # as torch does: entries can then be mapped as arrays
+_ALIGN = 64  # as in torch, so that entries can be mapped as arrays
 _STORAGES = {d: f"{n}Storage" for n, d in STORAGE_DTYPES.items() if n != "Untyped"}
-_FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # equal trees give equal files
+_FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # constant, so that equal trees give equal files
 _CHUNK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-  """An array that is made when it is written and forgotten afterwards."""
+  """An array that is computed when it is written, and freed afterwards."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -30,10 +30,12 @@ class Lazy:
 
 
 def write(path: str | os.PathLike, tree: Any) -> None:
-  """A torch.save zip of nested dicts, lists, tuples, text, numbers and arrays.
+  """Writes a torch.save zip of nested dicts, lists, tuples, text, numbers and arrays.
 
-  Arrays may be numpy arrays, TensorRefs or Lazy; each is fetched when its turn comes. The file
-  appears under its name only when it is complete.
+  Arrays may be numpy arrays, TensorRefs or Lazy; one at a time is in memory. The file gets its name
+  when it is complete.
+
+    write("model.pth", {"state_dict": {"weight": np.ones((2, 3), np.float32)}})
   """
   path = pathlib.Path(path)
   pickler = _Pickler()
@@ -48,7 +50,7 @@ def write(path: str | os.PathLike, tree: Any) -> None:
       _entry(archive, "version", b"3\n")
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
+    os.chmod(temporary, 0o666 & ~umask)  # mkstemp allows only the owner
     os.replace(temporary, path)
   except BaseException:
     os.unlink(temporary)
@@ -61,7 +63,7 @@ def _fetch(array: Any) -> memoryview:
   else:
     made = array.read() if isinstance(array, TensorRef) else array
   if tuple(made.shape) != tuple(array.shape) or made.dtype != array.dtype:
-    raise ValueError(f"made {made.dtype}{made.shape}, said {array.dtype}{array.shape}")
+    raise ValueError(f"made {made.dtype}{made.shape}, declared {array.dtype}{array.shape}")
   made = made.astype(_little(made.dtype), copy=False)
   return memoryview(np.ascontiguousarray(made).reshape(-1).view(np.uint8))
 
@@ -74,7 +76,7 @@ def _entry(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> Non
   """A stored entry whose data begins at a multiple of _ALIGN."""
   info = zipfile.ZipInfo(f"{_ROOT}/{name}", _FIRST_DATE)
   info.file_size = len(data)
-  # ZipFile decides in the same way whether the header grows by 20 bytes of 64-bit sizes.
+  # The condition of ZipFile for 20 more bytes with 64-bit sizes in the header.
   grown = 20 if len(data) * 1.05 > zipfile.ZIP64_LIMIT else 0
   start = archive.fp.tell() + 30 + len(info.filename) + grown + 4
   pad = -start % _ALIGN
@@ -85,7 +87,7 @@ def _entry(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> Non
 
 
 class _Pickler:
-  """Protocol 2, written out: no reduce function of any object is ever asked."""
+  """Writes pickle protocol 2. It never calls `__reduce__` of an object."""
 
   def __init__(self):
     self.out = bytearray(b"\x80\x02")
@@ -138,7 +140,7 @@ class _Pickler:
     count = 1
     for d in shape:
       count *= d
-    # Types without a storage class of their own are pickled as bytes and a dtype.
+    # Types without a storage class are pickled as bytes and a dtype.
     function, numel = ("v2", count) if old else ("v3", count * dtype.itemsize)
     storage = f"torch\n{old}" if old else "torch.storage\nUntypedStorage"
     self.out += f"ctorch._utils\n_rebuild_tensor_{function}\n((".encode()
