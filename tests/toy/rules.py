@@ -1,7 +1,7 @@
 """The toy system's PyTorch files: `nn.Linear` and `nn.Embedding`."""
 
 from xmodal_jax.interop import towers
-from xmodal_jax.interop.conversion import Rule
+from xmodal_jax.interop.rules import Rule
 
 RULES = [*towers.dense("image.proj", "image"), Rule("word.weight", "word")]
 
