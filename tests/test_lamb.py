@@ -14,7 +14,7 @@ from xmodal_jax.distributed import sharding
 from xmodal_jax.interop import conversion, tables
 from xmodal_jax.interop.rules import Rule, linear, split
 from xmodal_jax.models import registry
-from xmodal_jax.optim import factory, schedules
+from xmodal_jax.optim import factory, schedules, transforms
 
 DEPTH, DIM = 3, 8
 RULES = [
@@ -201,7 +201,7 @@ def test_rules_and_axes_agree_on_what_is_stacked(variant):
   leaves, _ = jax.tree_util.tree_flatten_with_path(
     built.params, is_leaf=lambda v: hasattr(v, "get_metadata")
   )
-  variables = {factory.path_of(k): v for k, v in leaves}
+  variables = {transforms.path_of(k): v for k, v in leaves}
   groups = conversion.tensors(
     tables.rule_table("clip").RULES, {k: v.shape for k, v in variables.items()}
   )

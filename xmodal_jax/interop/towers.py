@@ -211,18 +211,14 @@ BERT_REST: list[Entry] = [
 ]
 
 
-def distinct(pattern: str, names: Iterable[str]) -> set[str]:
-  """The first groups of the names that match a whole pattern: numbers of layers."""
-  return {m[1] for name in names if (m := re.fullmatch(pattern, name))}
-
-
 def count_layers(prefix: str, names: Iterable[str]) -> int:
   """How many numbers follow the prefix in the names.
 
   >>> count_layers("blocks.", ["blocks.0.norm1.weight", "blocks.1.norm1.weight", "norm.weight"])
   2
   """
-  return len(distinct(re.escape(prefix) + r"(\d+)\..*", names))
+  layer = re.compile(re.escape(prefix) + r"(\d+)\.")
+  return len({match[1] for name in names if (match := layer.match(name))})
 
 
 def grid_side(rows: int, name: str) -> int:
