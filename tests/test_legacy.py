@@ -4,6 +4,7 @@ legacy/README.md says how the files were made.
 """
 
 import json
+import logging
 import pathlib
 import tarfile
 
@@ -47,7 +48,7 @@ def config_of(workdir: pathlib.Path, data: str):
   return config
 
 
-def test_workdir_resumes(unpacked, tiny_data, monkeypatch):
+def test_workdir_resumes(unpacked, tiny_data, monkeypatch, caplog):
   """The run of four steps that was stopped after two ends as the one that was not stopped."""
   workdir = unpacked / "workdir"
   config = config_of(workdir, tiny_data)
@@ -55,7 +56,9 @@ def test_workdir_resumes(unpacked, tiny_data, monkeypatch):
   monkeypatch.setattr(
     sharding, "make_mesh", lambda axes, _=None: make_mesh(axes, jax.devices()[:1])
   )
-  loop.train(config, workdir)
+  with caplog.at_level(logging.INFO):
+    loop.train(config, workdir)
+  assert "resuming from step 2" in caplog.text
   want = json.loads((LEGACY / "workdir.json").read_text())
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   losses = {str(r["step"]): r["loss"] for r in rows if r["kind"] == "train"}
