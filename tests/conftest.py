@@ -39,6 +39,8 @@ def pytest_collection_modifyitems(items):
   group = {item: GROUPS.get(item.path.stem, item.path.stem) for item in items}
   for item, name in group.items():
     item.add_marker(pytest.mark.xdist_group(name))
+    if item.get_closest_marker("slow"):  # -m full leaves it out
+      item.own_markers[:] = [m for m in item.own_markers if m.name != "full"]
   place = {name: i for i, name in enumerate(DEAREST)}
   items.sort(key=lambda item: place.get(group[item], len(place)))
 

@@ -137,7 +137,7 @@ def test_aligned(direction):
   assert np.abs(ours[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("direction", ["i2t", "both"])
+@pytest.mark.parametrize("direction", [pytest.param("i2t", marks=pytest.mark.full), "both"])
 def test_eight_devices(direction, monkeypatch):
   """Rows over the devices, texts gathered; no device holds the pictures of another."""
   monkeypatch.setattr(cross_attention, "CPU_BYTES", 1)  # a tile has one picture of each device

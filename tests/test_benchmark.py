@@ -17,6 +17,7 @@ def run(folder, *args: str) -> dict:
   return json.loads((folder / "out.json").read_text())
 
 
+@pytest.mark.full
 def test_rerank(tmp_path):
   toy = ["rerank", "--scale", "0.004", "--width", "64", "--blocks", "2", "--slice", "64"]
   against = ["--against", "torch", "--no_compile"] if importlib.util.find_spec("torch") else []
@@ -32,6 +33,7 @@ def test_rerank(tmp_path):
     assert kind["sides"]["ours"]["info"]["unique"] <= 1920
 
 
+@pytest.mark.full
 def test_local_scores(tmp_path):
   toy = ["local_scores", "--scale", "0.002", "--width", "32", "--repeats", "1", "--warmup", "0"]
   against = ["--against", "torch", "--no_compile"] if importlib.util.find_spec("torch") else []
@@ -48,6 +50,7 @@ def test_local_scores(tmp_path):
     assert 6 / 40 < info["flops"] / info["padded_flops"] < 14 / 40
 
 
+@pytest.mark.full
 def test_hierarchical_scores(tmp_path):
   toy = ["hierarchical_scores", "--scale", "0.002", "--regions", "20", "--words", "16"]
   toy += ["--width", "32", "--direction", "both", "--repeats", "1", "--warmup", "0"]

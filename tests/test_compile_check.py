@@ -280,6 +280,7 @@ def toy(make=tiny.config, **changes):
   return config_lib.resolve(make("nowhere", **changes))
 
 
+@pytest.mark.full
 def test_what_does_not_fit_gets_a_change_that_does():
   config, topology = toy(batch_size=128), topologies.get("cpu:8")
   programs = compile_programs.Programs(config, topology.devices)
@@ -296,6 +297,7 @@ def test_what_does_not_fit_gets_a_change_that_does():
   assert (report.accumulate, better.accumulate) == (1, new.accumulate)
 
 
+@pytest.mark.full
 def test_measured_stands_beside_the_estimate():
   config, topology = toy(), topologies.get("cpu:8")
   [report], flops, _ = compile_check.check(config, topology, ["train"], None, False, measure=2)

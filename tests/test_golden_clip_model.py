@@ -199,6 +199,7 @@ def test_gradients(name, golden):
       )
 
 
+@pytest.mark.full
 def test_trajectory(name, golden):
   _, want = arrays(name)
   log, states, _ = run(name, golden)
@@ -242,6 +243,7 @@ def evaluate(name, golden, state, want):
   clip_golden.check_retrieval(sim, caption_image, want, "train_fp32/eval0", recorded, rounded=True)
 
 
+@pytest.mark.full
 def test_half_trajectory(name):
   """fp16 forward and backward, float32 AdamW, weights rounded back to fp16."""
   _, want = arrays(name)

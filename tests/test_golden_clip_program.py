@@ -148,6 +148,7 @@ def test_float32_run(dataset, tokenizer):
   compare_golden.check_trained(final, recorded, noise, atol, drop=drop)
 
 
+@pytest.mark.full
 def test_half_precision_run(dataset, tokenizer):
   want = golden_files.arrays("clip", "mini_coco", "outputs.npz")
   changes = dict(round_to="float16", round_paths=clip.HALF_PATHS)

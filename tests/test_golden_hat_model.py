@@ -70,7 +70,7 @@ def program(direction):
   return golden, run
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", ["t2i", pytest.param("i2t", marks=pytest.mark.full)])
 def test_loss_and_gradients(direction):
   golden, run = program(direction)
   (loss, _), grads = run(golden.params, hat_golden.batch())
@@ -134,6 +134,7 @@ def stepper(golden, schedule, **kw):
   return step, train_state.TrainState(jnp.int32(0), params, {}, tx.init(params))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("run", ["frozen", "unfrozen"])
 def test_trajectories(run):
   want = arrays("trajectory")
@@ -155,6 +156,7 @@ def test_trajectories(run):
       assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.full
 def test_schedule_of_many_epochs():
   """One step per epoch: learning rates, the epoch that unfreezes the encoders, final parameters."""
   want = arrays("schedule")

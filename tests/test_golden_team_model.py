@@ -162,7 +162,12 @@ def trained(name, scenario):
     return run(params, b)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+# Of the scenarios these two are one program.
+DEFAULT = ("train", "train_clamped")
+PARAMS = [s if s in DEFAULT else pytest.param(s, marks=pytest.mark.full) for s in SCENARIOS]
+
+
+@pytest.mark.parametrize("scenario", PARAMS)
 def test_losses(name, scenario):
   ours, _ = trained(name, scenario)
   prefix = scenario + "/"
@@ -175,7 +180,7 @@ def test_losses(name, scenario):
   assert checked >= 8
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", PARAMS)
 def test_gradients(name, scenario):
   _, grads = trained(name, scenario)
   _, want = arrays(name)
@@ -222,6 +227,7 @@ def stepper(name, devices):
   return golden, tx, step, model.batch_sharding
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("variant", "run", "devices"), TRAJECTORIES)
 def test_trajectories(variant, run, devices):
   name, (inputs, want) = variant, arrays(variant)
@@ -275,6 +281,7 @@ def test_trajectories(variant, run, devices):
   compare_golden.check_norms(final, norms, noise, tolerance, skip=skip)
 
 
+@pytest.mark.full
 def test_two_processes(name, golden):
   """The ranks of the original, own pool first, are one global batch of ours on as many devices."""
   inputs, want = arrays(name)

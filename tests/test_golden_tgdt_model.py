@@ -143,7 +143,9 @@ def norm_of(grads) -> float:
   return np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+  "run", [r if r == "loss_all" else pytest.param(r, marks=pytest.mark.full) for r in RUNS]
+)
 def test_losses_and_gradients(run):
   (total, metrics), grads = trained(**RUNS[run])
   want = outputs()
@@ -163,7 +165,9 @@ def test_losses_and_gradients(run):
     assert moved == set(tgdt_golden.goldens()["params_with_gradient"])
 
 
-@pytest.mark.parametrize("mode", STAGE_1)
+@pytest.mark.parametrize(
+  "mode", [m if m == "symm" else pytest.param(m, marks=pytest.mark.full) for m in STAGE_1]
+)
 def test_first_stage(mode):
   """TERAN's objective on the same weights and batch; its gradients reach all layers."""
   (total, _), grads = trained(**STAGE_1[mode])
@@ -262,6 +266,7 @@ TRAJECTORIES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("run", TRAJECTORIES)
 def test_trajectories(run):
   record = tgdt_golden.goldens()[f"traj_{run}"]

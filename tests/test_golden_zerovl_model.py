@@ -111,7 +111,16 @@ def program(devices: int = 1, **changes):
   return golden, rows, run
 
 
-@pytest.mark.parametrize("run", RUNS)
+# The default tier's programs: the plain loss, mixup, and all options at once.
+DEFAULT = ("nce", "nce_local", "nce_temp_high", "nce_temp_low", "mix_image", "mix_text")
+DEFAULT += ("dga_mix_image", "dga_mix_text", "w2_dga_mix_image", "w2_dga_mix_text")
+
+
+def tiers(runs) -> list:
+  return [r if r in DEFAULT else pytest.param(r, marks=pytest.mark.full) for r in runs]
+
+
+@pytest.mark.parametrize("run", tiers(RUNS))
 def test_losses_and_gradients(run):
   golden, rows, loss = program(**RUNS[run])
   want, params = zerovl_golden.outputs(), golden.params
@@ -174,7 +183,7 @@ TWO_RANKS = {
 }
 
 
-@pytest.mark.parametrize("run", TWO_RANKS)
+@pytest.mark.parametrize("run", tiers(TWO_RANKS))
 def test_two_processes(run):
   """The ranks of the original are one global batch of ours, on as many devices."""
   want = golden_files.arrays("zerovl", "outputs_two_ranks.npz")
@@ -220,6 +229,7 @@ def batches(run: str) -> list[int]:
   return [int(index) for _, index in want[f"{run}/order"]]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("run", TRAJECTORIES)
 def test_trajectories(run):
   want = zerovl_golden.outputs()

@@ -208,6 +208,7 @@ def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
   assert here["error"] == "ProcessError: barrier 'lunch': process 1 of 2 did not arrive within 1 s"
 
 
+@pytest.mark.full
 def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, run_of_one, tmp_path):
   run = dict(system="config", data=tiny_data, name="run", changes=SHORT)
   ends = start(tmp_path, [dict(run, hit=[[3, "train", "SIGKILL"]])], 4, 1)

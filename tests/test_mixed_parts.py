@@ -28,6 +28,7 @@ def read(name, tiny_data):
   return config
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MIXED)
 def test_a_few_steps_lower_the_loss(name, tiny_data):
   config = read(name, tiny_data)

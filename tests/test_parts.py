@@ -120,6 +120,7 @@ def test_progress_line():
   assert "ETA" not in logs.progress_line(1, 600, 3.2, 256, None, None)
 
 
+@pytest.mark.full
 def test_resnet_recomputes_to_the_same():
   from flax import nnx
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import tiny
 from test_train import lines
 
@@ -40,6 +41,7 @@ def wait_for_step(folder: pathlib.Path, step: int, process: subprocess.Popen) ->
   raise AssertionError(f"no step {step}: {process.communicate()[1][-3000:]}")
 
 
+@pytest.mark.full
 def test_terminated_and_killed(tiny_data, tmp_path):
   config = tmp_path / "config.py"
   config.write_text(CONFIG.format(tests=str(pathlib.Path(__file__).parent), data=tiny_data))

@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from test_configs import ROOT, get_config
 
 from xmodal_jax.data import records
 from xmodal_jax.training import loop
 
 
+@pytest.mark.full
 def test_coco_photographs(shared_data, tmp_path):
   source = shared_data / "coco_mini"
   command = [sys.executable, "tools/prepare_data.py", "karpathy", "--out", tmp_path]

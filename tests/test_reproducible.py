@@ -23,7 +23,7 @@ from xmodal_jax.training import loop
 
 SYSTEMS = test_accumulate.SYSTEMS
 WITH_DROPOUT = ("zerovl",)  # one system only: dropout's random bits are slow to compile
-DEFAULT_TIER = ("clip", "team")  # TEAM has the most complex objective; the others are slow tests
+FULL = ("clip", "team")  # TEAM has the most complex objective; the others are slow tests
 
 
 def config(name: str, dropout: bool, **changes):
@@ -39,10 +39,10 @@ def digest_after(name: str, devices: int, steps: int = 3) -> str:
   return worker.digest(*worker.run(c, steps, jax.devices()[:devices]))
 
 
-def systems(default: tuple[str, ...], without: tuple[str, ...] = ()) -> list:
-  """Test parameters: all systems except `without`; those not in `default` are marked slow."""
+def systems(full: tuple[str, ...], without: tuple[str, ...] = ()) -> list:
+  """Test parameters: all systems except `without`; those not in `full` are marked slow."""
   names = [n for n in SYSTEMS if n not in without]
-  return [n if n in default else pytest.param(n, marks=pytest.mark.slow) for n in names]
+  return [n if n in full else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def toy_digest(devices: int) -> str:
   return worker.digest(*worker.toy(5, jax.devices()[:devices]))
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.full) for n in (2, 4)), 8])
 def test_every_number_of_devices(devices):
   assert toy_digest(devices) == toy_digest(1)
 
@@ -62,12 +62,14 @@ def test_processes_equal_one_process(processes, devices):
   assert start(processes, devices, 5, "toy") == {"toy": toy_digest(1)}
 
 
-@pytest.mark.parametrize("name", systems(DEFAULT_TIER))
+@pytest.mark.full
+@pytest.mark.parametrize("name", systems(FULL))
 def test_eight_devices_equal_one_bitwise(name):
   """Parameters, moments and metrics are compared; ZeroVL has mixup and dropout."""
   assert digest_after(name, 8) == digest_after(name, 1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", systems(("clip",), without=("hat",)))
 def test_gradient_equals_plain_step(name):
   tolerance = 1e-5
@@ -127,6 +129,7 @@ def test_every_topology(name):
   assert len(set(found.values())) == 1, found
 
 
+@pytest.mark.full
 def test_resume_on_another_number_of_devices(tiny_data, tmp_path, monkeypatch):
   """Two steps on eight devices and two more on one equal four on two devices, bitwise."""
   changes = dict(eval__test=False, eval__every="0 steps", total="4 steps", reproducible=True)

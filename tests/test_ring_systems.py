@@ -57,6 +57,7 @@ def objective(name: str, devices: int, loss_chunk: int):
     return jax.device_get(run(params, *rows))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_objective_in_a_ring(name):
   """On eight devices with two tiles each against one device without; negatives drawn alike."""
@@ -68,6 +69,7 @@ def test_objective_in_a_ring(name):
   assert_same(((loss, metrics), of_features), (want, want_features), tolerance)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   "name", [n if n == "clip" else pytest.param(n, marks=pytest.mark.slow) for n in SYSTEMS]
 )

@@ -60,7 +60,9 @@ def run(name: str, sizes: tuple[int, int, int]):
   return losses, restore.flat(jax.device_get(state.params)), program.as_text(), state
 
 
-MESHES = [("clip", (2, 2, 2)), ("clip", (1, 1, 8)), ("team", (2, 2, 2))]
+FULL = [("clip", (1, 1, 8)), ("team", (2, 2, 2))]
+MESHES = [("clip", (2, 2, 2))]
+MESHES += [pytest.param(*x, marks=pytest.mark.full) for x in FULL]
 SLOW = [("clip", (1, 4, 2)), ("clip", (8, 1, 1))]
 SLOW += [(name, (2, 2, 2)) for name in SYSTEMS.keys() - {"clip", "team"}]
 MESHES += [pytest.param(*x, marks=pytest.mark.slow) for x in sorted(SLOW)]
@@ -77,6 +79,7 @@ def test_every_mesh_is_one_device(name, sizes):
     np.testing.assert_allclose(params[path], value, rtol=0, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", sorted(SYSTEMS.keys() - {"clip", "team"}))
 def test_gradient_on_a_mesh_is_that_of_one_device(name):
   """The others with less to compile: the reference is one that other tests have, too."""
@@ -101,7 +104,7 @@ def moved(text: str) -> list[tuple[str, list[int], str]]:
   ]
 
 
-@pytest.mark.parametrize("name", ["clip", "team"])
+@pytest.mark.parametrize("name", ["clip", pytest.param("team", marks=pytest.mark.full)])
 def test_parameters_move_and_activations_do_not(name):
   """What is gathered is layers and the width of tables, never a vocabulary or activations, whose
   size has the factor of a sequence, 11 or 5, and of more than one row. Negatives ride in a ring."""

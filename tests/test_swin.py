@@ -158,6 +158,7 @@ def test_inference_and_rate_zero_draw_nothing():
   assert draws(key) and not draws(None) and not draws(key, drop_path=0.0)
 
 
+@pytest.mark.full
 def test_eight_devices_are_one():
   """Training outputs and gradients with everything sharded that can be."""
   mesh = sharding.make_mesh((("data", 2), ("fsdp", 2), ("model", 2)))

@@ -159,6 +159,7 @@ def batch(size, seed=0):
   }
 
 
+@pytest.mark.full
 def test_eight_devices_equal_one(small):
   """Loss, every metric and every gradient, dropout and the sampled negatives included."""
   results = []
@@ -215,6 +216,7 @@ def align_temporaries(config, devices, plain, local=4):
   return step.lower(params, images, texts, b).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.full
 def test_objective_does_not_grow_with_the_devices(small):
   """At 4 pairs per device: the whole matching loss, gradients to all tokens included."""
   config = small | {"negatives": 1, "matching": small["matching"] | {"depth": 1, "dropout": 0.0}}

@@ -228,6 +228,7 @@ def losses(folder):
   return {r["step"]: r["loss"] for r in rows if r["kind"] == "train"}
 
 
+@pytest.mark.full
 def test_training_continues_from_the_step_of_the_file(tiny_data, tmp_path):
   """Three steps, a conversion to PyTorch files and back, and three more steps equal six steps."""
   changes = dict(total="6 steps", eval__test=False, eval__every="0 steps")

@@ -470,6 +470,7 @@ def test_a_run_starts_from_them(sides, files, tiny_data):
       assert (value != new[path]).any(), path
 
 
+@pytest.mark.full
 def test_half_precision_is_of_the_image_tower(tmp_path, tiny_data):
   """init_half rounds what CLIP's files hold in float16, and nothing of the text tower."""
   c = tiny.team(tiny_data, **SHORT)
@@ -491,6 +492,7 @@ def test_half_precision_is_of_the_image_tower(tmp_path, tiny_data):
   assert rounded == {f"image/clip/{x}" for x in blocks | {"patch/kernel", "proj/kernel"}}
 
 
+@pytest.mark.full
 def test_a_run_trains_on_and_resumes_without_them(files, tiny_data, tmp_path):
   """A step at rate 0 leaves the towers as they were; with a checkpoint no file is read again."""
   copies = {}

@@ -75,6 +75,7 @@ def test_rerun_changes_nothing(tiny_data, tmp_path, caplog):
   jax.tree.map(np.testing.assert_array_equal, again, model)
 
 
+@pytest.mark.full
 def test_resume_on_another_mesh(tiny_data, tmp_path):
   """Six steps on one mesh and four on another equal ten on one, to rounding."""
   changes = dict(eval__test=False, eval__every="0 steps")
@@ -102,6 +103,7 @@ class StopAfter:
     return (self.folder / "metrics.jsonl").exists() and len(lines(self.folder)) >= self.count
 
 
+@pytest.mark.full
 def test_interrupted_evaluation_is_done_on_resume(tiny_data, tmp_path):
   c = tiny.config(tiny_data, total="6 steps", eval__test=False)
   stopped, straight = tmp_path / "stopped", tmp_path / "straight"
