@@ -27,6 +27,7 @@ setuptools.setup(
     "ftfy>=6.3.1",
     "google-crc32c>=1.9",
     f"jax>={JAX}",
+    "jaxtyping>=0.3.11",
     "ml_collections>=1.1",
     "ml_dtypes>=0.5",
     "numpy>=2.4",
@@ -48,7 +49,9 @@ setuptools.setup(
     # is released with. In an environment of its own: without a TPU it makes JAX slow and noisy.
     "compile": [f"jax[tpu]>={JAX}"],
     "test": [
+      "beartype>=0.23",
       "eccv_caption>=0.1.0",
+      "import-linter>=2.17",
       "matplotlib>=3.9",
       "pytest>=9.2",
       "pytest-xdist>=3.8",

@@ -105,9 +105,9 @@ def test_objectives_of_the_systems(module, changes):
   make, mixup = (tiny.config, {}) if module is clip else (tiny.zerovl, dict(mixup=None))
   config = make("unused").model.to_dict() | mixup | changes
   config["text"]["vocab"] = 16
-  model = module.build(config, rngs=nnx.Rngs(0))
+  model = jax.jit(lambda: module.build(config, rngs=nnx.Rngs(0)))()
   f = lambda a, b: model.objective({"embed": a}, {"embed": b}, {}, jax.random.key(0))[0]
-  loss, grads = jax.value_and_grad(f, argnums=(0, 1))(*pair())
+  loss, grads = jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*pair())
   assert np.isfinite(loss)
   assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)
   assert (model.logit_bias is not None) == ("sigmoid" in str(changes))

@@ -92,14 +92,19 @@ def test_scores_of_given_tokens(direction):
   prefix = f"scores64_{direction}_lambda"
   names = [k for k in s if k.startswith(prefix)]
   assert names
+  many = lambda x: jnp.broadcast_to(x, (len(v), *x.shape))
+
+  @jax.jit
+  def run(sharpness):
+    args = sharpness, direction
+    return [
+      *(cross_attention.attended_scores(v, c, mask, *args, chunk) for chunk in (0, 1, 2)),
+      cross_attention.aligned_scores(v, many(c), many(mask), *args),
+    ]
+
   for name in names:
-    sharpness = float(name.removeprefix(prefix))
-    for chunk in (0, 1, 2):
-      ours = cross_attention.attended_scores(v, c, mask, sharpness, direction, chunk)
-      close_scores(ours, s[name], name)
-    many = lambda x: jnp.broadcast_to(x, (len(v), *x.shape))
-    pairs = cross_attention.aligned_scores(v, many(c), many(mask), sharpness, direction)
-    close_scores(pairs, s[name], name)
+    for scores in run(float(name.removeprefix(prefix))):
+      close_scores(scores, s[name], name)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -118,7 +123,7 @@ def test_loss_of_given_tokens(direction):
     total = sum(score(v, c, mask, chunk=2) for v, c in zip(images, captions, strict=True))
     return triplet.triplet_from_scores(total, hat_golden.CONFIG["margin"], "max")
 
-  value, (dv, dc) = jax.value_and_grad(f, argnums=(0, 1))(images, captions)
+  value, (dv, dc) = jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(images, captions)
   np.testing.assert_allclose(value, s[f"loss_{direction}"], rtol=TOLERANCE["loss"]["rtol"])
   ours = {f"images_{n}": g for n, g in zip(names, dv, strict=True)}
   ours |= {f"captions_{n}": g for n, g in zip(names, dc, strict=True)}

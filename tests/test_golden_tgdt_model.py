@@ -101,7 +101,7 @@ def test_alone_in_a_batch():
   alone |= {k: alone[k][:, :length] for k in ("text_ids", "text_mask")}
   alone |= {k: alone[k][:, :count] for k in ("regions", "boxes", "region_mask")}
   model = tgdt_golden.Golden().model()
-  embed = lambda m, b: (m.encode_image(b)["embed"], m.encode_text(b)["embed"])
+  embed = jax.jit(lambda m, b: (m.encode_image(b)["embed"], m.encode_text(b)["embed"]))
   for ours, side in zip(embed(model, alone), ("img", "txt"), strict=True):
     close(ours, outputs()[f"fwd_shortest_alone_{side}_global"], GLOBAL)
   wide = {k: v[i : i + 1] for k, v in b.items()}  # the same, padded to a static shape
@@ -181,8 +181,8 @@ def test_first_stage_vectors():
   """TERAN's unit tokens of the lower stacks; the first is the global vector."""
   model, want = tgdt_golden.Golden().model(), outputs()
   b = tgdt_golden.recorded_batch()
-  lower = {"img": model.lower_image(b), "txt": model.lower_text(b)}
-  for side, x in lower.items():
+  run = jax.jit(lambda m, b: {"img": m.lower_image(b), "txt": m.lower_text(b)})
+  for side, x in run(model, b).items():
     unit = np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True))
     close(unit, want[f"stage1_{side}_tokens"], UNIT)
     close(unit[:, 0], want[f"stage1_{side}_aggr"], UNIT)

@@ -273,7 +273,7 @@ def test_draws_of_mixup():
   c = zerovl_golden.config(mixup=True)
   model = zerovl.build(c, rngs=nnx.Rngs(0))
   keys = jax.random.split(KEY, 20_000)
-  weight, of_image = jax.vmap(lambda key: model.draw({}, key))(keys)
+  weight, of_image = jax.jit(jax.vmap(lambda key: model.draw({}, key)))(keys)
   n, beta = len(keys), CONFIG["mixup_beta"]
   assert abs(of_image.mean() - 0.5) < 4 * (0.25 / n) ** 0.5
   variance = 1 / (4 * (2 * beta + 1))  # of Beta(beta, beta)
@@ -287,7 +287,7 @@ def test_draws_of_mixup():
 def value_and_grads(f):
   x = zerovl_golden.inputs()
   arguments = jnp.asarray(x["loss/feat1"]), jnp.asarray(x["loss/feat2"])
-  return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(*arguments)
+  return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(*arguments)
 
 
 def check_loss(name: str, value, accuracy, grads):

@@ -180,8 +180,8 @@ def test_hidden_states_of_hugging_face(kind, file, tmp_path):
   graphdef, _ = nnx.split(ours)
   text = nnx.merge(graphdef, nnx.State(restore.nested(leaves)["text"]))
   with jax.default_matmul_precision("highest"):
-    states = text.states(jnp.asarray(ids), jnp.asarray(mask))
-    last = text(jnp.asarray(ids), jnp.asarray(mask))
+    run = jax.jit(lambda text, *args: (text.states(*args), text(*args)))
+    states, last = run(text, jnp.asarray(ids), jnp.asarray(mask))
   assert len(states) == len(want.hidden_states) == BERT["depth"] + 1
   for k, theirs in enumerate(want.hidden_states):
     np.testing.assert_allclose(states[k], theirs.numpy(), rtol=1e-5, atol=1e-5, err_msg=str(k))
@@ -327,14 +327,13 @@ def test_archive_of_clip(file, tmp_path):
   assert ours.keys() == {rename(k) for k in theirs}
   for path, value in theirs.items():
     np.testing.assert_array_equal(ours[rename(path)], value, path)
-  fresh = team.build(config, rngs=nnx.Rngs(0))
-  graphdef, params = nnx.split(fresh)
+  graphdef, params = jax.jit(lambda: nnx.split(team.build(config, rngs=nnx.Rngs(0))))()
   params = restore.flat(nnx.to_pure_dict(params)) | ours
   model = nnx.merge(graphdef, nnx.State(restore.nested(params)))
   pixels = np.random.default_rng(0).integers(0, 256, (3, image["size"], image["size"], 3), np.uint8)
   with jax.default_matmul_precision("highest"):
-    got = model.encode_image({"image": jnp.asarray(pixels)})["embed"]
-    want = golden.model().encode_image({"image": jnp.asarray(pixels)})["embed"]
+    embed = jax.jit(lambda model: model.encode_image({"image": jnp.asarray(pixels)})["embed"])
+    got, want = embed(model), embed(golden.model())
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
