@@ -8,16 +8,13 @@ CLIP_ITM has no published row on Flickr30K: 29,000 / 1,014 / 1,000 pictures, 5 c
 Steps are short next to COCO's, so the warm-up is.
 """
 
-import importlib.util
 import pathlib
+
+from xmodal_jax import config as base
 
 
 def get_config(variant=None):
-  path = pathlib.Path(__file__).with_name("coco_ft.py")
-  spec = importlib.util.spec_from_file_location("coco_ft", path)
-  coco_ft = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(coco_ft)
-  c = coco_ft.get_config(variant)
+  c = base.load(pathlib.Path(__file__).with_name("coco_ft.py"), variant)
   c.data.tfds = ""
   c.data.train = "train"
   c.eval.folds = 0

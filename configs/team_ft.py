@@ -15,8 +15,9 @@ Published, MS-COCO 5K test after the second stage, image to text and text to ima
   coco_clip_l14  84.0 96.1 98.0   66.9 87.0 92.1
 """
 
-import importlib.util
 import pathlib
+
+from xmodal_jax import config as base
 
 FILES = {"vit_b16": "pretrained_4m.pth", "clip_l14": "pretrained_14m_clip_large.pth"}
 
@@ -26,11 +27,7 @@ def get_config(variant=None):
   source, _, tower = variant.partition("_")
   if source not in ("coco", "f30k") or tower not in FILES:
     raise ValueError(f"team_ft has no variant {variant!r}; e.g. coco_clip_l14, f30k_vit_b16")
-  path = pathlib.Path(__file__).with_name("team_pretrain.py")
-  spec = importlib.util.spec_from_file_location("team_pretrain", path)
-  pretrain = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(pretrain)
-  c = pretrain.get_config(tower)
+  c = base.load(pathlib.Path(__file__).with_name("team_pretrain.py"), tower)
   c.init = FILES[tower]  # in the current folder, or --config.init
   c.data.crop_scale = (0.5, 1.0)
   if source == "coco":

@@ -10,7 +10,6 @@ Published RSUM: 14m COCO 425.0, F30K 536.2; 100m COCO 442.1, F30K 546.5.
 They were computed in float32: --config.recipe=original does so on accelerators too.
 """
 
-import importlib.util
 import pathlib
 
 from xmodal_jax import config as base
@@ -31,8 +30,4 @@ def get_config(variant=None):
 
 def pretrain():
   """configs/zerovl_pretrain.py, wherever this folder is."""
-  path = pathlib.Path(__file__).with_name("zerovl_pretrain.py")
-  spec = importlib.util.spec_from_file_location("zerovl_pretrain", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return base.load_module(pathlib.Path(__file__).with_name("zerovl_pretrain.py"))

@@ -10,9 +10,9 @@ The authors published results but no recipe: rate, length and batch are ours, th
 pre-training. Published RSUM: 14m COCO 485.0, F30K 561.6; 100m COCO 500.5, F30K 573.6.
 """
 
-import importlib.util
 import pathlib
 
+from xmodal_jax import config as base
 from xmodal_jax.models import zerovl
 
 
@@ -22,11 +22,7 @@ def get_config(variant=None):
   model = model or "100m"
   if source not in ("coco", "f30k") or model not in ("14m", "100m"):
     raise ValueError(f"zerovl_ft has no variant {variant!r}; e.g. coco, f30k, coco_14m")
-  path = pathlib.Path(__file__).with_name("zerovl_pretrain.py")
-  spec = importlib.util.spec_from_file_location("zerovl_pretrain", path)
-  pretrain = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(pretrain)
-  c = pretrain.get_config("zerovl")
+  c = base.load(pathlib.Path(__file__).with_name("zerovl_pretrain.py"), "zerovl")
   c.model.update(zerovl.preset(model))
   c.init = f"zerovl_{model}.pth"  # in the current folder, or --config.init
   if source == "coco":

@@ -13,7 +13,6 @@ are cropped at random, anew in each of the 90 epochs, which takes 90 times the w
 Published top-1 of the 100M model with the original: 80.6.
 """
 
-import importlib.util
 import pathlib
 
 from xmodal_jax import config as base
@@ -26,10 +25,7 @@ def get_config(variant=None):
     raise ValueError(f"zerovl_linear_probe has no variant {variant!r}; there are 14m, 100m")
   c = base.base()
   c.model.update(zerovl.preset(variant))
-  path = pathlib.Path(__file__).with_name("zerovl_pretrain.py")
-  spec = importlib.util.spec_from_file_location("zerovl_pretrain", path)
-  pretrain = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(pretrain)
+  pretrain = base.load_module(pathlib.Path(__file__).with_name("zerovl_pretrain.py"))
   pretrain.pictures_and_captions(c)
   c.data.tfds = "imagenet2012"
   c.data.train, c.data.val, c.data.test = "train", "validation", "validation"

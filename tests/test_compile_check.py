@@ -9,18 +9,15 @@ import subprocess
 import sys
 import types
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
-
 import compile_check
-import compile_cost
-import compile_programs
 import compile_table
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
-import topologies
+from compiling import cost as cost_lib
+from compiling import fit, hlo, topologies
+from compiling import programs as compile_programs
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,7 +48,7 @@ def layers(unroll):
 
 def cost(f, *args):
   topology = topologies.get("cpu:8")
-  return compile_cost.of(jax.jit(f).lower(*args).compile().as_text(), topology, topology.devices)
+  return cost_lib.of(jax.jit(f).lower(*args).compile().as_text(), topology, topology.devices)
 
 
 def test_loop_counts_as_its_unrolled_twin():
@@ -173,12 +170,12 @@ def test_collectives_of_a_loop():
   ],
 )
 def test_groups_as_the_compiler_writes_them(text, group):
-  assert compile_cost.first_group(text, 8) == group
+  assert cost_lib.first_group(text, 8) == group
 
 
 def test_group_in_another_form_is_an_error():
   with pytest.raises(ValueError, match="form that is not known"):
-    compile_cost.first_group("replica_groups=every(2), x=1", 8)
+    cost_lib.first_group("replica_groups=every(2), x=1", 8)
 
 
 # --- estimating ---------------------------------------------------------------------------------
@@ -198,7 +195,7 @@ def played(body, shape=(4, 2)):
   lines = [f"  %{n} = f32[250000] parameter({i})" for i, n in enumerate("pq")]
   text = ["ENTRY %main (p: f32[]) -> f32[] {", *lines, *(f"  {line}" for line in body), "}"]
   topology = slice_of(*shape)
-  return compile_cost.of("\n".join(text), topology, topology.devices)
+  return cost_lib.of("\n".join(text), topology, topology.devices)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +257,7 @@ ENTRY %main (x: f32[8,250000], i: s32[], p: f32[250000]) -> f32[1,250000] {
   ROOT %d = f32[1,250000] fusion-done(%c)
 }"""
   topology = slice_of(4, 2)
-  found = compile_cost.of(text, topology, topology.devices)
+  found = cost_lib.of(text, topology, topology.devices)
   # 1 MB read and written, beside 3 MB of the addition: of one memory of 1 GB/s.
   assert found.bytes == pytest.approx(5e6) and found.seconds == pytest.approx(0.005)
   assert found.roofline == pytest.approx(0.003)
@@ -284,23 +281,33 @@ def toy(make=tiny.config, **changes):
 def test_what_does_not_fit_gets_a_change_that_does():
   config, topology = toy(batch_size=128), topologies.get("cpu:8")
   programs = compile_programs.Programs(config, topology.devices)
-  report = compile_check.compile_one("train", programs, topology, None)
+  report = fit.compile_one("train", programs, None, compile_check.examiner(topology))
   assert report.fits and report.cost.flops > 0
   assert "train: fits" in compile_check.describe(report, topology, config, 0)
   report.hbm = int(report.needed) - 1
   assert not report.fits
   assert "train: DOES NOT FIT" in compile_check.describe(report, topology, config, 0)
   # No stack of the toy has a policy, so the first change is parts.
-  change, better, new = compile_check.suggest(config, report, topology)
+  change, better, new = fit.suggest(config, report, topology, compile_check.examiner(topology))
   assert list(change) == ["accumulate"] and new.accumulate == change["accumulate"] > 1
   assert better.fits and better.needed <= report.hbm
   assert (report.accumulate, better.accumulate) == (1, new.accumulate)
 
 
+def test_the_fit_check_does_not_need_the_estimate(monkeypatch, capsys):
+  """XLA may change the text that the estimate of time reads; memory is still reported."""
+  monkeypatch.setattr(cost_lib, "of", lambda *args: {}["a new kind of line"])
+  config, topology = toy(), topologies.get("cpu:8")
+  [report], _, fits = compile_check.check(config, topology, ["score"], None, False)
+  out = capsys.readouterr().out
+  assert fits and report.cost is None and report.needed > 0 and report.to_json()["cost"] is None
+  assert "no estimate of the time of score: KeyError" in out and "temporaries" in out
+
+
 @pytest.mark.full
 def test_measured_stands_beside_the_estimate():
   config, topology = toy(), topologies.get("cpu:8")
-  [report], flops, _ = compile_check.check(config, topology, ["train"], None, False, measure=2)
+  [report], flops, _ = compile_check.check(config, topology, ["train"], None, False, steps=2)
   assert report.measured.seconds > 0
   # Noise matches its captions as well as any: the loss of a guess among 16.
   assert report.measured.loss == pytest.approx(math.log(config.batch_size), rel=0.2)
@@ -313,11 +320,9 @@ def test_measured_stands_beside_the_estimate():
 
 
 def test_changes_go_from_cheap_to_dear():
-  spec = importlib.util.spec_from_file_location("team", ROOT / "configs/team_pretrain.py")
-  spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-  config = config_lib.resolve(module.get_config("clip_l14"))
-  report = compile_check.Report("train", needed=2e9, hbm=10**9, accumulate=1, arguments=10**8)
-  order = [compile_check.as_flags(c) for c in compile_check.changes(config, report, 8)]
+  config = config_lib.resolve(config_lib.load(ROOT / "configs/team_pretrain.py:clip_l14"))
+  report = fit.Report("train", needed=2e9, hbm=10**9, accumulate=1, arguments=10**8)
+  order = [fit.as_flags(c) for c in fit.changes(config, report, 8)]
   keeps = "dots_with_no_batch_dims_saveable"
   assert order[0] == f"--config.model.matching.remat={keeps} --config.model.text.remat={keeps}"
   assert order[1] == order[0].replace(keeps, "nothing_saveable")
@@ -326,7 +331,7 @@ def test_changes_go_from_cheap_to_dear():
   assert fsdp in order
   # A state that is nearly all of the memory is cut first.
   report.arguments = 9 * 10**8
-  again = [compile_check.as_flags(c) for c in compile_check.changes(config, report, 8)]
+  again = [fit.as_flags(c) for c in fit.changes(config, report, 8)]
   assert again[0] == fsdp and sorted(again) == sorted(order)
 
 

@@ -1,7 +1,6 @@
 """Configs: all of them build, match their recorded parameter tables, and reject bad keys."""
 
 import functools
-import importlib.util
 import os
 import pathlib
 import re
@@ -46,10 +45,7 @@ ALL = [(name, variant) for name, variants in CONFIGS.items() for variant in vari
 
 
 def get_config(name, variant):
-  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(variant)
+  return config_lib.load(ROOT / "configs" / f"{name}.py", variant or None)
 
 
 def test_every_config_is_listed():

@@ -9,7 +9,6 @@ with what the tool proposes. Configs that differ in data and rates alone are com
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import pathlib
@@ -17,8 +16,6 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from xmodal_jax import config as config_lib
 
@@ -60,10 +57,7 @@ def rows() -> list[tuple[str, str, int, int]]:
 
 
 def _load(name: str) -> Any:
-  file, _, variant = name.partition(":")
-  spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / file)
-  spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-  return config_lib.resolve(module.get_config(variant or None))
+  return config_lib.resolve(config_lib.load(ROOT / "configs" / name))
 
 
 def _key(row: tuple[str, str, int, int]) -> str:

@@ -10,13 +10,10 @@ installed (`pip install -e .[compile]`).
 
 import argparse
 import os
-import pathlib
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

@@ -18,15 +18,12 @@ the object that they name. Only words that fit exactly one object of their scene
 """
 
 import argparse
-import importlib.util
 import itertools
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
@@ -47,20 +44,12 @@ BATCH = 50  # pairs that are measured at a time
 
 
 def load_config(name: str) -> Any:
-  """configs/shapes.py:team -> its config, resolved."""
-  path, _, variant = name.partition(":")
-  if not pathlib.Path(path).is_file():
-    raise SystemExit(f"--config: there is no file {path}")
-  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-  if spec is None:
-    raise SystemExit(f"--config: {path} is not a Python file")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  """configs/shapes.py:team -> its config, resolved, for one device."""
   try:
-    config = module.get_config(variant or None)
-  except (KeyError, ValueError) as e:
-    raise SystemExit(f"--config: {path} has no variant {variant!r} ({e})") from e
-  config.mesh = (("data", -1), ("fsdp", 1), ("model", 1))  # one pair needs one device
+    config = config_lib.load(name)
+  except (FileNotFoundError, ValueError) as e:
+    raise SystemExit(f"--config: {e}") from e
+  config.mesh = (("data", -1), ("fsdp", 1), ("model", 1))
   return config_lib.resolve(config)
 
 

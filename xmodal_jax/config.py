@@ -1,5 +1,9 @@
 """The default config: every key, with its meaning. configs/*.py only change values."""
 
+import importlib.util
+import os
+import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -176,6 +180,36 @@ def base() -> ConfigDict:
   k.templates = ""  # file with a prompt template per line, {} for the name; "": "a photo of a {}."
   k.block = 1024  # prompts that a batch of images is scored with at a time
   return c
+
+
+def load_module(path: str | os.PathLike) -> types.ModuleType:
+  """A config file as a module, wherever its folder is. Raises FileNotFoundError, ValueError."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no config file {path}")
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  if spec is None:
+    raise ValueError(f"{path} is not a Python file")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"{path} has no function get_config")
+  return module
+
+
+def load(name: str | os.PathLike, variant: str | None = None) -> ConfigDict:
+  """The config of a file, as `--config` loads it, before `resolve`.
+
+  name: path of a config file, with `:variant` behind it unless `variant` is given, e.g.
+  "configs/coco_ft.py:vit_b32". Raises FileNotFoundError; ValueError for a file that is no config
+  or has no such variant.
+  """
+  path, _, named = os.fspath(name).partition(":")
+  variant = variant or named or None
+  try:
+    return load_module(path).get_config(variant)
+  except KeyError as e:
+    raise ValueError(f"{path} has no variant {variant!r} ({e})") from e
 
 
 def resolve(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:

@@ -17,10 +17,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import hlo
 import jax
 import numpy as np
-import topologies
+from compiling import hlo, topologies
 
 HOP = 1e-6  # seconds that a message needs for a link, whatever its size
 COPIES = (

@@ -5,9 +5,9 @@ import math
 import time
 from typing import Any
 
-import compile_programs
 import jax
 import numpy as np
+from compiling import programs as programs_lib
 
 from xmodal_jax.distributed import sharding
 from xmodal_jax.runtime import step as step_lib
@@ -25,7 +25,7 @@ class Measured:
   loss: float
 
 
-def measure(programs: compile_programs.Programs, compiled: Any, steps: int) -> Measured:
+def measure(programs: programs_lib.Programs, compiled: Any, steps: int) -> Measured:
   """compiled: programs.lower["train"]() compiled. Fresh parameters, the same noise in every step.
 
   Raises FloatingPointError where the loss is not finite: what is timed would be another work.
@@ -50,7 +50,7 @@ def measure(programs: compile_programs.Programs, compiled: Any, steps: int) -> M
   return Measured(seconds, max(peaks, default=None), loss)
 
 
-def noise(fields: compile_programs.Arrays, vocab: int) -> dict[str, np.ndarray]:
+def noise(fields: programs_lib.Arrays, vocab: int) -> dict[str, np.ndarray]:
   """A batch of these shapes: every picture another one, no words padded."""
   rng = np.random.default_rng(0)
 

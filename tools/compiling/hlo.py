@@ -1,7 +1,7 @@
 """Reads the text of a compiled program: operations, matmul FLOPs, bytes, loops, collectives.
 
 `compiled.cost_analysis()` counts the body of a loop once, and has no word on collectives. Here are
-the numbers of single operations; `compile_cost` adds them up, bodies once per iteration.
+the numbers of single operations; `cost` adds them up, bodies once per iteration.
 """
 
 import dataclasses
