@@ -78,10 +78,11 @@ def test_golden_tests_pass(derived, tmp_path):
   report = tmp_path / "report.xml"
   files = [f"test_golden_{name.replace('::', '.py::')}" for name in TESTS]
   files = [name if "::" in name else f"{name}.py" for name in files]
-  command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-  env = os.environ | {"XMODAL_GOLDEN": str(derived)}
+  command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
+  env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+  env |= {"XMODAL_GOLDEN": str(derived)}
   run = subprocess.run(
-    [*command, *(str(HERE / f) for f in files)],
+    [*command, f"--junitxml={report}", *(str(HERE / f) for f in files)],
     env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
   assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
