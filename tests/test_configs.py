@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.data import inputs
 from xmodal_jax.interop import conversion, tables
 from xmodal_jax.optim import factory, schedules
 from xmodal_jax.runtime import setup
-from xmodal_jax.runtime import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLIP = ["rn50", "rn101", "rn50x4", "rn50x16", "rn50x64"]
@@ -141,7 +141,7 @@ def test_original_recipe_of_team():
   built = setup.build(c)
   schedule = schedules.make_schedule(c.optim, schedules.RunLength(100_000, c.batch_size, c.total))
   assert built.optimizer(c.optim, schedule).update
-  params = step_lib.nnx.to_pure_dict(built.params)
+  params = nnx.to_pure_dict(built.params)
   decay = factory.per_param("optim.decay", c.optim.decay, params)
   tensors = conversion.tensors_of(tables.rule_table(c.model.system).RULES, params)
   groups = factory.trust_groups("original", decay, params, tensors)
