@@ -143,7 +143,7 @@ def _local_step(state, batch, keys, *, model, tx, schedule, axes, micro_shards):
   k_image, k_text, k_objective = keys
   gather = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
   micro = {k: x.reshape(own, -1, *x.shape[1:]) for k, x in batch.items()}
-  rows = len(next(iter(batch.values())))
+  rows = len(next(iter(batch.values())))  # of this device
 
   def encode(params, i, micro):
     """Features of micro-shard i of this device, split by `_split_inexact`."""
@@ -162,7 +162,8 @@ def _local_step(state, batch, keys, *, model, tx, schedule, axes, micro_shards):
   loss, metrics, objective_grads, cotangents = _differentiate_objective(
     objective, state.params, features, batch, gather, once
   )
-  mine = lambda x: jax.lax.dynamic_slice_in_dim(x, device * rows, len(x) // devices)
+  first = device * rows
+  mine = lambda x: jax.lax.dynamic_slice_in_dim(x, first, len(x) // devices)
   cotangents = jax.tree.map(lambda x: mine(x).reshape(own, -1, *x.shape[1:]), cotangents)
   tower_grads = _differentiate_towers(encode, state.params, micro, cotangents, own, each)
   tower_grads = _sum_over_devices(tower_grads, axes, devices)
