@@ -22,6 +22,7 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.5",
     "clu>=0.0.12",
+    "einops>=0.8.2",
     "etils[epath]>=1.15",
     "flax>=0.12.8",
     "ftfy>=6.3.1",
@@ -49,7 +50,7 @@ setuptools.setup(
     # is released with. In an environment of its own: without a TPU it makes JAX slow and noisy.
     "compile": [f"jax[tpu]>={JAX}"],
     "test": [
-      "beartype>=0.23",
+      "beartype>=0.23.1",
       "eccv_caption>=0.1.0",
       "import-linter>=2.17",
       "matplotlib>=3.9",

@@ -121,7 +121,10 @@ def test_objectives_of_the_systems(module, changes):
       dict(loss=dict(name="triplet", smoothing=0.1)),
       "model.loss.smoothing is no option of triplet",
     ),
-    (dict(loss=dict(name="sigmoid"), mixup=dict(beta=0.1, block=0)), "mixup has targets with loss"),
+    (
+      dict(loss=dict(name="sigmoid"), mixup=dict(beta=0.1, block=0)),
+      "mixup needs model.loss.name=.nce.",
+    ),
   ],
 )
 def test_objectives_that_do_not_exist(changes, error):

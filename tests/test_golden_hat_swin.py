@@ -67,7 +67,7 @@ def close_stages(tower, images, recorded):
   """Stages of the first rows of a batch, channels first as the original has it."""
   images = jnp.asarray(images.transpose(0, 2, 3, 1))
   with jax.default_matmul_precision("highest"):
-    ours = jax.jit(lambda x: tower(x))(images)
+    ours = jax.jit(lambda x: tower.states(x))(images)
   stages = {int(k.rsplit("_", 1)[1]): v for k, v in recorded.items() if "vit_stage_" in k}
   assert sorted(stages) == list(range(len(ours)))
   for i, want in stages.items():

@@ -60,7 +60,7 @@ def outputs(model, b, n_traced):
   return {
     "text_feature_raw": model.text_proj(hidden[:, 0]),
     "text_tensors": t["tokens"],
-    "image_feature_raw": tower.pool(tower(b["image"])),
+    "image_feature_raw": tower.project(tower.pooled(tower(b["image"]))),
     "image_tensors": i["tokens"],
     "text_feature": t["embed"],
     "image_feature": i["embed"],
@@ -126,7 +126,7 @@ def program(name, **changes):
     by_block = lambda x: jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1)
     scale = model.scales()[0]
     logits = scale * model.score(i, t)
-    same = model.same(b)
+    same = model.groups(b)
     probability = lambda s: jnp.where(same[:, None] == same, 0.0, jax.nn.softmax(s, -1))
     layer = hard_negatives.matching_loss(
       right, wrong, jnp.ones(wrong.shape[:2], bool), model.scales()[1]

@@ -127,7 +127,7 @@ def test_resnet_recomputes_to_the_same():
   from xmodal_jax.models.towers import resnet
 
   def loss_and_stats(remat):
-    tower = dict(size=32, width=4, depths=(1, 2, 1, 1), embed=8, remat=remat)
+    tower = dict(size=32, width=4, depths=(1, 2, 1, 1), output_dim=8, remat=remat)
     model = resnet.ModifiedResNet(**tower, rngs=nnx.Rngs(0))
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
@@ -135,7 +135,9 @@ def test_resnet_recomputes_to_the_same():
     def loss(params):
       model = nnx.merge(graphdef, params, stats)
       x = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-      return (model(x, train=True) ** 2).sum(), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+      return (model.pooled(model(x, jax.random.key(2))) ** 2).sum(), nnx.to_pure_dict(
+        nnx.state(model, nnx.BatchStat)
+      )
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 

@@ -23,7 +23,7 @@ from xmodal_jax.optim import schedules
 from xmodal_jax.runtime import setup
 from xmodal_jax.runtime import step as step_lib
 
-PACKAGE = pathlib.Path(step_lib.__file__).parent
+PACKAGE = pathlib.Path(step_lib.__file__).parents[1]
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 
 RESNET = dict(kind="resnet", size=32, width=8, depths=(1, 2, 1, 1))
@@ -41,10 +41,10 @@ ENCODERS = {
 
 # Where matmuls are of float32 numbers on both sides: scores of pairs, from embeddings that are.
 # file:function of the package; * for whatever follows.
-SCORES = ("clip_itm.py:CLIP", "zerovl.py:ZeroVL", "team.py:TEAM")
+SCORES = ("clip.py:CLIP", "zerovl.py:ZeroVL", "team.py:TEAM")
 FLOAT32_MATMULS = ("losses/*", *(f"models/{system}.score" for system in SCORES))
 # Where bfloat16 is added up, a few numbers each: pools of pixels, a text's copies for negatives.
-SHORT_SUMS = ("models/resnet.py:avg_pool", "models/team.py:TEAM.match*")
+SHORT_SUMS = ("models/towers/resnet.py:avg_pool", "models/team.py:TEAM.match*")
 SUMS = {"reduce_sum", "reduce_prod", "cumsum", "cumprod", "reduce_window_sum"}
 # The derivative of GELU is an exponential of each number for itself.
 ALONE = ("jax/gelu",)
@@ -65,7 +65,7 @@ def equations(jaxpr, called_at=None):
 
 
 def places(eqn) -> list[str]:
-  """Functions of the package, "models/vit.py:ViT.embed", innermost first, and "jax/gelu"."""
+  """Functions of the package, "models/towers/vit.py:ViT.embed", innermost first, and "jax/gelu"."""
   frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else []
   out = []
   for frame in frames:

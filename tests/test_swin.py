@@ -42,7 +42,7 @@ def images(count: int, size: int = TINY["size"]):
 
 @jax.jit
 def run(model: swin.Swin, x, key=None):
-  return model(x, key)
+  return model.states(x, key)
 
 
 def close(have, want):
@@ -174,7 +174,7 @@ def test_eight_devices_are_one():
   @jax.jit
   def step(params, x):
     def loss(params):
-      out = nnx.merge(graphdef, params)(x, jax.random.key(5))
+      out = nnx.merge(graphdef, params).states(x, jax.random.key(5))
       return sum((y * jnp.cos(y)).mean() for y in out), out
 
     return jax.value_and_grad(loss, has_aux=True)(params)
@@ -201,7 +201,7 @@ def test_published_sizes(name):
   config = swin.SIZES[name]
   graphdef, params = abstract(**config)
   x = jax.ShapeDtypeStruct((2, config["size"], config["size"], 3), jnp.float32)
-  stages = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p)(x), params, x)
+  stages = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).states(x), params, x)
   grid, width = config["size"] // 4, config["embed"]
   assert [s.shape for s in stages] == [(2, (grid >> i) ** 2, width << i) for i in range(4)]
   leaves = restore.flat({"image": nnx.to_pure_dict(params)})
@@ -222,7 +222,7 @@ def test_a_training_step_of_swin_b_has_gradients_for_all():
   graphdef, params = abstract(**swin.SIZES["base"], remat="nothing_saveable", dtype=jnp.bfloat16)
 
   def loss(params, x, key):
-    return sum(y.astype(jnp.float32).mean() for y in nnx.merge(graphdef, params)(x, key))
+    return sum(y.astype(jnp.float32).mean() for y in nnx.merge(graphdef, params).states(x, key))
 
   x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
   grads = jax.eval_shape(jax.grad(loss), params, x, jax.eval_shape(lambda: jax.random.key(0)))

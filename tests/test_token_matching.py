@@ -273,7 +273,7 @@ def test_attention_of_masked_keys():
 def test_wrong_options_are_named(small):
   with pytest.raises(ValueError, match=r"model\.same_image is 'none'; there are keep, zero"):
     build_team(small, same_image="none")
-  with pytest.raises(ValueError, match=r"model\.image\.kind is 'vgg'; team has deit, clip"):
+  with pytest.raises(ValueError, match=r"model\.image\.kind is 'vgg'; there are clip, timm, deit"):
     build_team(small, image=small["image"] | {"kind": "vgg"})
   with pytest.raises(ValueError, match=r"set model\.project_text"):
     build_team(small, project_text=False)

@@ -1,8 +1,8 @@
-"""Attention, dense layers and Transformer blocks that the towers are made of.
+"""Attention, dense layers and Transformer blocks that towers consist of.
 
-Every parameter carries its logical axes ("embed", "heads", "mlp", "vocab") as metadata `axes`; the
-sharding rules of a config turn them into mesh axes. Leading axes without a name are layers. Where
-an axis consists of parts that may not be cut, their number is metadata under the axis's name.
+Every parameter has its logical axes ("embed", "heads", "mlp", "vocab") as metadata `axes`, which
+the sharding rules of a config map to mesh axes. Unnamed leading axes are those of stacked layers.
+Metadata under an axis's name (`heads`) is the number of units of the axis that a shard may not cut.
 """
 
 from xmodal_jax.models.layers.attention import MultiHeadAttention, dot_product_attention
@@ -11,15 +11,19 @@ from xmodal_jax.models.layers.dense import (
   ACTIVATIONS,
   Linear,
   add,
+  apply_dense,
   dropout,
   flatten_leading,
   layer_norm,
   linear,
   lookup,
+  merge_heads,
   normal,
   quick_gelu,
+  split_heads,
   uniform,
   zeros,
 )
 from xmodal_jax.models.layers.partitioning import constrain_batch
+from xmodal_jax.models.layers.patches import PatchEmbed
 from xmodal_jax.models.layers.scanning import depth_of, rematerialize, scan, stack

@@ -5,17 +5,24 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xmodal_jax.models.layers.dense import dropout, flatten_leading, linear, uniform, zeros
-
-Array = jax.Array
+from xmodal_jax.models.layers.dense import (
+  dropout,
+  flatten_leading,
+  linear,
+  merge_heads,
+  split_heads,
+  uniform,
+  zeros,
+)
 
 
 def _attention_einsum(q, k, v, mask=None, *, causal=False, rate=0.0, key=None):
   s = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
   if causal:
     s = jnp.where(jnp.tri(*s.shape[-2:], dtype=bool), s, -jnp.inf)
-  if mask is not None:  # not -inf: a row without any key is then a mean, and no NaN
+  if mask is not None:  # not -inf: a query whose keys are all masked gets their mean, not NaN
     s = jnp.where(mask[:, None, None], s, jnp.finfo(s.dtype).min)
   p = dropout(jax.nn.softmax(s, axis=-1).astype(v.dtype), rate, key)  # [B, H, Q, K]
   return jnp.einsum("bhqk,bkhd->bqhd", p, v)
@@ -28,7 +35,8 @@ def _attention_fused(q, k, v, mask=None, *, causal=False):
 
 def _attention_cudnn(q, k, v, *, causal=False):
   queries, keys = q.shape[1], k.shape[1]
-  # JAX gives cuDNN even lengths alone. A key too many is behind all queries if causal.
+  # JAX supports cuDNN for even lengths only. The key of padding is masked by its position where
+  # attention is causal, and by the sequence length otherwise.
   q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
   seen = jnp.full(k.shape[:1], keys, jnp.int32) if keys % 2 and not causal else None
   out = jax.nn.dot_product_attention(
@@ -38,35 +46,37 @@ def _attention_cudnn(q, k, v, *, causal=False):
 
 
 def _cudnn_takes(q: Array) -> bool:
-  """Whether cuDNN's flash attention computes this: it is of half precision and small heads."""
+  """Whether cuDNN's flash attention supports q: half precision, heads of at most 128."""
   return q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _has_cudnn()
 
 
 @functools.cache
 def _has_cudnn() -> bool:
-  """Whether this process's devices are NVIDIA's, Ampere or later. JAX traces cuDNN's form there
-  alone: elsewhere it raises."""
+  """Whether this process has NVIDIA GPUs, Ampere or later; JAX raises where it traces cuDNN's
+  attention without one."""
   device = jax.local_devices()[0]
   cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
   return cuda and float(device.compute_capability) >= 8
 
 
 def dot_product_attention(
-  q: Array,
-  k: Array,
-  v: Array,
+  q: Float[Array, "b q h d"],
+  k: Float[Array, "b k h d"],
+  v: Float[Array, "b k h d"],
   *,
-  mask: Array | None = None,
+  mask: Bool[Array, "b k"] | None = None,
   causal: bool = False,
   rate: float = 0.0,
-  key: Array | None = None,
-) -> Array:
+  key: PRNGKeyArray | None = None,
+) -> Float[Array, "b q h d"]:
   """Scaled dot-product attention, softmax in float32.
 
-  q [B, Q, H, D], k, v [B, K, H, D], mask bool [B, K] of the keys that are seen -> [B, Q, H, D].
-  rate: dropout of the weights, with a key. The form is chosen where the program is lowered: on CPU
-  the backward pass of `jax.nn.dot_product_attention`, which has no dropout, was measured 3.5 times
-  slower than the plain einsums; on NVIDIA GPUs scores without a mask are never written to memory.
+  mask: keys that are attended to. rate: dropout of the attention weights, with a key.
+
+  The implementation is chosen by the platform that the program is lowered for. On CPU, einsums: the
+  backward pass of `jax.nn.dot_product_attention` was measured 3.5 times slower. On NVIDIA GPUs
+  without a mask, flash attention, which never writes the weights to memory. Elsewhere JAX's, except
+  with dropout, which JAX's does not have.
   """
   if key is not None and rate:
     return _attention_einsum(q, k, v, mask, causal=causal, rate=rate, key=key)
@@ -93,18 +103,26 @@ class MultiHeadAttention(nnx.Module):
     )
     self.out = dense(dim, dim, ("heads", "embed"), bias_init=zeros)
 
-  def __call__(self, query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-    """query [B, Q, D], key, value [B, K, D], mask bool [B, K] -> [B, Q, D]."""
-    y = dot_product_attention(*self.heads_of(query, key, value), mask=mask)
-    return self.join(y)
+  def __call__(
+    self,
+    query: Float[Array, "b q d"],
+    key: Float[Array, "b k d"],
+    value: Float[Array, "b k d"],
+    mask: Bool[Array, "b k"] | None = None,
+  ) -> Float[Array, "b q d"]:
+    q, k, v = self.project(query, key, value)
+    return self.join(dot_product_attention(q, k, v, mask=mask))
 
-  def heads_of(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """Projected and split: [B, L, D] -> [B, L, H, D/H] each."""
-    return tuple(
-      f(flatten_leading(x)).reshape(*x.shape[:2], self.heads, -1)
-      for f, x in ((self.q, query), (self.k, key), (self.v, value))
-    )
+  def project(
+    self,
+    query: Float[Array, "b q d"],
+    key: Float[Array, "b k d"],
+    value: Float[Array, "b k d"],
+  ) -> tuple[Float[Array, "b q h e"], Float[Array, "b k h e"], Float[Array, "b k h e"]]:
+    """Queries, keys and values of each head."""
+    pairs = ((self.q, query), (self.k, key), (self.v, value))
+    return tuple(split_heads(f(flatten_leading(x)), len(x), self.heads) for f, x in pairs)
 
-  def join(self, y: Array) -> Array:
-    """[B, Q, H, D/H] -> [B, Q, D], projected."""
-    return self.out(y.reshape(-1, y.shape[2] * y.shape[3])).reshape(*y.shape[:2], -1)
+  def join(self, y: Float[Array, "b q h e"]) -> Float[Array, "b q d"]:
+    """The output projection of all heads."""
+    return self.out(merge_heads(y)).reshape(*y.shape[:2], -1)

@@ -2,9 +2,9 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from xmodal_jax.models.layers.attention import dot_product_attention
 from xmodal_jax.models.layers.dense import (
@@ -12,20 +12,20 @@ from xmodal_jax.models.layers.dense import (
   flatten_leading,
   layer_norm,
   linear,
+  merge_heads,
   normal,
+  split_heads,
   uniform,
   zeros,
 )
-
-Array = jax.Array
 
 
 class Block(nnx.Module):
   """Pre-norm Transformer block without dropout. x [B, L, D] -> [B, L, D].
 
-  `std` = (attention, projection, mlp) are the normal initialisations of CLIP's text tower (CLIP
-  spec, initialisation); without it the torch defaults of a MultiheadAttention and Linear apply,
-  Xavier bound taken on the fused [3D, D] matrix.
+  std: standard deviations (attention, projection, mlp) of normal initialisation, as CLIP's text
+  tower has it; None: the defaults of torch's MultiheadAttention and Linear, with the Xavier bound
+  of the fused [3D, D] matrix.
   """
 
   def __init__(
@@ -45,7 +45,7 @@ class Block(nnx.Module):
     dense = functools.partial(linear, heads=heads, dtype=dtype, rngs=rngs)
     self.heads, self.act, self.causal = heads, act, causal
     self.ln_1 = layer_norm(dim, eps=eps, dtype=dtype, rngs=rngs)
-    # q, k, v apart: a fused kernel sharded on its output must be reshuffled to be split.
+    # Three kernels: a fused one, sharded on its output, would have to be resharded to be split.
     self.q, self.k, self.v = (
       dense(dim, dim, ("embed", "heads"), kernel_init=attn, bias_init=zeros) for _ in range(3)
     )
@@ -54,12 +54,10 @@ class Block(nnx.Module):
     self.wi = dense(dim, mlp_dim, ("embed", "mlp"), kernel_init=mlp)
     self.wo = dense(mlp_dim, dim, ("mlp", "embed"), kernel_init=proj)
 
-  def __call__(self, x: Array) -> Array:
-    split = lambda z: z.reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D/H]
+  def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     y = flatten_leading(self.ln_1(x))
-    y = dot_product_attention(
-      split(self.q(y)), split(self.k(y)), split(self.v(y)), causal=self.causal
-    )
-    x = x + self.out(y.reshape(-1, x.shape[-1])).reshape(x.shape)
+    q, k, v = (split_heads(f(y), len(x), self.heads) for f in (self.q, self.k, self.v))
+    y = merge_heads(dot_product_attention(q, k, v, causal=self.causal))
+    x = x + self.out(y).reshape(x.shape)
     y = ACTIVATIONS[self.act](self.wi(flatten_leading(self.ln_2(x))))
     return x + self.wo(y).reshape(x.shape)

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xmodal_jax.models.layers.partitioning import constrain, constrain_batch
 
-Array = jax.Array
 Init = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
 
 zeros = nnx.initializers.zeros_init()
@@ -25,7 +26,7 @@ def normal(std: float) -> Init:
   return nnx.initializers.normal(std)
 
 
-def quick_gelu(x: Array) -> Array:
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """x * sigmoid(1.702 x), the activation of CLIP."""
   return x * jax.nn.sigmoid(1.702 * x)
 
@@ -38,7 +39,7 @@ ACTIVATIONS = {
 
 
 def layer_norm(dim: int, *, eps: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
-  """torch's LayerNorm: two-pass variance; statistics in float32 whatever the compute dtype."""
+  """torch's LayerNorm: two-pass variance, statistics in float32 for any compute dtype."""
   return nnx.LayerNorm(
     dim,
     epsilon=eps,
@@ -50,31 +51,37 @@ def layer_norm(dim: int, *, eps: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs
   )
 
 
-def add(x: Array, param: Array) -> Array:
-  """[..., *S] + a parameter [*S], in x's dtype; the parameter's gradient is summed in float32.
+def add(x: Float[Array, "..."], param: Float[Array, "*s"]) -> Float[Array, "..."]:
+  """x [..., *S] + param [*S] in x's dtype; the parameter's gradient is summed in float32.
 
-  That sum is over all rows of a batch, and in bfloat16 a sum stops growing at 256 times its terms.
+  The gradient is a sum over all rows of a batch; a bfloat16 sum stops growing at 256 times its
+  terms.
   """
   return _add(x, param, x.ndim - param.ndim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _add(x, param, lead):
-  del lead
+def _add(x, param, leading):
+  del leading
   return x + param.astype(x.dtype)
 
 
-_add.defvjp(
-  lambda x, param, lead: (_add(x, param, lead), None),
-  lambda lead, _, d: (d, d.sum(tuple(range(lead)), dtype=jnp.float32)),
-)
+def _add_forward(x, param, leading):
+  return _add(x, param, leading), None
+
+
+def _add_backward(leading, _, gradient):
+  return gradient, gradient.sum(tuple(range(leading)), dtype=jnp.float32)
+
+
+_add.defvjp(_add_forward, _add_backward)
 
 
 class Linear(nnx.Linear):
-  """nnx.Linear with a bias as `add` has it."""
+  """nnx.Linear that adds its bias by `add`."""
 
-  def __call__(self, x: Array) -> Array:
-    """[..., din] -> [..., dout] in the compute dtype."""
+  def __call__(self, x: Float[Array, "*n din"]) -> Float[Array, "*n dout"]:
+    """In the compute dtype."""
     y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
     return y if self.bias is None else add(y, self.bias[...])
 
@@ -93,10 +100,14 @@ def linear(
 ) -> Linear:
   """Dense layer with kernel [din, dout] in float32; torch's default initialisation.
 
-  heads: how many the axis "heads" is of, where there is one.
+  axes: logical axes of the kernel. heads: number of heads, for kernels with an axis "heads", which
+  is sharded by whole heads.
   """
   default = uniform(din**-0.5)
-  metadata = lambda axes: {"axes": axes} | ({"heads": heads} if "heads" in axes else {})
+
+  def metadata(axes):
+    return {"axes": axes} | ({"heads": heads} if "heads" in axes else {})
+
   return Linear(
     din,
     dout,
@@ -110,25 +121,45 @@ def linear(
   )
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
+def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
   """Zeroes entries with probability `rate` and scales the rest up; the identity without a key."""
   if key is None or not rate:
     return x
   return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def flatten_leading(x: Array) -> Array:
-  """[..., D] -> [N, D]: what dense layers are given. With one contracted axis their weight
-  gradients are plain matmuls, which made a training step about 10 % faster on CPU."""
+def flatten_leading(x: Float[Array, "*n d"]) -> Float[Array, "m d"]:
+  """[..., D] -> [M, D], the input of dense layers: with one contracted axis their weight gradients
+  are plain matmuls, which made a training step about 10 % faster on CPU."""
   return x.reshape(-1, x.shape[-1])
 
 
-def lookup(table: Array, ids: Array, dtype, batch_sharding: NamedSharding | None = None) -> Array:
-  """Rows of a table: [V, D], int [B, L] -> [B, L, D] in dtype. rows: see `constrain_batch`.
+def apply_dense(dense: nnx.Module, x: Float[Array, "*n din"]) -> Float[Array, "*n dout"]:
+  """dense(x) computed on flattened leading axes, see `flatten_leading`."""
+  return dense(flatten_leading(x)).reshape(*x.shape[:-1], -1)
 
-  Cast after it is looked up, so that the gradients of a word add up in float32. Where the table's
-  width is sharded it is gathered first: for one that is not, compilers can leave every device its
-  own rows of the batch, and sum over the devices that share the vocabulary.
+
+def split_heads(x: Float[Array, "n d"], batch: int, heads: int) -> Float[Array, "b l h k"]:
+  """[B * L, H * K] -> [B, L, H, K]: a projection on flattened leading axes, cut into heads."""
+  return rearrange(x, "(b l) (h k) -> b l h k", b=batch, h=heads)
+
+
+def merge_heads(x: Float[Array, "b l h k"]) -> Float[Array, "n d"]:
+  """[B, L, H, K] -> [B * L, H * K], the inverse of `split_heads`."""
+  return rearrange(x, "b l h k -> (b l) (h k)")
+
+
+def lookup(
+  table: Float[Array, "v d"],
+  ids: Int[Array, "b l"],
+  dtype,
+  batch_sharding: NamedSharding | None = None,
+) -> Float[Array, "b l d"]:
+  """Embeddings of ids, in dtype. batch_sharding: see `constrain_batch`.
+
+  The cast comes after the lookup, so that gradients of a word are summed in float32. A table
+  sharded along its width is gathered along it first. Otherwise compilers cannot keep the batch
+  sharded by rows while they sum over the devices that share the vocabulary.
   """
   table = constrain(table, batch_sharding, lambda _: (PartitionSpec.UNCONSTRAINED, None))
   return constrain_batch(jnp.take(table, ids, axis=0), batch_sharding).astype(dtype)

@@ -1,4 +1,4 @@
-"""Learned position tables for another resolution, and places in windows, on the host."""
+"""Host-side tables of positions: resizing learned ones, and index tables of attention windows."""
 
 import functools
 import math
@@ -17,8 +17,8 @@ def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
 def bicubic_matrix(source: int, target: int) -> np.ndarray:
   """float64 [target, source]: half-pixel centres, clamped borders, no antialiasing.
 
-  That is torch's bicubic `interpolate`, with which the published systems adapt their tables; other
-  libraries use a = -0.5 or antialias, and do not match.
+  torch's bicubic `interpolate`, which the published systems use; other libraries use a = -0.5 or
+  antialiasing, and differ.
   """
   centre = (np.arange(target) + 0.5) * source / target - 0.5
   first = np.floor(centre).astype(int) - 1
@@ -31,7 +31,7 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
 
 
 def resize_table(table: np.ndarray, rows: int, *, prefix: int = 1) -> np.ndarray:
-  """[prefix + g * g, D] -> [rows, D]: the first `prefix` rows kept, the square grid resized.
+  """[prefix + g * g, D] -> [rows, D]: keeps the first `prefix` rows, resizes the square grid.
 
   Raises ValueError where either grid is not square.
   """
@@ -49,19 +49,18 @@ def resize_table(table: np.ndarray, rows: int, *, prefix: int = 1) -> np.ndarray
 
 @functools.cache
 def relative_index(window: int) -> np.ndarray:
-  """int64 [w*w, w*w]: the row of a table [(2w-1)^2, H] that belongs to (query, key) in a window."""
-  row, column = (x.ravel() for x in np.indices((window, window)))
-  away = lambda x: x[:, None] - x[None] + window - 1
-  out = (away(row) * (2 * window - 1) + away(column)).astype(np.int64)
-  out.flags.writeable = False  # one array for all callers
+  """int64 [w*w, w*w]: the row of a bias table [(2w-1)^2, H] for each (query, key) of a window."""
+  row, column = (x.ravel()[:, None] - x.ravel() + window - 1 for x in np.indices((window, window)))
+  out = (row * (2 * window - 1) + column).astype(np.int64)
+  out.flags.writeable = False  # cached: all callers share it
   return out
 
 
 @functools.cache
 def shift_mask(grid: int, window: int) -> np.ndarray:
-  """float32 [(grid/w)^2, w*w, w*w]: 0, and -100 between places that a shift brought together.
+  """float32 [(grid/w)^2, w*w, w*w]: -100 for tokens that only the cyclic shift made neighbours.
 
-  The grid [grid, grid] is rolled by half a window; windows are row-major, and so are their places.
+  The grid is rolled by half a window; other entries are 0. Windows and their tokens are row-major.
   """
   band = np.searchsorted([grid - window, grid - window // 2], np.arange(grid), side="right")
   n = grid // window

@@ -1,44 +1,47 @@
-"""Blocks stacked along a layer axis, and the scan over them."""
+"""Stacks of blocks along a leading layer axis, and the scan over their layers."""
 
 from collections.abc import Callable
 
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from xmodal_jax.models.layers.blocks import Block
 from xmodal_jax.models.layers.partitioning import constrain_batch
 
-Array = jax.Array
-
 
 def stack(depth: int, *args, rngs: nnx.Rngs, block: type = Block, **kwargs) -> nnx.Module:
-  """`depth` blocks held as one whose arrays lead with a layer axis."""
-  make = lambda key: block(*args, rngs=nnx.Rngs(key), **kwargs)
+  """`depth` blocks as one module whose arrays have a leading layer axis."""
+
+  def make(key):
+    return block(*args, rngs=nnx.Rngs(key), **kwargs)
+
   return jax.vmap(make)(jax.random.split(rngs.params(), depth))
 
 
 def depth_of(blocks: nnx.Module) -> int:
-  """How many blocks a stack holds."""
+  """The number of blocks of a stack."""
   return len(jax.tree.leaves(blocks)[0])
 
 
 def scan(
   blocks: nnx.Module,
-  x: Array,
+  x: Float[Array, "b l d"],
   *args,
-  key: Array | None = None,
+  key: PRNGKeyArray | None = None,
   remat: str = "",
   unroll: int = 1,
   collect: bool = False,
   batch_sharding: NamedSharding | None = None,
-) -> Array:
-  """Applies stacked blocks in turn, x = block(x, *args). x [B, L, D] -> [B, L, D].
+) -> Float[Array, "*n b l d"]:
+  """Applies stacked blocks in turn: x = block(x, *args). Returns the last output [B, L, D].
 
-  key: split over the blocks, which then get theirs as `key`. remat: name of a
-  `jax.checkpoint_policies` entry, "" for none. unroll: layers per scan iteration; the parameters
-  are the same however the loop is compiled. collect: every block's output instead, [N, B, L, D].
-  rows: see `constrain_batch`.
+  key: split into one per block, passed as `key`.
+  remat: name of a `jax.checkpoint_policies` entry, "" for no rematerialization.
+  unroll: layers per scan iteration; parameters do not depend on it.
+  collect: return every block's output, [N, B, L, D].
+  batch_sharding: see `constrain_batch`.
   """
 
   def step(x, layer):
@@ -53,10 +56,11 @@ def scan(
 
 
 def rematerialize(body: Callable, policy: str, *, once: bool = False) -> Callable:
-  """The body of a scan whose activations are kept or computed again as the policy says.
+  """`jax.checkpoint` of a scan's body by the name of a policy, "" for none.
 
-  once: it runs outside of a loop, or in one of a single iteration, which compilers unroll: they
-  would find there that the same is computed twice, and keep it.
+  once: the body runs outside of a loop, or in a loop of one iteration, which XLA unrolls. Common
+  subexpression elimination would then merge the recomputation with the forward pass, and keep its
+  activations; a barrier prevents it.
   """
   if not policy:
     return body

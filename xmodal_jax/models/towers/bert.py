@@ -1,4 +1,4 @@
-"""BERT's encoder (Devlin et al., 2019): post-norm blocks, every layer's output at hand."""
+"""BERT's encoder (Devlin et al., 2019): post-norm blocks with padding masks and dropout."""
 
 import functools
 
@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xmodal_jax.models import layers
 
-Array = jax.Array
-
 
 class Block(nnx.Module):
-  """Post-norm Transformer block. x [B, L, D], mask bool [B, L] -> [B, L, D]; a key: dropout."""
+  """Post-norm Transformer block. x [B, L, D], mask bool [B, L] -> [B, L, D]; dropout with a key."""
 
   def __init__(
     self,
@@ -27,7 +26,7 @@ class Block(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    # BERT's 0.02 at BERT-base's width; at others what keeps the outputs as large.
+    # 0.02 at BERT-base's width, as published, scaled so that outputs keep their size at others.
     dense = functools.partial(
       layers.linear,
       kernel_init=layers.normal(0.02 * (768 / dim) ** 0.5),
@@ -44,29 +43,27 @@ class Block(nnx.Module):
     self.wo = dense(mlp_dim, dim, ("mlp", "embed"))
     self.ln_2 = layers.layer_norm(dim, eps=eps, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: Array, mask: Array, key: Array | None = None) -> Array:
+  def __call__(
+    self,
+    x: Float[Array, "b l d"],
+    mask: Bool[Array, "b l"],
+    key: PRNGKeyArray | None = None,
+  ) -> Float[Array, "b l d"]:
     k_weights, k_attn, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
-    split = lambda z: z.reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D/H]
     y = layers.flatten_leading(x)
-    y = layers.dot_product_attention(
-      split(self.q(y)),
-      split(self.k(y)),
-      split(self.v(y)),
-      mask=mask,
-      rate=self.attention_dropout,
-      key=k_weights,
-    )
-    y = self.out(layers.flatten_leading(y.reshape(x.shape))).reshape(x.shape)
+    q, k, v = (layers.split_heads(f(y), len(x), self.heads) for f in (self.q, self.k, self.v))
+    y = layers.dot_product_attention(q, k, v, mask=mask, rate=self.attention_dropout, key=k_weights)
+    y = self.out(layers.merge_heads(y)).reshape(x.shape)
     x = self.ln_1(x + layers.dropout(y, self.dropout, k_attn))
     y = self.wo(layers.ACTIVATIONS["gelu"](self.wi(layers.flatten_leading(x)))).reshape(x.shape)
     return self.ln_2(x + layers.dropout(y, self.dropout, k_mlp))
 
 
 class Bert(nnx.Module):
-  """ids int [B, L], mask bool [B, L] -> last hidden state [B, L, D]; L up to `context`.
+  """ids int [B, L], mask bool [B, L] -> last hidden state [B, L, D]; L at most `context`.
 
-  Padding is never attended to, but its positions have hidden states too. All token types are 0.
-  pooler: BERT's own tanh head on the first token, for systems that use it.
+  mask: False at padding, which is not attended to; its positions have hidden states all the same.
+  Token types are 0. pooler: with BERT's tanh head on the first token, see `pool`.
   """
 
   batch_sharding: NamedSharding | None = None
@@ -92,7 +89,6 @@ class Bert(nnx.Module):
   ):
     self.dtype, self.dropout, self.loop = dtype, dropout, dict(remat=remat, unroll=unroll)
     normal = layers.normal(0.02)
-    param = lambda *shape: normal(rngs.params(), shape, jnp.float32)
     self.word = nnx.Embed(
       vocab,
       width,
@@ -101,8 +97,10 @@ class Bert(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.pos = nnx.Param(param(context, width), axes=(None, "embed"))
-    self.type = nnx.Param(param(types, width), axes=(None, "embed"))
+    pos = normal(rngs.params(), (context, width), jnp.float32)
+    self.pos = nnx.Param(pos, axes=(None, "embed"))
+    types = normal(rngs.params(), (types, width), jnp.float32)
+    self.type = nnx.Param(types, axes=(None, "embed"))
     self.ln = layers.layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
     self.blocks = layers.stack(
       depth,
@@ -119,8 +117,8 @@ class Bert(nnx.Module):
     head = dict(kernel_init=normal, bias_init=layers.zeros, dtype=dtype, rngs=rngs)
     self.pooler = nnx.data(layers.linear(width, width, ("embed", None), **head) if pooler else None)
 
-  def embed(self, ids: Array, key: Array | None = None) -> Array:
-    """ids int [B, L] -> [B, L, D]: the input of the first block."""
+  def embed(self, ids: Int[Array, "b l"], key: PRNGKeyArray | None = None) -> Float[Array, "b l d"]:
+    """The input of the first block. Raises ValueError for L greater than `context`."""
     length, context = ids.shape[1], self.pos.shape[0]
     if length > context:
       raise ValueError(f"text of length {length}, but the position table has {context} rows")
@@ -129,21 +127,24 @@ class Bert(nnx.Module):
     x = self.ln(layers.add(x, table))
     return layers.dropout(x, self.dropout, key)
 
-  def __call__(self, ids: Array, mask: Array, key: Array | None = None) -> Array:
+  def __call__(
+    self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], key: PRNGKeyArray | None = None
+  ) -> Float[Array, "b l d"]:
+    k_embed, k_blocks = (None, None) if key is None else jax.random.split(key)
+    return self._blocks(self.embed(ids, k_embed), mask, k_blocks)
+
+  def states(
+    self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], key: PRNGKeyArray | None = None
+  ) -> Float[Array, "n b l d"]:
+    """All hidden states: the embeddings, then the output of each of n - 1 blocks."""
     k_embed, k_blocks = (None, None) if key is None else jax.random.split(key)
     x = self.embed(ids, k_embed)
-    return layers.scan(
-      self.blocks, x, mask, key=k_blocks, batch_sharding=self.batch_sharding, **self.loop
-    )
+    return jnp.concatenate([x[None], self._blocks(x, mask, k_blocks, collect=True)])
 
-  def states(self, ids: Array, mask: Array, key: Array | None = None) -> Array:
-    """Every hidden state [N + 1, B, L, D]: the embeddings, then the output of each block."""
-    k_embed, k_blocks = (None, None) if key is None else jax.random.split(key)
-    x = self.embed(ids, k_embed)
-    kw = dict(key=k_blocks, batch_sharding=self.batch_sharding, **self.loop)
-    each = layers.scan(self.blocks, x, mask, collect=True, **kw)
-    return jnp.concatenate([x[None], each])
+  def _blocks(self, x, mask, key, **kw):
+    kw |= dict(key=key, batch_sharding=self.batch_sharding)
+    return layers.scan(self.blocks, x, mask, **self.loop, **kw)
 
-  def pool(self, states: Array) -> Array:
-    """[B, L, D] -> [B, D]: the pooler on the first token."""
+  def pool(self, states: Float[Array, "b l d"]) -> Float[Array, "b d"]:
+    """The pooler's output for the first token."""
     return jnp.tanh(self.pooler(states[:, 0]))

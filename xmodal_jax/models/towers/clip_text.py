@@ -1,17 +1,15 @@
 """The causal text Transformer of CLIP (Radford et al., 2021, section 2.4)."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
 
 from xmodal_jax.models import layers
 
-Array = jax.Array
-
 
 class TextTransformer(nnx.Module):
-  """ids int [B, L] -> the residual stream after the last block [B, L, W]; L up to `context`."""
+  """ids int [B, L] -> the residual stream after the last block [B, L, W]; L at most `context`."""
 
   batch_sharding: NamedSharding | None = None
 
@@ -62,7 +60,7 @@ class TextTransformer(nnx.Module):
       rngs=rngs,
     )
 
-  def __call__(self, ids: Array) -> Array:
+  def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l w"]:
     context = self.pos.shape[0]
     if ids.shape[1] > context:
       raise ValueError(f"text of length {ids.shape[1]}, but the position table has {context} rows")
@@ -70,10 +68,10 @@ class TextTransformer(nnx.Module):
     x = layers.add(x, self.pos[: ids.shape[1]])
     return layers.scan(self.blocks, x, batch_sharding=self.batch_sharding, **self.loop)
 
-  def pool(self, x: Array, ids: Array) -> Array:
-    """x [B, L, W], ids [B, L] -> [B, embed]: the position of the largest id, the end of text.
+  def pool(self, x: Float[Array, "b l w"], ids: Int[Array, "b l"]) -> Float[Array, "b e"]:
+    """The projected output at the end-of-text token, the position of the (first) largest id.
 
-    The first one counts on ties. Norm and projection act per position, so pooling goes first.
+    The norm and the projection act on each position alone, so they run on that position only.
     """
     x = jnp.take_along_axis(x, ids.argmax(-1)[:, None, None], axis=1)[:, 0]  # [B, W]
     return self.proj(self.ln_final(x))

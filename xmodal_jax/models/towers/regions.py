@@ -1,4 +1,4 @@
-"""torch.nn.TransformerEncoder: post-norm blocks with ReLU, and a tower of region features on it."""
+"""A post-norm Transformer like torch.nn.TransformerEncoder, and a tower of region features."""
 
 import functools
 
@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from xmodal_jax.models import layers
-
-Array = jax.Array
 
 
 class Block(nnx.Module):
   """torch.nn.TransformerEncoderLayer. x [B, L, D], mask bool [B, L] or None -> [B, L, D].
 
-  Positions that the mask hides are not attended to, but have outputs too. A key: dropout.
+  Positions where the mask is False are not attended to, but have outputs. Dropout with a key.
   """
 
   def __init__(
@@ -34,21 +33,25 @@ class Block(nnx.Module):
     self.wo = dense(mlp_dim, dim, ("mlp", "embed"))
     self.ln_2 = layers.layer_norm(dim, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: Array, mask: Array | None = None, key: Array | None = None) -> Array:
+  def __call__(
+    self,
+    x: Float[Array, "b l d"],
+    mask: Bool[Array, "b l"] | None = None,
+    key: PRNGKeyArray | None = None,
+  ) -> Float[Array, "b l d"]:
     k_weights, k_attn, k_inner, k_mlp = (None,) * 4 if key is None else jax.random.split(key, 4)
-    drop = lambda y, k: layers.dropout(y, self.dropout, k)
-    split = lambda z: z.reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D/H]
     y = layers.flatten_leading(x)
-    q, k, v = split(self.q(y)), split(self.k(y)), split(self.v(y))
+    q, k, v = (layers.split_heads(f(y), len(x), self.heads) for f in (self.q, self.k, self.v))
     y = layers.dot_product_attention(q, k, v, mask=mask, rate=self.dropout, key=k_weights)
-    y = self.out(layers.flatten_leading(y.reshape(x.shape))).reshape(x.shape)
-    x = self.ln_1(x + drop(y, k_attn))
-    y = drop(jax.nn.relu(self.wi(layers.flatten_leading(x))), k_inner)
-    return self.ln_2(x + drop(self.wo(y).reshape(x.shape), k_mlp))
+    y = self.out(layers.merge_heads(y)).reshape(x.shape)
+    x = self.ln_1(x + layers.dropout(y, self.dropout, k_attn))
+    y = jax.nn.relu(self.wi(layers.flatten_leading(x)))
+    y = self.wo(layers.dropout(y, self.dropout, k_inner)).reshape(x.shape)
+    return self.ln_2(x + layers.dropout(y, self.dropout, k_mlp))
 
 
 class Encoder(nnx.Module):
-  """`depth` blocks, without a norm behind them."""
+  """`depth` blocks, without a final norm. x [B, L, D], mask bool [B, L] or None -> [B, L, D]."""
 
   batch_sharding: NamedSharding | None = None
 
@@ -69,18 +72,23 @@ class Encoder(nnx.Module):
     kw = dict(mlp_dim=mlp, dropout=dropout, dtype=dtype, rngs=rngs)
     self.blocks = layers.stack(depth, dim, heads, block=Block, **kw)
 
-  def __call__(self, x: Array, mask: Array | None = None, key: Array | None = None) -> Array:
+  def __call__(
+    self,
+    x: Float[Array, "b l d"],
+    mask: Bool[Array, "b l"] | None = None,
+    key: PRNGKeyArray | None = None,
+  ) -> Float[Array, "b l d"]:
     return layers.scan(
       self.blocks, x, mask, key=key, batch_sharding=self.batch_sharding, **self.loop
     )
 
 
 class RegionTower(nnx.Module):
-  """Features of regions and their boxes -> tokens [B, 1 + R, D]; the first stands for the picture.
+  """Region features and boxes -> tokens [B, 1 + R, D]; token 0 stands for the whole image.
 
-  regions [B, R, D]; boxes [B, R, 4] x1, y1, x2, y2 as shares of the picture; mask bool [B, R]. The
-  first token has no input but zeros (TGDT and TERAN): what it holds comes from biases and
-  attention. Boxes and their areas are concatenated to the features, and a two-layer MLP follows.
+  regions [B, R, D]; boxes [B, R, 4]: x1, y1, x2, y2 as fractions of the image; mask bool [B, R].
+  A two-layer MLP embeds each region's features concatenated with its box and the box's area. Token
+  0 has zeros as its input (TGDT and TERAN): its content comes from biases and attention.
   """
 
   def __init__(self, *, features: int, dtype=jnp.float32, rngs: nnx.Rngs, **encoder):
@@ -89,18 +97,26 @@ class RegionTower(nnx.Module):
     self.wo = dense(features, features, ("mlp", "embed"))
     self.encoder = Encoder(features, dtype=dtype, rngs=rngs, **encoder)
 
-  def embed(self, regions: Array, boxes: Array) -> Array:
-    """[B, 1 + R, D]: the input of the first block."""
+  def embed(
+    self, regions: Float[Array, "b r d"], boxes: Float[Array, "b r 4"]
+  ) -> Float[Array, "b l d"]:
+    """The input of the first block, L = 1 + R."""
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     x = jnp.concatenate([regions, boxes, area[..., None]], axis=-1)
     x = jnp.pad(x, [(0, 0), (1, 0), (0, 0)])
     y = self.wo(jax.nn.relu(self.wi(layers.flatten_leading(x))))
     return y.reshape(*x.shape[:2], -1)
 
-  def __call__(self, regions: Array, boxes: Array, mask: Array, key: Array | None = None) -> Array:
+  def __call__(
+    self,
+    regions: Float[Array, "b r d"],
+    boxes: Float[Array, "b r 4"],
+    mask: Bool[Array, "b r"],
+    key: PRNGKeyArray | None = None,
+  ) -> Float[Array, "b l d"]:
     return self.encoder(self.embed(regions, boxes), with_first(mask), key)
 
 
-def with_first(mask: Array) -> Array:
-  """bool [B, R] -> [B, 1 + R]: the first token always counts."""
+def with_first(mask: Bool[Array, "b r"]) -> Bool[Array, "b l"]:
+  """Prepends True for token 0: [B, R] -> [B, 1 + R]."""
   return jnp.pad(mask, [(0, 0), (1, 0)], constant_values=True)

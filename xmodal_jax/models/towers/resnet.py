@@ -1,21 +1,22 @@
-"""The modified ResNet of CLIP (Radford et al., 2021, section 2.4): three-convolution stem, average
-pools in front of strided layers, attention pool at the end. Images are NHWC."""
+"""The modified ResNet of CLIP (Radford et al., 2021, section 2.4): a stem of three convolutions,
+average pooling before strided layers, attention pooling at the end. Images are NHWC."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from xmodal_jax.models import layers
-
-Array = jax.Array
+from xmodal_jax.models.towers.base import ImageTower
 
 
 class BatchNorm(nnx.Module):
-  """torch's BatchNorm over [B, H, W, C]: normalises with the biased variance of the batch and keeps
-  a running one that is unbiased. The batch is the global one on any number of devices."""
+  """torch's BatchNorm over [B, H, W, C]: normalises with the biased variance of the batch, and
+  keeps the unbiased one in the running statistics. The batch is global on any number of devices."""
 
   def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1, gamma: float = 1.0):
     self.eps, self.momentum = eps, momentum
@@ -24,18 +25,20 @@ class BatchNorm(nnx.Module):
     self.mean = nnx.BatchStat(jnp.zeros(dim), axes=("embed",))
     self.var = nnx.BatchStat(jnp.ones(dim), axes=("embed",))
 
-  def __call__(self, x: Array, train: bool) -> Array:
+  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
     y = x.astype(jnp.float32)
     if train:
       mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
       n = y.size // y.shape[-1]
-      move = lambda old, new: (1 - self.momentum) * old + self.momentum * jax.lax.stop_gradient(new)
-      self.mean[...] = move(self.mean[...], mean)
-      self.var[...] = move(self.var[...], var * (n / (n - 1)))
+      self.mean[...] = self._moved(self.mean[...], mean)
+      self.var[...] = self._moved(self.var[...], var * (n / (n - 1)))
     else:
       mean, var = self.mean[...], self.var[...]
     y = (y - mean) * (jax.lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
     return y.astype(x.dtype)
+
+  def _moved(self, average, new):
+    return (1 - self.momentum) * average + self.momentum * jax.lax.stop_gradient(new)
 
 
 def conv(
@@ -48,10 +51,10 @@ def conv(
   dtype,
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
-  """Convolution without bias; axes: of the channels that come in and go out.
+  """Convolution without bias. axes: logical axes of the input and the output channels.
 
-  As in a Transformer's MLP, one with channels ("embed", "mlp") and one with ("mlp", "embed") follow
-  each other, so that what lies between them is never gathered.
+  As in a Transformer's MLP, a convolution with axes ("embed", "mlp") is followed by one with
+  ("mlp", "embed"), so that the activations between them stay sharded.
   """
   pad = size // 2
   return nnx.Conv(
@@ -68,7 +71,7 @@ def conv(
   )
 
 
-def avg_pool(x: Array, k: int) -> Array:
+def avg_pool(x: Float[Array, "b h w c"], k: int) -> Float[Array, "b i j c"]:
   """[B, H, W, C] -> [B, H/k, W/k, C]."""
   return nnx.avg_pool(x, (k, k), strides=(k, k)) if k > 1 else x
 
@@ -79,15 +82,15 @@ class Bottleneck(nnx.Module):
   def __init__(self, din: int, planes: int, stride: int, *, dtype, rngs: nnx.Rngs):
     make = functools.partial(conv, dtype=dtype, rngs=rngs)
     self.stride = stride
-    into, out, plain = ("embed", "mlp"), ("mlp", "embed"), ("embed", None)
-    self.conv1, self.bn1 = make(din, planes, 1, plain), BatchNorm(planes)
-    self.conv2, self.bn2 = make(planes, planes, 3, into), BatchNorm(planes)
-    self.conv3, self.bn3 = make(planes, 4 * planes, 1, out), BatchNorm(4 * planes, gamma=0.0)
+    self.conv1, self.bn1 = make(din, planes, 1, ("embed", None)), BatchNorm(planes)
+    self.conv2, self.bn2 = make(planes, planes, 3, ("embed", "mlp")), BatchNorm(planes)
+    self.conv3 = make(planes, 4 * planes, 1, ("mlp", "embed"))
+    self.bn3 = BatchNorm(4 * planes, gamma=0.0)
     shortcut = stride > 1 or din != 4 * planes
-    self.down_conv = nnx.data(make(din, 4 * planes, 1, plain) if shortcut else None)
+    self.down_conv = nnx.data(make(din, 4 * planes, 1, ("embed", None)) if shortcut else None)
     self.down_bn = nnx.data(BatchNorm(4 * planes) if shortcut else None)
 
-  def __call__(self, x: Array, train: bool) -> Array:
+  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b i j d"]:
     y = jax.nn.relu(self.bn1(self.conv1(x), train))
     y = jax.nn.relu(self.bn2(self.conv2(y), train))
     y = self.bn3(self.conv3(avg_pool(y, self.stride)), train)
@@ -97,32 +100,41 @@ class Bottleneck(nnx.Module):
 
 
 class Stage(nnx.Module):
-  """A first block that changes the shape, and the rest stacked and scanned."""
+  """A first block that changes the shape; the other blocks are stacked and scanned."""
 
   batch_sharding: NamedSharding | None = None
 
   def __init__(
-    self, depth: int, din: int, planes: int, stride: int, *, remat: str, dtype, rngs: nnx.Rngs
+    self,
+    depth: int,
+    din: int,
+    planes: int,
+    stride: int,
+    *,
+    remat: str,
+    unroll: int,
+    dtype,
+    rngs: nnx.Rngs,
   ):
-    self.remat = remat
+    self.remat, self.unroll = remat, unroll
     self.first = Bottleneck(din, planes, stride, dtype=dtype, rngs=rngs)
     make = lambda key: Bottleneck(4 * planes, planes, 1, dtype=dtype, rngs=nnx.Rngs(key))
     self.rest = nnx.data(
       jax.vmap(make)(jax.random.split(rngs.params(), depth - 1)) if depth > 1 else None
     )
 
-  def __call__(self, x: Array, train: bool) -> Array:
-    x = layers.constrain_batch(
-      self.first(layers.constrain_batch(x, self.batch_sharding), train), self.batch_sharding
-    )
+  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b i j d"]:
+    constrain = functools.partial(layers.constrain_batch, batch_sharding=self.batch_sharding)
+    x = constrain(self.first(constrain(x), train))
     if self.rest is None:
       return x
 
     def body(x, block):
-      y = layers.constrain_batch(block(x, train), self.batch_sharding)
+      y = constrain(block(x, train))
       return y, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat))
 
-    x, stats = jax.lax.scan(layers.rematerialize(body, self.remat), x, self.rest)
+    body = layers.rematerialize(body, self.remat)
+    x, stats = jax.lax.scan(body, x, self.rest, unroll=self.unroll)
     if train:
       nnx.update(self.rest, stats)
     return x
@@ -138,36 +150,45 @@ class Stem(nnx.Module):
     self.conv2, self.bn2 = make(half, half, 3, ("embed", "mlp")), BatchNorm(half)
     self.conv3, self.bn3 = make(half, width, 3, ("mlp", "embed")), BatchNorm(width)
 
-  def __call__(self, x: Array, train: bool) -> Array:
+  def __call__(self, x: Float[Array, "b s s 3"], train: bool) -> Float[Array, "b g g c"]:
     for f, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
       x = jax.nn.relu(bn(f(x), train))
     return avg_pool(x, 2)
 
 
 class AttentionPool(nnx.Module):
-  """The mean token asks, all tokens answer. [B, s, s, D] -> [B, E]."""
+  """Attention pooling with the mean token as query. [B, P, D] -> [B, E]; positions: P + 1."""
 
   batch_sharding: NamedSharding | None = None
 
-  def __init__(self, grid: int, dim: int, heads: int, embed: int, *, dtype, rngs: nnx.Rngs):
-    self.heads, self.dtype = heads, dtype
+  def __init__(self, positions: int, dim: int, heads: int, embed: int, *, dtype, rngs: nnx.Rngs):
+    self.heads = heads
     init = layers.normal(dim**-0.5)
-    self.pos = nnx.Param(init(rngs.params(), (grid**2 + 1, dim), jnp.float32), axes=(None, "embed"))
+    pos = init(rngs.params(), (positions, dim), jnp.float32)
+    self.pos = nnx.Param(pos, axes=(None, "embed"))
     dense = functools.partial(layers.linear, kernel_init=init, heads=heads, dtype=dtype, rngs=rngs)
     self.q, self.k, self.v = (dense(dim, dim, ("embed", "heads")) for _ in range(3))
     self.c = dense(dim, embed, ("heads", None))
 
-  def __call__(self, x: Array) -> Array:
-    x = x.reshape(len(x), -1, x.shape[-1])  # [B, s*s, D]
+  def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b e"]:
     x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
     x = layers.constrain_batch(layers.add(x, self.pos[...]), self.batch_sharding)
-    split = lambda z: z.reshape(*z.shape[:2], self.heads, -1)  # [B, L, H, D/H]
-    y = layers.dot_product_attention(split(self.q(x[:, :1])), split(self.k(x)), split(self.v(x)))
-    return self.c(y.reshape(len(x), -1))
+    q, k, v = (
+      rearrange(y, "b l (h d) -> b l h d", h=self.heads)
+      for y in (self.q(x[:, :1]), self.k(x), self.v(x))
+    )
+    return self.c(rearrange(layers.dot_product_attention(q, k, v), "b 1 h d -> b (h d)"))
 
 
-class ModifiedResNet(nnx.Module):
-  """images [B, S, S, 3] -> [B, E]; with `train` the running statistics are updated in place."""
+class ModifiedResNet(ImageTower):
+  """images [B, S, S, 3] -> tokens [B, (S/32)^2, 32 width]; `states` has those of all four stages.
+
+  With a key (training), BatchNorm uses the statistics of the batch and updates its running ones in
+  place. output_dim: attention pooling that gives vectors of this width; None: the mean over tokens.
+  remat, unroll: see layers.scan.
+  """
+
+  projects = True
 
   def __init__(
     self,
@@ -175,25 +196,41 @@ class ModifiedResNet(nnx.Module):
     size: int,
     width: int,
     depths: tuple[int, int, int, int],
-    embed: int,
+    output_dim: int | None = None,
     remat: str = "",
+    unroll: int = 1,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     if size % 32:
       raise ValueError(f"image size {size} is not a multiple of 32")
-    self.dtype = dtype
-    self.stem = Stem(width, dtype=dtype, rngs=rngs)
-    make = functools.partial(Stage, remat=remat, dtype=dtype, rngs=rngs)
+    self.dtype, self.widths = dtype, tuple(4 * width * 2**i for i in range(4))
+    kw = dict(dtype=dtype, rngs=rngs)
+    self.stem = Stem(width, **kw)
+    make = functools.partial(Stage, remat=remat, unroll=unroll, **kw)
     self.stage1 = make(depths[0], width, width, 1)
     self.stage2 = make(depths[1], 4 * width, 2 * width, 2)
     self.stage3 = make(depths[2], 8 * width, 4 * width, 2)
     self.stage4 = make(depths[3], 16 * width, 8 * width, 2)
-    heads = width * 32 // 64
-    self.pool = AttentionPool(size // 32, 32 * width, heads, embed, dtype=dtype, rngs=rngs)
+    self.pool = nnx.data(None)
+    if output_dim is not None:
+      positions, heads = (size // 32) ** 2 + 1, width * 32 // 64
+      self.pool = nnx.data(AttentionPool(positions, 32 * width, heads, output_dim, **kw))
 
-  def __call__(self, images: Array, train: bool = False) -> Array:
-    x = self.stem(images.astype(self.dtype), train)
+  def states(
+    self, images: Float[Array, "b s s 3"], key: PRNGKeyArray | None = None
+  ) -> list[Float[Array, "b p d"]]:
+    """The output of each of the four stages."""
+    train = key is not None
+    x, out = self.stem(images.astype(self.dtype), train), []
     for stage in (self.stage1, self.stage2, self.stage3, self.stage4):
       x = stage(x, train)
-    return self.pool(x)
+      out.append(rearrange(x, "b i j d -> b (i j) d"))
+    return out
+
+  def pooled(self, x: Float[Array, "b p d"]) -> Float[Array, "b v"]:
+    """The attention pool's output, which is projected already, or the mean."""
+    return super().pooled(x) if self.pool is None else self.pool(x)
+
+  def project(self, pooled: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    return pooled

@@ -1,7 +1,7 @@
 """Swin Transformer (Liu et al., 2021) in the form of timm 0.4.12: the tokens of every stage.
 
-Where the parameters of a stage differ between its blocks, only their values do: all blocks of a
-stage are one stack, which a scan walks in pairs, a plain block and a shifted one.
+All blocks of a stage have parameters of the same shapes and are stacked. A scan runs over pairs of
+blocks: one with plain windows, one with shifted windows.
 """
 
 import functools
@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from xmodal_jax.models import layers
 from xmodal_jax.models.layers import positions
-
-Array = jax.Array
+from xmodal_jax.models.towers.base import ImageTower
 
 _DEPTHS = dict(shallow=(2, 2, 6, 2), deep=(2, 2, 18, 2))
 
@@ -39,22 +40,22 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def _windows(x: Array, window: int) -> Array:
-  """[B, g, g, C] -> [B, (g/w)^2, w*w, C]"""
-  b, g, c, n = len(x), x.shape[1], x.shape[3], x.shape[1] // window
-  x = x.reshape(b, n, window, n, window, c).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(b, (g // window) ** 2, window**2, c)
+def _windows(x: Float[Array, "b g g c"], w: int) -> Float[Array, "b n t c"]:
+  """Cuts a grid into n = (g/w)^2 windows of w x w tokens, both row-major."""
+  return rearrange(x, "b (i y) (j x) c -> b (i j) (y x) c", y=w, x=w)
 
 
-def _grid(x: Array, window: int) -> Array:
+def _grid(x: Float[Array, "b n t c"], w: int) -> Float[Array, "b g g c"]:
   """The inverse of `_windows`."""
-  b, n, c = len(x), math.isqrt(x.shape[1]), x.shape[3]
-  x = x.reshape(b, n, n, window, window, c).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(b, n * window, n * window, c)
+  side = math.isqrt(x.shape[1])
+  return rearrange(x, "b (i j) (y x) c -> b (i y) (j x) c", i=side, y=w)
 
 
-def drop_path(x: Array, rate: Array | float, key: Array | None) -> Array:
-  """Zeroes whole samples of [B, ...] with probability `rate` and scales the others up."""
+def drop_path(
+  x: Float[Array, "b ..."], rate: Float[Array, ""] | float, key: PRNGKeyArray | None
+) -> Float[Array, "b ..."]:
+  """Stochastic depth (Huang et al., 2016): zeroes whole samples with probability `rate` and scales
+  the others up; the identity without a key."""
   if key is None:
     return x
   keep = jax.random.bernoulli(key, 1 - rate, (len(x), *(1,) * (x.ndim - 1)))
@@ -62,9 +63,10 @@ def drop_path(x: Array, rate: Array | float, key: Array | None) -> Array:
 
 
 class Block(nnx.Module):
-  """Pre-norm block whose attention stays inside windows. x [B, g, g, D] -> [B, g, g, D].
+  """Pre-norm block with attention inside windows. x [B, g, g, D] -> [B, g, g, D].
 
-  Matrices, table: N(0, 0.02), which timm truncates at 100 standard deviations; biases are 0.
+  Matrices and the table of relative position biases start as N(0, 0.02), which timm truncates at
+  100 standard deviations; other biases as 0.
   """
 
   def __init__(
@@ -100,37 +102,41 @@ class Block(nnx.Module):
 
   def __call__(
     self,
-    x: Array,
-    bias: Array,
-    mask: np.ndarray | None = None,
+    x: Float[Array, "b g g d"],
+    bias: Float[Array, "h t t"],
+    mask: Float[np.ndarray, "n t t"] | None = None,
     *,
-    rate: Array | float = 0.0,
-    key: Array | None = None,
-  ) -> Array:
-    """bias [H, w*w, w*w], mask [(g/w)^2, w*w, w*w] where the windows are shifted: both float32.
-
-    rate: of samples whose branches are left out, each by a draw of its own; with a key only.
+    rate: Float[Array, ""] | float = 0.0,
+    key: PRNGKeyArray | None = None,
+  ) -> Float[Array, "b g g d"]:
+    """t = window^2 tokens. bias, mask: float32, added to the logits; with a mask, windows are
+    shifted by half a window. rate: of stochastic depth, drawn for each branch; with a key only.
     """
     k_attn, k_mlp = (None, None) if key is None else jax.random.split(key)
     shift = 0 if mask is None else self.window // 2
     y = self.ln_1(x)
     y = _windows(jnp.roll(y, (-shift, -shift), (1, 2)) if shift else y, self.window)
-    split = lambda z: z.reshape(*y.shape[:3], self.heads, -1)  # [B, n, w*w, H, D/H]
-    z = layers.flatten_leading(y)
-    q, k, v = (split(f(z)) for f in (self.q, self.k, self.v))
-    q = q * q.shape[-1] ** -0.5
-    s = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=jnp.float32) + bias
-    s = s if mask is None else s + mask[:, None]
-    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)  # [B, n, H, w*w, w*w]
-    y = self.out(layers.flatten_leading(jnp.einsum("bnhqk,bnkhd->bnqhd", p, v).reshape(y.shape)))
-    y = _grid(y.reshape(*p.shape[:2], -1, x.shape[-1]), self.window)
+    y = _grid(self._attention(y, bias, mask), self.window)
     x = x + drop_path(jnp.roll(y, (shift, shift), (1, 2)) if shift else y, rate, k_attn)
     y = self.wo(layers.ACTIVATIONS["gelu"](self.wi(layers.flatten_leading(self.ln_2(x)))))
     return x + drop_path(y.reshape(x.shape), rate, k_mlp)
 
+  def _attention(self, y: Float[Array, "b n t d"], bias, mask) -> Float[Array, "b n t d"]:
+    b, n = y.shape[:2]
+    q, k, v = (
+      rearrange(f(layers.flatten_leading(y)), "(b n t) (h d) -> b n t h d", b=b, n=n, h=self.heads)
+      for f in (self.q, self.k, self.v)
+    )
+    q = q * q.shape[-1] ** -0.5
+    s = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=jnp.float32) + bias
+    s = s if mask is None else s + mask[:, None]
+    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    z = jnp.einsum("bnhqk,bnkhd->bnqhd", p, v)
+    return self.out(rearrange(z, "b n q h d -> (b n q) (h d)")).reshape(y.shape)
+
 
 class Merge(nnx.Module):
-  """Four neighbours become one token of twice the width. [B, g, g, D] -> [B, g/2, g/2, 2D]"""
+  """Patch merging: four neighbours become one token. [B, g, g, D] -> [B, g/2, g/2, 2D]."""
 
   def __init__(self, dim: int, *, eps: float, dtype=jnp.float32, rngs: nnx.Rngs):
     self.ln = layers.layer_norm(4 * dim, eps=eps, dtype=dtype, rngs=rngs)
@@ -144,19 +150,18 @@ class Merge(nnx.Module):
       rngs=rngs,
     )
 
-  def __call__(self, x: Array) -> Array:
-    b, g, _, d = x.shape
-    # Neighbours column by column: (even, even), (odd, even), (even, odd), (odd, odd) of (row,
-    # column).
-    x = x.reshape(b, g // 2, 2, g // 2, 2, d).transpose(0, 1, 3, 4, 2, 5)
-    x = self.ln(x.reshape(b, g // 2, g // 2, 4 * d))
-    return self.reduction(layers.flatten_leading(x)).reshape(b, g // 2, g // 2, 2 * d)
+  def __call__(self, x: Float[Array, "b g g d"]) -> Float[Array, "b m m e"]:
+    b, g, _, _ = x.shape
+    # The four neighbours are concatenated column by column, as timm does.
+    x = self.ln(rearrange(x, "b (i y) (j x) d -> b i j (x y d)", y=2, x=2))
+    return self.reduction(layers.flatten_leading(x)).reshape(b, g // 2, g // 2, -1)
 
 
 class Stage(nnx.Module):
-  """Blocks of one width on one grid: every second one has shifted windows, where there are several.
+  """Blocks of one width on one grid. x [B, g, g, D] -> [B, g, g, D].
 
-  x [B, g, g, D] -> [B, g, g, D]; `merge`, None for the last stage, is for the caller to apply.
+  Where the grid has several windows, every second block shifts them. `merge`, None for the last
+  stage, is applied by the caller. remat, unroll: see Swin.
   """
 
   batch_sharding: NamedSharding | None = None
@@ -182,19 +187,22 @@ class Stage(nnx.Module):
     self.blocks = layers.stack(depth, dim, heads, block=Block, window=window, mlp_dim=mlp_dim, **kw)
     self.merge = nnx.data(None if last else Merge(dim, **kw))
 
-  def biases(self) -> Array:
-    """float32 [depth, H, w*w, w*w]: the tables of all blocks, looked up at once."""
+  def biases(self) -> Float[Array, "depth h t t"]:
+    """Relative position biases of all blocks, looked up in their tables at once; float32."""
     table = self.blocks.table[...].swapaxes(1, 2)  # [depth, H, (2w-1)^2]
     return jnp.take(table, positions.relative_index(self.window), axis=2, mode="clip")
 
   def masks(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Masks of the plain and of the shifted blocks."""
+    """Attention masks of the plain and of the shifted blocks, None where nothing is masked."""
     shifted = self.grid > self.window and self.window > 1
     return None, positions.shift_mask(self.grid, self.window) if shifted else None
 
-  def __call__(self, x: Array, rates: Sequence[float], key: Array | None = None) -> Array:
-    """rates: of drop-path, for each block."""
+  def __call__(
+    self, x: Float[Array, "b g g d"], rates: Sequence[float], key: PRNGKeyArray | None = None
+  ) -> Float[Array, "b g g d"]:
+    """rates: of stochastic depth, one for each block."""
     depth, (remat, unroll) = layers.depth_of(self.blocks), self.loop
+    pairs = depth // 2
     drop = None
     if key is not None and any(rates):
       drop = jnp.asarray(rates, jnp.float32), jax.random.split(key, depth)
@@ -204,10 +212,12 @@ class Stage(nnx.Module):
       rate, key = drop or (0.0, None)
       return layers.constrain_batch(block(x, bias, mask, rate=rate, key=key), self.batch_sharding)
 
-    # Recomputed one by one: the backward pass of a pair then holds one block's activations.
-    pairs = depth // 2
-    wrap = lambda mask, once: layers.rematerialize(functools.partial(apply, mask), remat, once=once)
-    plain, shifted = (wrap(mask, pairs == 1) for mask in self.masks())
+    def rematerialized(mask, once):
+      return layers.rematerialize(functools.partial(apply, mask), remat, once=once)
+
+    # Blocks are rematerialized one by one: the backward pass holds one block's activations at a
+    # time, not those of a pair.
+    plain, shifted = (rematerialized(mask, pairs == 1) for mask in self.masks())
 
     def pair(x, two):
       first, second = (jax.tree.map(lambda a, i=i: a[i], two) for i in range(2))
@@ -218,17 +228,19 @@ class Stage(nnx.Module):
       halves = jax.tree.map(lambda a: a[: 2 * pairs].reshape(pairs, 2, *a.shape[1:]), each)
       x, _ = jax.lax.scan(pair, x, halves, unroll=min(unroll, pairs))
     if depth % 2:
-      x = wrap(None, True)(x, jax.tree.map(lambda a: a[-1], each))
+      x = rematerialized(None, True)(x, jax.tree.map(lambda a: a[-1], each))
     return x
 
 
-class Swin(nnx.Module):
+class Swin(ImageTower):
   """Patches, then stages of windowed blocks. images [B, S, S, 3] -> tokens of every stage.
 
-  size: S; a stage's grid has to be of whole windows, and even where it is merged, else ValueError.
-  A stage that is not larger than `window` is one window. drop_path: the rate of the last block,
-  which grows evenly from 0 at the first. remat: name of a `jax.checkpoint_policies` entry, for
-  blocks, "" for none. unroll: pairs of blocks per scan iteration.
+  size: S. A stage's grid must divide into windows, and be even where it is merged, else
+    ValueError; a grid not larger than `window` is one window.
+  embed: width of the first stage.
+  drop_path: rate of stochastic depth of the last block; rates grow linearly from 0 at the first.
+  remat: name of a `jax.checkpoint_policies` entry, applied to each block, "" for none.
+  unroll: pairs of blocks per scan iteration.
   """
 
   def __init__(
@@ -251,78 +263,65 @@ class Swin(nnx.Module):
     grids = _grids(size, patch, window, embed, depths, heads)
     kw = dict(eps=eps, dtype=dtype, rngs=rngs)
     self.size, self.dtype = size, dtype
-    rates = np.linspace(0, drop_path, sum(depths)).tolist()
-    ends = np.cumsum(depths).tolist()
-    self.rates = tuple(
-      tuple(rates[end - depth : end]) for end, depth in zip(ends, depths, strict=True)
-    )
-    fan_in = layers.uniform((3 * patch**2) ** -0.5)  # torch's default, which timm leaves here
-    self.patch = nnx.Conv(
-      3,
-      embed,
-      (patch, patch),
-      kernel_init=fan_in,
-      bias_init=fan_in,
-      kernel_metadata={"axes": (None, None, None, "embed")},
-      bias_metadata={"axes": ("embed",)},
-      rngs=rngs,
-    )
+    self.widths = tuple(embed * 2**i for i in range(len(depths)))
+    self.rates = _drop_path_rates(drop_path, depths)
+    self.patch = layers.PatchEmbed(embed, patch, dtype=dtype, rngs=rngs)
     self.patch_ln = layers.layer_norm(embed, **kw)
     self.stages = nnx.Dict(
       {
         str(i): Stage(
-          embed * 2**i,
+          width,
           heads[i],
           depth=depths[i],
           grid=grid,
           window=min(window, grid),
-          mlp_dim=mlp_ratio * embed * 2**i,
+          mlp_dim=mlp_ratio * width,
           last=i == len(depths) - 1,
           remat=remat,
           unroll=unroll,
           **kw,
         )
-        for i, grid in enumerate(grids)
+        for i, (width, grid) in enumerate(zip(self.widths, grids, strict=True))
       }
     )
     self.norms = nnx.Dict(
-      {str(i): layers.layer_norm(embed * 2**i, **kw) for i in range(len(depths))}
+      {str(i): layers.layer_norm(width, **kw) for i, width in enumerate(self.widths)}
     )
 
-  def embed(self, images: Array) -> Array:
-    """images [B, S, S, 3] -> [B, g, g, D]: the input of the first block."""
-    b, s, p = len(images), images.shape[1], self.patch.kernel.shape[0]
+  def embed(self, images: Float[Array, "b s s 3"]) -> Float[Array, "b g g d"]:
+    """The input of the first block."""
     if images.shape[1:] != (self.size, self.size, 3):
       raise ValueError(
         f"images {list(images.shape)} for a Swin of size {self.size}: its windows are fixed when "
         f"it is built; expected [B, {self.size}, {self.size}, 3]"
       )
-    g = s // p
-    # A convolution with kernel = stride is a matmul over patches, which every backend does well.
-    x = images.astype(self.dtype).reshape(b, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b * g * g, p * p * 3) @ self.patch.kernel[...].astype(self.dtype).reshape(
-      p * p * 3, -1
-    )
-    x = layers.add(x, self.patch.bias[...])
-    return self.patch_ln(x.reshape(b, g, g, -1))
+    side = self.size // self.patch.kernel.shape[0]
+    return rearrange(self.patch_ln(self.patch(images)), "b (i j) d -> b i j d", i=side)
 
-  def __call__(self, images: Array, key: Array | None = None) -> list[Array]:
-    """One [B, g_i * g_i, D_i] for each stage, through its own LayerNorm; with a key, drop-path.
-
-    The next stage reads the tokens without that norm. What is not used costs nothing under jit.
-    """
+  def states(
+    self, images: Float[Array, "b s s 3"], key: PRNGKeyArray | None = None
+  ) -> list[Float[Array, "b p d"]]:
+    """The output of each stage through a LayerNorm; the next stage reads it without the norm."""
     keys = [None] * len(self.rates) if key is None else jax.random.split(key, len(self.rates))
     x, out = self.embed(images), []
     for i, rates in enumerate(self.rates):
       stage = self.stages[str(i)]
       x = stage(x, rates, keys[i])
-      out.append(self.norms[str(i)](x.reshape(len(x), -1, x.shape[-1])))
+      out.append(self.norms[str(i)](rearrange(x, "b i j d -> b (i j) d")))
       x = x if stage.merge is None else stage.merge(x)
     return out
 
 
-def _grids(size, patch, window, embed, depths, heads) -> list[int]:
-  """Sides of the stages' grids. Raises ValueError for what does not divide."""
+def _drop_path_rates(last: float, depths: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+  """For each stage, the rates of its blocks."""
+  rates, ends = np.linspace(0, last, sum(depths)).tolist(), np.cumsum(depths).tolist()
+  return tuple(tuple(rates[end - depth : end]) for end, depth in zip(ends, depths, strict=True))
+
+
+def _grids(
+  size: int, patch: int, window: int, embed: int, depths: Sequence[int], heads: Sequence[int]
+) -> list[int]:
+  """Side of each stage's grid. Raises ValueError for sizes that do not divide."""
   if not len(depths) == len(heads) or 0 in depths:
     raise ValueError(
       f"depths {tuple(depths)} and heads {tuple(heads)}: one of each for every stage"

@@ -1,23 +1,27 @@
 """Vision Transformer (Dosovitskiy et al., 2021) in the forms of CLIP, timm and DeiT."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from xmodal_jax.models import layers
+from xmodal_jax.models.towers.base import ImageTower
 
-Array = jax.Array
 
-
-class ViT(nnx.Module):
+class ViT(ImageTower):
   """Patches, class token, positions, pre-norm blocks. images [B, S, S, 3] -> tokens [B, P, D].
 
-  P = 1 + (S / patch) ** 2, class token first, patches row-major. The tokens are the raw residual
-  stream: the owner applies `ln_post` to what it needs, because systems differ in that; `pool` is
-  CLIP's way, and exists where `embed` is given.
+  P = 1 + (S / patch) ** 2: the class token, then the patches row-major. `__call__` and `states`
+  return the residual stream without the final norm `ln_post`.
+
+  norm_tokens: whether `tokens` applies `ln_post`; as published, TEAM reads DeiT's tokens with it
+    and CLIP's without. ln_pre: a LayerNorm before the first block. output_dim: width of the
+    projection of the class token, None for no projection. remat, unroll: see layers.scan.
+  drop_path: not implemented, ignored; accepted so that a config of a Swin can switch to a ViT.
   """
 
+  projects = True
   batch_sharding: NamedSharding | None = None
 
   def __init__(
@@ -33,83 +37,67 @@ class ViT(nnx.Module):
     eps: float = 1e-6,
     ln_pre: bool = False,
     patch_bias: bool = True,
-    embed: int | None = None,
+    norm_tokens: bool = False,
+    output_dim: int | None = None,
+    drop_path: float = 0.0,
     remat: str = "",
     unroll: int = 1,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    del drop_path
     if size % patch:
       raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
+    self.widths, self.norm_tokens = (width,) * depth, norm_tokens
     self.dtype, self.loop = dtype, dict(remat=remat, unroll=unroll)
-    normal, fan_in = layers.normal(width**-0.5), layers.uniform((3 * patch**2) ** -0.5)
-    param = lambda *shape: normal(rngs.params(), shape, jnp.float32)
-    norm = lambda: layers.layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-    self.patch = nnx.Conv(
-      3,
-      width,
-      (patch, patch),
-      use_bias=patch_bias,
-      kernel_init=fan_in,
-      bias_init=fan_in,
-      kernel_metadata={"axes": (None, None, None, "embed")},
-      bias_metadata={"axes": ("embed",)},
-      rngs=rngs,
-    )
-    self.cls = nnx.Param(param(width), axes=("embed",))
-    self.pos = nnx.Param(param((size // patch) ** 2 + 1, width), axes=(None, "embed"))
-    self.ln_pre = nnx.data(norm() if ln_pre else None)
+    kw = dict(dtype=dtype, rngs=rngs)
+    normal = layers.normal(width**-0.5)
+    self.patch = layers.PatchEmbed(width, patch, use_bias=patch_bias, **kw)
+    self.cls = nnx.Param(normal(rngs.params(), (width,), jnp.float32), axes=("embed",))
+    positions = (size // patch) ** 2 + 1
+    pos = normal(rngs.params(), (positions, width), jnp.float32)
+    self.pos = nnx.Param(pos, axes=(None, "embed"))
+    self.ln_pre = nnx.data(layers.layer_norm(width, eps=eps, **kw) if ln_pre else None)
     self.blocks = layers.stack(
-      depth,
-      width,
-      heads,
-      mlp_dim=mlp_ratio * width,
-      act=act,
-      eps=eps,
-      dtype=dtype,
-      rngs=rngs,
+      depth, width, heads, mlp_dim=mlp_ratio * width, act=act, eps=eps, **kw
     )
-    self.ln_post = norm()
-    self.proj = nnx.data(
-      None
-      if embed is None
-      else layers.linear(
-        width,
-        embed,
-        ("embed", None),
-        kernel_init=normal,
-        use_bias=False,
-        dtype=dtype,
-        rngs=rngs,
+    self.ln_post = layers.layer_norm(width, eps=eps, **kw)
+    self.proj = nnx.data(None)
+    if output_dim is not None:
+      self.proj = nnx.data(
+        layers.linear(width, output_dim, ("embed", None), kernel_init=normal, use_bias=False, **kw)
       )
-    )
 
-  def embed(self, images: Array) -> Array:
-    """images [B, S, S, 3] -> [B, P, D]: the input of the first block."""
-    b, s, p = len(images), images.shape[1], self.patch.kernel.shape[0]
-    g = s // p
-    # A convolution with kernel = stride is a matmul over patches, which every backend does well.
-    x = images.astype(self.dtype).reshape(b, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b, g * g, p * p * 3)
-    x = x @ self.patch.kernel[...].reshape(p * p * 3, -1).astype(self.dtype)  # [B, g*g, D]
-    if self.patch.bias is not None:
-      x = layers.add(x, self.patch.bias[...])
-    cls = layers.add(jnp.zeros((b, 1, x.shape[-1]), self.dtype), self.cls[...])
+  def embed(self, images: Float[Array, "b s s 3"]) -> Float[Array, "b p d"]:
+    """The input of the first block."""
+    x = self.patch(images)
+    cls = layers.add(jnp.zeros((len(x), 1, x.shape[-1]), self.dtype), self.cls[...])
     x = layers.add(jnp.concatenate([cls, x], axis=1), self.pos[...])
     return x if self.ln_pre is None else self.ln_pre(x)
 
-  def __call__(self, images: Array) -> Array:
+  def __call__(
+    self, images: Float[Array, "b s s 3"], key: PRNGKeyArray | None = None
+  ) -> Float[Array, "b p d"]:
+    del key  # no dropout
     return self._blocks(images)
 
-  def states(self, images: Array) -> Array:
-    """Every block's output [N, B, P, D]."""
+  def states(
+    self, images: Float[Array, "b s s 3"], key: PRNGKeyArray | None = None
+  ) -> Float[Array, "n b p d"]:
+    """The output of each of N blocks."""
+    del key
     return self._blocks(images, collect=True)
 
-  def _blocks(self, images: Array, **kw) -> Array:
-    return layers.scan(
-      self.blocks, self.embed(images), batch_sharding=self.batch_sharding, **self.loop, **kw
-    )
+  def _blocks(self, images, **kw):
+    x = self.embed(images)
+    return layers.scan(self.blocks, x, batch_sharding=self.batch_sharding, **self.loop, **kw)
 
-  def pool(self, tokens: Array) -> Array:
-    """tokens [B, P, D] -> [B, embed]: the class token, normalised and projected."""
-    return self.proj(self.ln_post(tokens[:, 0]))
+  def tokens(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
+    return self.ln_post(x) if self.norm_tokens else x
+
+  def pooled(self, x: Float[Array, "b p d"]) -> Float[Array, "b d"]:
+    """The class token through the final norm."""
+    return self.ln_post(x[:, 0])
+
+  def project(self, pooled: Float[Array, "b d"]) -> Float[Array, "b e"]:
+    return self.proj(pooled)
