@@ -135,9 +135,8 @@ def test_resnet_recomputes_to_the_same():
     def loss(params):
       model = nnx.merge(graphdef, params, stats)
       x = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-      return (model.pooled(model(x, jax.random.key(2))) ** 2).sum(), nnx.to_pure_dict(
-        nnx.state(model, nnx.BatchStat)
-      )
+      out = model.pooled(model(x, jax.random.key(2)))
+      return (out**2).sum(), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
