@@ -1,4 +1,4 @@
-"""What is computed in another way on NVIDIA GPUs; skipped without one (JAX_PLATFORMS=cuda,cpu)."""
+"""Code paths specific to NVIDIA GPUs; skipped without one (run with JAX_PLATFORMS=cuda,cpu)."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Alignments over towers that no published system has them on."""
+"""Combinations of systems and image towers that no paper has published."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_a_few_steps_lower_the_loss(name, tiny_data):
   batch = sharding.put_batch(next(stream), sharding.batch_sharding(built.mesh))
   stream.close()
   losses = []
-  for _ in range(25):  # the same batch again and again
+  for _ in range(25):  # on one batch
     state, metrics = step(state, batch)
     losses.append(float(metrics["loss"]))
   assert np.isfinite(losses).all() and min(losses[-5:]) < 0.9 * losses[0], losses
@@ -53,7 +53,7 @@ def test_a_few_steps_lower_the_loss(name, tiny_data):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("hat_clip_vit", 150), ("team_swin", 110)])
 def test_a_minute_on_shapes_learns(name, steps, tmp_path):
-  """As a user runs it, not as the suite compiles. Chance is an R@10 of 2."""
+  """By the command line, with the optimisations that conftest.py turns off. Chance is R@10 of 2."""
   command = [sys.executable, "-m", "xmodal_jax.main", f"--workdir={tmp_path}"]
   command += [f"--config={ROOT / 'configs' / name}.py:shapes", f"--config.total={steps} steps"]
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

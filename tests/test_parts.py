@@ -1,4 +1,4 @@
-"""Small rooms: sharding rules, FLOP counting, the contrastive loss, logs."""
+"""Small parts: sharding rules, FLOP counting, the contrastive loss, layers, logs."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Position tables against torch's bicubic."""
+"""Resizing of position tables against torch's bicubic interpolation."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
-"""bfloat16 configs: float32 where numbers are kept, added up or compared, and nowhere else.
+"""bfloat16 configs: parameters, sums, norms, softmaxes and losses are float32, matmuls are not.
 
-Programs are traced, not compiled, and their equations read, in loops, branches and recomputed or
-per-device parts as well. An equation is known by the functions of the package that it came from.
+Programs are traced, not compiled. Every equation of the jaxpr is checked, including those in loops,
+branches, rematerialized and shard_map parts; exceptions are listed by the function they come from.
 """
 
 import functools
@@ -39,23 +39,23 @@ ENCODERS = {
   "hat vit": ("hat", {"image": VIT, "levels": ((1, 1), (0, 0))}),
 }
 
-# Where matmuls are of float32 numbers on both sides: scores of pairs, from embeddings that are.
-# file:function of the package; * for whatever follows.
+# Functions where matmuls have two float32 operands: scores of pairs of float32 embeddings.
+# "file:function" within the package; a final * matches any rest.
 SCORES = ("clip.py:CLIP", "zerovl.py:ZeroVL", "team.py:TEAM")
 FLOAT32_MATMULS = ("losses/*", *(f"models/{system}.score" for system in SCORES))
-# Where bfloat16 is added up, a few numbers each: pools of pixels, a text's copies for negatives.
+# Functions with bfloat16 sums of few terms: pooling of pixels, copies of a text for its negatives.
 SHORT_SUMS = ("models/towers/resnet.py:avg_pool", "models/team.py:TEAM.match*")
 SUMS = {"reduce_sum", "reduce_prod", "cumsum", "cumprod", "reduce_window_sum"}
-# The derivative of GELU is an exponential of each number for itself.
+# The derivative of GELU has an elementwise exponential.
 ALONE = ("jax/gelu",)
 CURVED = {"exp", "exp2", "log", "log1p", "expm1", "rsqrt", "sqrt", "pow"}
 
 
 def equations(jaxpr, called_at=None):
-  """(equation, where it came from) of a program, inner programs included.
+  """(equation, functions it came from) of a jaxpr, inner jaxprs included.
 
-  A program that jit has traced before is taken out of its cache, with the places where that was:
-  what is inside is of the place that calls it.
+  jit caches traced jaxprs together with the source of their first call; equations inside of jit are
+  therefore attributed to the function that calls it.
   """
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     where = called_at or places(eqn)
@@ -83,7 +83,7 @@ def matches(where: list[str], allowed) -> bool:
 
 
 def wrong(jaxpr) -> list[str]:
-  """What a bfloat16 program computes in the wrong precision, a line each."""
+  """Equations of a bfloat16 program in the wrong precision, a line each."""
   out = []
   for eqn, where in equations(jaxpr):
     name = eqn.primitive.name
@@ -188,7 +188,7 @@ def attention(q, k, v, logits=F32, weights=F32):
 
 @pytest.mark.parametrize("within", ["jit", "scan", "cond", "checkpoint", "custom_vjp", "shard_map"])
 def test_what_is_wrong_is_found(within):
-  """The check itself, on programs with mistakes, however deep they are."""
+  """The check itself finds mistakes inside of every kind of nested jaxpr."""
   x = jnp.ones((8, 3, 2, 4), BF16)
   mesh = sharding.make_mesh((("data", 8),))
 
@@ -220,7 +220,7 @@ def test_what_is_wrong_is_found(within):
 
 
 def test_a_system_with_a_mistake_is_found(monkeypatch):
-  """Logits in bfloat16 in one function of the towers."""
+  """bfloat16 logits in the attention of the towers."""
   config, b = built("clip")
   half = lambda q, k, v, mask=None, *, causal=False, **_: attention(q, k, v, BF16, BF16)
   monkeypatch.setattr(attention_lib, "_attention_einsum", half)
@@ -234,7 +234,7 @@ def test_a_system_with_a_mistake_is_found(monkeypatch):
 
 
 def test_gradients_of_a_word_add_up_in_float32():
-  """A word that occurs 1000 times: bfloat16 would stop adding at 256."""
+  """A word that occurs 1000 times: a bfloat16 sum of ones stops at 256."""
   table, ids = jnp.zeros((5, 2)), jnp.full((100, 10), 3)
   loss = lambda table: layers.lookup(table, ids, BF16).astype(F32).sum()
   np.testing.assert_array_equal(jax.grad(loss)(table)[3], [1000, 1000])

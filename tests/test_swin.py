@@ -1,4 +1,4 @@
-"""The Swin tower: windows, masks, drop-path, its scan against a loop, devices, sizes, names."""
+"""The Swin tower: windows, masks, drop-path, scan against loop, sharding, published sizes."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ TINY = dict(size=16, patch=2, window=4, embed=8, depths=(3, 2), heads=(1, 2))
 
 @functools.cache
 def weights(**config) -> dict:
-  """Parameters of a tower, large enough that all of them matter."""
+  """Random parameters of a tower, large enough for all of them to affect the output."""
   rng, (_, params) = np.random.default_rng(0), abstract(**config)
   draw = lambda path, v: rng.normal(path.endswith("scale"), 0.2, v.shape).astype(np.float32)
   flat = restore.flat(nnx.to_pure_dict(params))
@@ -46,7 +46,7 @@ def run(model: swin.Swin, x, key=None):
 
 
 def close(have, want):
-  """Trees of numbers; not the biases of keys, whose gradients are 0 but for rounding."""
+  """Compares trees, except for key biases, whose gradients are rounding noise around 0."""
   pairs = zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (have, want)), strict=True)
   for (path, a), (_, b) in pairs:
     name = jax.tree_util.keystr(path)
@@ -63,7 +63,7 @@ def abstract(**config):
 
 @pytest.mark.parametrize(("grid", "window"), [(8, 4), (9, 3), (14, 7), (6, 2), (10, 5)])
 def test_a_shift_brings_together_what_is_apart(grid, window):
-  """Places of a rolled window see each other where the picture has them within a window's reach."""
+  """Tokens of a shifted window attend to each other if the unshifted grid has them that close."""
   mask, n = positions.shift_mask(grid, window), grid // window
   assert mask.shape == (n * n, window**2, window**2) and mask.dtype == np.float32
   shift = window // 2
@@ -107,7 +107,7 @@ def by_hand(model: swin.Swin, x, key):
 
 
 def test_the_scan_is_the_loop():
-  """With drop-path, however the loop is compiled."""
+  """With drop-path, unrolled and rematerialized."""
   x, key, config = images(4), jax.random.key(3), dict(depths=(5, 1), drop_path=0.3)
   want = jax.jit(by_hand)(tower(**config), x, key)
   close(run(tower(**config, unroll=8, remat="nothing_saveable"), x, key), want)
@@ -119,9 +119,9 @@ class _Same(nnx.Module):
 
 
 def test_drop_path_of_every_branch():
-  """Rates grow evenly over all blocks, samples and branches draw apart, and the mean stays.
+  """Rates grow linearly over blocks, draws are independent, the expectation is unchanged.
 
-  Weights are such that a branch adds 1 in a channel of its own, or nothing.
+  Weights are chosen so that each branch adds 1 to a channel of its own.
   """
   rate, count = 0.6, 4096
   model = tower(drop_path=rate)
@@ -135,7 +135,7 @@ def test_drop_path_of_every_branch():
   out = run(model, x, jax.random.key(4))
   draws = []
   for depth, y in zip(TINY["depths"], map(np.asarray, out), strict=True):
-    assert (y == y[:, :1]).all()  # all of a sample or nothing
+    assert (y == y[:, :1]).all()  # a sample is kept or dropped as a whole
     draws.append(y[:, 0, : 2 * depth])
   draws, total = np.concatenate(draws, axis=1), sum(TINY["depths"])
   rates = np.repeat(rate * np.arange(total) / (total - 1), 2)
@@ -144,9 +144,9 @@ def test_drop_path_of_every_branch():
   np.testing.assert_allclose(draws, kept / (1 - rates), rtol=1e-5)
   spread = 5 / count**0.5
   assert (abs(kept.mean(0) - (1 - rates)) <= spread * np.sqrt(rates * (1 - rates))).all()
-  correlation = np.corrcoef(kept[:, 2:].T)  # the first block is always there
+  correlation = np.corrcoef(kept[:, 2:].T)  # the first block is never dropped
   assert abs(correlation - np.eye(2 * total - 2)).max() < spread
-  # In expectation nothing is lost.
+  # The expectation is that without drop-path.
   assert (abs(draws.mean(0) - 1) <= spread * np.sqrt(rates / (1 - rates))).all()
 
 
@@ -160,7 +160,7 @@ def test_inference_and_rate_zero_draw_nothing():
 
 @pytest.mark.full
 def test_eight_devices_are_one():
-  """Training outputs and gradients with everything sharded that can be."""
+  """Outputs and gradients in training with data, parameters and heads sharded."""
   mesh = sharding.make_mesh((("data", 2), ("fsdp", 2), ("model", 2)))
   rules = {"heads": "model", "mlp": "model", "embed": "fsdp"}
   config = TINY | dict(depths=(1, 1))
@@ -197,7 +197,7 @@ def test_bfloat16():
 
 @pytest.mark.parametrize("name", swin.SIZES)
 def test_published_sizes(name):
-  """Shapes of the stages, and what tells a file's size; nothing is computed."""
+  """Shapes of stages and parameters, and the config inferred from a file's; only traced."""
   config = swin.SIZES[name]
   graphdef, params = abstract(**config)
   x = jax.ShapeDtypeStruct((2, config["size"], config["size"], 3), jnp.float32)
@@ -251,7 +251,7 @@ def test_pictures_of_another_size():
 
 
 def test_a_stage_of_one_window():
-  """It has the window of its grid, and no shift."""
+  """Its window is its grid, and is not shifted."""
   masks = lambda model: [model.stages[str(i)].masks()[1] is None for i in range(2)]
   assert masks(tower()) == [False, True]
   small = tower(window=9)
@@ -275,7 +275,7 @@ def test_tables_that_are_no_square_are_refused():
 
 
 def test_recomputation_of_a_single_iteration_is_kept_apart():
-  """Where a loop is unrolled, a barrier keeps the compiler from undoing it."""
+  """XLA unrolls a loop of one iteration, and would undo the rematerialization by CSE."""
   once = lambda flag: str(
     jax.make_jaxpr(jax.grad(layers.rematerialize(jnp.sin, "nothing_saveable", once=flag)))(1.0)
   )

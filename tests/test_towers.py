@@ -1,4 +1,4 @@
-"""config.init_image and config.init_text: public files of single towers."""
+"""config.init_image and config.init_text: towers initialised from public files."""
 
 import dataclasses
 import pathlib
@@ -52,7 +52,7 @@ def numbers(shapes, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def bert_state(vocab, context, width, depth, mlp, **rest) -> dict[str, np.ndarray]:
-  """A state dict of BertModel, without transformers. rest: what no file tells."""
+  """A state dict of BertModel, made without transformers. rest: ignored config keys."""
   del rest
   shapes = {
     "embeddings.word_embeddings.weight": (vocab, width),
@@ -79,7 +79,7 @@ def bert_state(vocab, context, width, depth, mlp, **rest) -> dict[str, np.ndarra
 
 
 def oldest(state) -> dict[str, np.ndarray]:
-  """The names of 2018: a prefix, TensorFlow's LayerNorms, and the heads of pre-training."""
+  """Names as of 2018: a prefix, TensorFlow's LayerNorm names, heads of pre-training."""
   rename = lambda k: k.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
     "LayerNorm.bias", "LayerNorm.beta"
   )
@@ -121,7 +121,7 @@ def test_bert_names(names, tmp_path):
 
 
 def hugging_face(kind: str):
-  """A BERT of random weights, none of them small, and the encoder in it."""
+  """A BERT with large random weights, and its encoder."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   c = transformers.BertConfig(
@@ -141,11 +141,11 @@ def hugging_face(kind: str):
 
 
 def save(model, kind: str, folder):
-  """The state dict as Hugging Face's hub has it, in one of the three forms."""
+  """Writes the state dict in one of three formats of Hugging Face's hub."""
   torch = pytest.importorskip("torch")
   if kind == "model.safetensors":
     safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_model(model, str(folder / kind))  # without what is there twice
+    safetensors.save_model(model, str(folder / kind))  # without tied weights
     return folder / kind
   state = model.state_dict()
   if kind == "oldest":
@@ -186,7 +186,7 @@ def test_hidden_states_of_hugging_face(kind, file, tmp_path):
   for k, theirs in enumerate(want.hidden_states):
     np.testing.assert_allclose(states[k], theirs.numpy(), rtol=1e-5, atol=1e-5, err_msg=str(k))
   np.testing.assert_allclose(last, want.last_hidden_state.numpy(), rtol=1e-5, atol=1e-5)
-  assert abs(np.asarray(last)).max() > 0.5  # a comparison of something
+  assert abs(np.asarray(last)).max() > 0.5  # not all small
 
 
 # --- DeiT and timm ------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def deit_state(size=16, patch=8, width=12, depth=2, head="head") -> dict[str, np
 
 @pytest.mark.parametrize("wrapper", [["model"], []])
 def test_deit(wrapper, tmp_path):
-  """In DeiT's wrapper, and bare as timm has it; the projection is new and left out."""
+  """In DeiT's wrapper and without it (timm); the projection is not in the file."""
   state = deit_state()
   torch_files.write(tmp_path / "deit.pth", meta.wrap(state, wrapper))
   ours = load(tmp_path / "deit.pth", "image")
@@ -242,7 +242,7 @@ def test_deit(wrapper, tmp_path):
 @pytest.mark.parametrize("kind", ["deit", "clip"])
 @pytest.mark.parametrize("old, new", [(14, 16), (3, 5), (4, 2)])
 def test_grid_of_another_size(kind, old, new, tmp_path):
-  """Resized as the original does it, recorded for DeiT and CLIP tables four values wide."""
+  """Resized as in the original, recorded for DeiT and CLIP tables of width four."""
   arrays = golden_files.arrays("team", "preprocess", "pos_embed_interpolation.npz")
   table, want = arrays[f"deit_in_{old}_{new}"], arrays[f"{kind}_out_{old}_{new}"]
   image = dict(kind=kind, size=new, patch=1, width=4, depth=2, heads=1)
@@ -258,7 +258,7 @@ def test_grid_of_another_size(kind, old, new, tmp_path):
 
 
 def test_deit_of_a_golden_checkpoint(tmp_path):
-  """The tower's own names inside of a whole checkpoint: both ways of reading agree."""
+  """A tower cut out of a whole checkpoint loads to the same parameters."""
   golden = team_golden.Golden("vitb16")
   state, _ = torch_files.state_dict(golden.path)
   prefix = "image_model.vit."
@@ -275,7 +275,7 @@ def test_deit_of_a_golden_checkpoint(tmp_path):
 
 
 def clip_state(size=16, patch=8, width=12, depth=2, embed=10) -> dict[str, np.ndarray]:
-  """A CLIP's state dict by way of our own rules, its text tower included."""
+  """A CLIP's state dict, text tower included, made by our conversion rules."""
   image = dict(kind="vit", size=size, patch=patch, width=width, depth=depth, heads=1)
   text = dict(vocab=9, context=5, width=8, depth=1, heads=1)
   config = dict(system="clip", embed=embed, image=image, text=text)
@@ -290,7 +290,7 @@ CLIP_IMAGE = dict(kind="clip", size=16, patch=8, width=12, depth=2, heads=1)
 
 @pytest.mark.parametrize("scalars", [False, True])
 def test_clip_names(scalars, tmp_path):
-  """Half precision as the archives have it; the text tower and the temperature are left."""
+  """float16 as in the archives; the text tower and the temperature are ignored."""
   state = clip_state()
   half = lambda k: not any(x in k for x in ("ln_", "embedding", "logit_scale"))
   state = {k: v.astype(np.float16) if half(k) else v for k, v in state.items()}
@@ -315,7 +315,7 @@ def test_clip_names(scalars, tmp_path):
 
 @pytest.mark.parametrize("file", ["released_style.pt", "state_dict.pth"])
 def test_archive_of_clip(file, tmp_path):
-  """A released file gives TEAM the very tower, and the embeddings, that it gives CLIP."""
+  """A released file gives TEAM and CLIP the same tower and embeddings."""
   import clip_golden
 
   golden, c = clip_golden.Golden("vit", file), clip_golden.config("vit")
@@ -437,7 +437,7 @@ class Nothing:
 
 
 def first_params(c) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], setup.Built]:
-  """What a run of this config starts from, what it would without files, and how it is built."""
+  """Initial parameters of a run, fresh parameters without files, and what it was built from."""
   built = setup.build(c, jax.devices()[:1])  # one compiles faster than eight
   tx = built.optimizer(c.optim, lambda step: 0.0)
   sources = initial_state.Sources.from_config(c)
@@ -454,7 +454,7 @@ def first_params(c) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], setup
 
 @pytest.mark.parametrize("sides", [("image", "text"), ("text",)])
 def test_a_run_starts_from_them(sides, files, tiny_data):
-  """The towers are those of the files, all else is as random as without."""
+  """Towers have the parameters of the files, the rest the random ones of a run without files."""
   given = {k: v for k, v in files.items() if k.removeprefix("init_") in sides}
   have, new, built = first_params(tiny.team(tiny_data, **SHORT, **given))
   replaced = {}
@@ -471,7 +471,7 @@ def test_a_run_starts_from_them(sides, files, tiny_data):
 
 @pytest.mark.full
 def test_half_precision_is_of_the_image_tower(tmp_path, tiny_data):
-  """init_half rounds what CLIP's files hold in float16, and nothing of the text tower."""
+  """init_half rounds what CLIP's files have in float16, and nothing of the text tower."""
   c = tiny.team(tiny_data, **SHORT)
   c.model.image.kind, c.init_half = "clip", True
   image, text = c.model.image.to_dict(), c.model.text.to_dict()
@@ -493,7 +493,7 @@ def test_half_precision_is_of_the_image_tower(tmp_path, tiny_data):
 
 @pytest.mark.full
 def test_a_run_trains_on_and_resumes_without_them(files, tiny_data, tmp_path):
-  """A step at rate 0 leaves the towers as they were; with a checkpoint no file is read again."""
+  """A step at learning rate 0 keeps the towers; a resumed run does not read the files."""
   copies = {}
   for key, source in files.items():
     copies[key] = str(tmp_path / key)

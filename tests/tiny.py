@@ -1,4 +1,4 @@
-"""A run that takes seconds: a few dozen scenes and a CLIP of a few thousand parameters."""
+"""Configs of runs that take seconds: a few dozen scenes, models of a few thousand parameters."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ SIZES = {"train": 48, "val": 12, "test": 12}
 
 
 def data(folder: pathlib.Path) -> str:
-  """Writes the data set once per test session and returns its folder."""
+  """Writes the dataset once per test session and returns its folder."""
   path = folder / shapes.NAME / shapes.VERSION
   return str(path if path.exists() else shapes.write(folder, sizes=SIZES))
 
@@ -22,7 +22,7 @@ def optim(**changes) -> dict:
 
 
 def _change(c, changes):
-  """changes: keys with "__" for the dot, e.g. optim__lr=1e-3."""
+  """changes: config keys with "__" in place of ".", e.g. optim__lr=1e-3."""
   for key, value in changes.items():
     *parents, last = key.split("__")
     node = c
@@ -48,7 +48,7 @@ def config(data_dir: str, **changes):
 
 
 def team(data_dir: str, **changes):
-  """The same run with a TEAM: BERT, a DeiT and two blocks of token alignment."""
+  """The same run with a TEAM: BERT, a DeiT and two token matching blocks."""
   c = config(data_dir)
   c.model = dict(
     system="team",

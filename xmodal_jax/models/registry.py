@@ -1,4 +1,4 @@
-"""The systems by name. This table is the only place that names them."""
+"""Systems by name: the modules of their models and of their conversion rules."""
 
 import importlib
 import types
@@ -19,9 +19,9 @@ SYSTEMS: dict[str, Entry] = {
 
 
 def register(name: str, *, model: str, interop: str) -> None:
-  """Adds a system from outside of the package; both are names of importable modules.
+  """Adds a system from outside of the package; `model` and `interop` are importable modules.
 
-  Raises ValueError for a name that is taken by other modules.
+  Raises ValueError if the name is registered with other modules.
   """
   entry = Entry(model, interop)
   if SYSTEMS.setdefault(name, entry) != entry:
@@ -29,7 +29,7 @@ def register(name: str, *, model: str, interop: str) -> None:
 
 
 def entry(name: str) -> Entry:
-  """Raises ValueError, listing the names that exist."""
+  """The modules of a system. Raises ValueError for an unknown name, listing the known ones."""
   if name not in SYSTEMS:
     raise ValueError(f"model.system is {name!r}; there are {', '.join(SYSTEMS)}")
   return SYSTEMS[name]
