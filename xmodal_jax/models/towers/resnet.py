@@ -2,6 +2,7 @@
 average pooling before strided layers, attention pooling at the end. Images are NHWC."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +196,7 @@ class ModifiedResNet(ImageTower):
     *,
     size: int,
     width: int,
-    depths: tuple[int, int, int, int],
+    depths: Sequence[int],
     output_dim: int | None = None,
     remat: str = "",
     unroll: int = 1,
