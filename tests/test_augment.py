@@ -517,34 +517,32 @@ def test_bad_values(key, value, message):
 
 def test_config():
   """The keys of config.data are the arguments of `build`, all off by default."""
-  data = base.base().data
-  made = inputs.Inputs.__new__(inputs.Inputs)
-  made.config, made.transform, made.regions = base.base(), TRANSFORM, None
-  assert made._augment() is None
+  c = base.base()
+  data = c.data
+  assert inputs._augment(data, c.model, TRANSFORM) is None
   for key, value in TEAM.items():
     assert type(value) is type(data[key])
-    made.config.data[key] = value
-  picture = noise()
-  got = made._augment()(picture, np.random.default_rng(7))
-  np.testing.assert_array_equal(got, build()(picture, np.random.default_rng(7)))
-  made.config.data.rand_augment_mode = "old"
+    data[key] = value
+  image = noise()
+  got = inputs._augment(data, c.model, TRANSFORM)(image, np.random.default_rng(7))
+  np.testing.assert_array_equal(got, build()(image, np.random.default_rng(7)))
+  data.rand_augment_mode = "old"
   with pytest.raises(ValueError, match=r"^config\.data\.rand_augment_mode is 'old'"):
-    made._augment()
+    inputs._augment(data, c.model, TRANSFORM)
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_statistics_are_the_models(own):
-  """What is erased takes the colour of the model's mean: of its class, or of its own section."""
+  """Erased boxes have the model's mean colour: the class's, or that of its config section."""
   import tiny
 
-  made = inputs.Inputs.__new__(inputs.Inputs)
-  made.transform, made.regions = TRANSFORM, None
-  made.config = tiny.config("none", data__erase=1.0, data__erase_mode="const")
+  c = tiny.config("none", data__erase=1.0, data__erase_mode="const")
   mean = (0.48145466, 0.4578275, 0.40821073)
   if own:
     mean = (0.1, 0.2, 0.3)
-    made.config.model = zerovl.preset("100m") | {"mean": mean}
-  picture = Image.new("RGB", (SIZE, SIZE), (255, 0, 255))
-  got = made._augment()(picture, np.random.default_rng(0))
-  (colour,) = np.unique(got[(got != np.asarray(picture)).any(-1)], axis=0).tolist()
+    c.model = zerovl.preset("100m") | {"mean": mean}
+  image = Image.new("RGB", (SIZE, SIZE), (255, 0, 255))
+  augmented = inputs._augment(c.data, c.model, TRANSFORM)
+  got = augmented(image, np.random.default_rng(0))
+  (colour,) = np.unique(got[(got != np.asarray(image)).any(-1)], axis=0).tolist()
   assert colour == [round(255 * m) for m in mean]

@@ -62,7 +62,7 @@ def test_classes_by_mean_embeddings(labelled_data, model, templates, tmp_path):
   assert saved["test"] == report["test"] and saved["protocol"]["templates"] == list(TEMPLATES)
   assert saved["protocol"]["images"] == COUNT["val"] and saved["protocol"]["classes"] == len(NAMES)
 
-  read = inputs.Inputs(c)
+  read = inputs.from_config(c)
   state, _ = retrieval.load_state(c, built, init)
   ev = retrieval.Evaluator(c, read, built)
   images, ids = ev.encode(state, "image", read.images(read.split("test")))

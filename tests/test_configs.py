@@ -94,7 +94,7 @@ def test_config_builds_full_size(name, variant, tmp_path):
   built.state_shardings(tx)
   schedules.duration_to_steps(config.eval.every, run.steps_per_epoch)
   schedules.duration_to_steps(config.checkpoint.every, run.steps_per_epoch)
-  transform = inputs.Inputs(config).transform
+  transform = inputs.from_config(config).transform
   assert transform is None if config.data.regions else transform.crop == config.model.image.size
   if name in UNTRAINED:
     return

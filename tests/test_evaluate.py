@@ -38,7 +38,7 @@ def make_state(built):
 
 
 def evaluator(config, built):
-  return retrieval.Evaluator(config, inputs.Inputs(config), built)
+  return retrieval.Evaluator(config, inputs.from_config(config), built)
 
 
 def test_scores_do_not_depend_on_blocks(config, built):

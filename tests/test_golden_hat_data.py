@@ -165,7 +165,7 @@ def test_long_captions_keep_their_first_pieces(tokenizer):
 
 @pytest.fixture(scope="module")
 def flickr(tmp_path_factory):
-  return inputs.Inputs(hat_golden.run_config(hat_golden.prepared(tmp_path_factory.mktemp("f30k"))))
+  return inputs.from_config(config(prepared(tmp_path_factory.mktemp("f30k"))))
 
 
 def joined(batches) -> dict[str, np.ndarray]:

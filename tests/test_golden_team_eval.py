@@ -67,7 +67,7 @@ def evaluated(name: str, data_dir: str):
   for side in ("text_per_image", "image_per_text"):
     c.eval[f"top_k_{side.split('_')[0]}"] = want(name)[f"topk_{side}"].shape[1]
   built = setup.build(c)
-  read = inputs.Inputs(c)
+  read = inputs.from_config(c)
   ev = retrieval.Evaluator(c, read, built)
   state = train_state.TrainState(None, golden.params, {}, None)
   split = read.split("test")

@@ -243,7 +243,7 @@ def test_from_files_to_recalls(norm, tmp_path):
   c.text.length = zerovl_golden.CONFIG["max_length"]
   c.eval.batch_size, c.eval.block = 8, (8, 32)
   built = setup.build(c)
-  read = inputs.Inputs(c)
+  read = inputs.from_config(c)
   ev = retrieval.Evaluator(c, read, built)
   state = train_state.TrainState(None, golden.params, {}, None)
   split = read.split("test")

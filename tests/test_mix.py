@@ -76,7 +76,7 @@ def test_debias_draws_in_proportion_to_the_samples(three_sets):
 
 
 def test_every_debiased_batch_is_of_one_data_set(three_sets):
-  found = inputs.Inputs(config(three_sets))
+  found = inputs.from_config(config(three_sets))
   split = found.split("train")
   offsets = order.caption_offsets(split.captions_per_record)
   batches = first(12, found)
@@ -100,7 +100,7 @@ sys.path[:0] = {path!r}
 import numpy as np
 import test_mix
 from xmodal_jax import inputs
-for batch in inputs.Inputs(test_mix.config({folders!r})).train(0):
+for batch in inputs.from_config(test_mix.config({folders!r})).train(0):
   print(test_mix.digest(batch), flush=True)
 """
 
@@ -123,9 +123,9 @@ def test_killed_and_started_again(two_sets):
   process.communicate()
   assert process.returncode == -9
   c = config(two_sets)
-  straight = [digest(b) for b in first(12, inputs.Inputs(c))]
+  straight = [digest(b) for b in first(12, inputs.from_config(c))]
   assert before == straight[:7]
-  assert [digest(b) for b in first(5, inputs.Inputs(c), step=7)] == straight[7:]
+  assert [digest(b) for b in first(5, inputs.from_config(c), step=7)] == straight[7:]
 
 
 @dataclasses.dataclass
@@ -267,13 +267,13 @@ def test_what_cannot_be_mixed_is_found_at_once():
 def test_config_names_the_data_sets(two_sets, monkeypatch):
   a, b = two_sets
   c = config([f" {a} ", b])
-  found = inputs.Inputs(c)
+  found = inputs.from_config(c)
   assert found.samples() == 250 + 150
-  steps = lambda m: inputs.Inputs(config(two_sets, m, batch_size=32)).steps_per_epoch()
+  steps = lambda m: inputs.from_config(config(two_sets, m, batch_size=32)).steps_per_epoch()
   assert [steps(m) for m in order.MIXES] == [400 // 32, 7 + 4, 7 + 4]  # 12, 11, 11
   assert len(found.split("val")) == 12
   prints = {
-    inputs.Inputs(config(folders, mode)).fingerprint()
+    inputs.from_config(config(folders, mode)).fingerprint()
     for folders in (two_sets, two_sets[::-1], [a])
     for mode in ("shuffle", "debias")
   }
@@ -281,22 +281,22 @@ def test_config_names_the_data_sets(two_sets, monkeypatch):
   assert records.open_split(a, "train").fingerprint in prints
 
   several = config(two_sets, data__eval_dir="")
-  assert len(inputs.Inputs(several).split("train")) == 80
+  assert len(inputs.from_config(several).split("train")) == 80
   with pytest.raises(DatasetError, match=r"set config\.data\.eval_dir .* 'val' counts as val"):
-    inputs.Inputs(several).split("val")
+    inputs.from_config(several).split("val")
   for bad in (f"{a},", f"{a},{a}"):
     with pytest.raises(ValueError, match="names of different data sets"):
-      inputs.Inputs(config([bad])).split("train")
+      inputs.from_config(config([bad])).split("train")
 
   rendered = []
   monkeypatch.setattr(shapes, "ensure", lambda home: rendered.append(home) or a)
-  assert inputs.Inputs(config(["shapes", b])).split("train").names == ("shapes", b)
+  assert inputs.from_config(config(["shapes", b])).split("train").names == ("shapes", b)
   assert len(rendered) == 1
 
 
 def test_an_epoch_of_a_run_is_the_sum_of_whole_batches(two_sets, tmp_path):
   changes = dict(batch_size=16, data__captions="one")  # 50 // 16 + 30 // 16 = 4; 80 // 16 = 5
-  assert inputs.Inputs(config(two_sets, **changes)).steps_per_epoch() == 4
+  assert inputs.from_config(config(two_sets, **changes)).steps_per_epoch() == 4
   # Rounded, so many epochs are no step of 4 and one of 5.
   with pytest.raises(ValueError, match=r"80 samples .* are 0 steps"):
     loop.train(config(two_sets, total="0.11 epochs", **changes), tmp_path)
@@ -308,7 +308,8 @@ def test_an_epoch_of_a_run_is_the_sum_of_whole_batches(two_sets, tmp_path):
 def test_the_loss_takes_such_batches(two_sets, accumulate):
   c = config(two_sets, batch_size=16, accumulate=accumulate)
   built = setup.build(c)
-  batch = sharding.put_batch(first(1, inputs.Inputs(c))[0], sharding.batch_sharding(built.mesh))
+  (host,) = first(1, inputs.from_config(c))
+  batch = sharding.put_batch(host, sharding.batch_sharding(built.mesh))
   assert batch["dataset"].shape == (16,)
   loss = lambda batch: built.init_model().loss(batch, jax.random.key(0))[0]
   assert jax.eval_shape(loss, batch).shape == ()
@@ -317,7 +318,7 @@ def test_the_loss_takes_such_batches(two_sets, accumulate):
 def test_a_workdir_knows_what_was_trained_and_evaluated(two_sets, tmp_path):
   c = config(two_sets, data__eval_dir=two_sets[1])
   folder = workdir.claim(tmp_path, c)
-  written = workdir.write_results(folder, c, inputs.Inputs(c), {}, {})
+  written = workdir.write_results(folder, c, inputs.from_config(c), {}, {})
   assert written["data"]["name"] == two_sets[1]
   with pytest.raises(workdir.WorkdirError, match=r"data\.mix: 'debias' -> 'shuffle'"):
     workdir.claim(tmp_path, config(two_sets, "shuffle", data__eval_dir=two_sets[1]))

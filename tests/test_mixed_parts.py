@@ -40,7 +40,7 @@ def test_a_few_steps_lower_the_loss(name, tiny_data):
   shardings = built.state_shardings(tx)
   state = jax.jit(lambda: step_lib.init_state(built.init_model, tx), out_shardings=shardings)()
   step = step_lib.make_train_step(built.graphdef, tx, jax.random.key(0), shardings, schedule)
-  stream = inputs.Inputs(config).train(0)
+  stream = inputs.from_config(config).train(0)
   batch = sharding.put_batch(next(stream), sharding.batch_sharding(built.mesh))
   stream.close()
   losses = []

@@ -172,7 +172,7 @@ def test_first_classifier_is_uniform():
 
 def test_features_are_those_of_the_model(labelled_data, tower, tmp_path):
   def extract(c):
-    read = inputs.Inputs(c)
+    read = inputs.from_config(c)
     of = features.Tower(c, setup.build(c))
     return of.extract(read, "val", tmp_path, lambda: False), next(read.images(read.split("val")))
 

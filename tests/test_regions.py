@@ -449,7 +449,7 @@ def config(data_dir, **changes):
 
 
 def test_inputs_of_a_model_of_regions(tiny_data):
-  inputs = inputs_lib.Inputs(config(tiny_data))
+  inputs = inputs_lib.from_config(config(tiny_data))
   assert inputs.transform is None
   batches = inputs.train(0)
   batch = next(batches)
@@ -478,11 +478,11 @@ def test_inputs_of_a_model_of_regions(tiny_data):
 )
 def test_keys_that_do_not_go_together(tiny_data, changes, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    inputs_lib.Inputs(config(tiny_data, **changes))
+    inputs_lib.from_config(config(tiny_data, **changes))
 
 
 def test_features_of_another_width(tiny_data):
-  inputs = inputs_lib.Inputs(config(tiny_data, model__image=dict(features=7)))
+  inputs = inputs_lib.from_config(config(tiny_data, model__image=dict(features=7)))
   message = f"has regions of {shapes.REGION_DIM} numbers, and config.model.image.features is 7"
   with pytest.raises(DatasetError, match=message):
     inputs.split("train")

@@ -145,7 +145,7 @@ OWNER = np.repeat(np.arange(12), 5)
 
 def evaluator(config, built, scores, second=None):
   """An evaluator for which a model has given these scores [12, 60] of its stages."""
-  ev = retrieval.Evaluator(config, inputs.Inputs(config), built)
+  ev = retrieval.Evaluator(config, inputs.from_config(config), built)
   ids = {"image": np.arange(12), "text": OWNER}
   ev.encode = lambda state, side, batches, bank: ({}, ids[side])
   ev.scores = lambda *_: scores
@@ -188,7 +188,7 @@ def test_given_relevances(tiny_data, home, tmp_path):
   rng = np.random.default_rng(1)
   scores, given = rng.random((12, 60), np.float32), {}
   config = tiny.config(tiny_data, eval__ndcg="rougeL, spice", eval__relevance_dir=str(tmp_path))
-  read = inputs.Inputs(config)
+  read = inputs.from_config(config)
   rank = lambda part: metrics.Ranked(scores, scores, np.repeat(np.arange(12), 5))
   with pytest.raises(FileNotFoundError, match=r"names spice.* has no \*-(test|val)-spice.npy"):
     retrieval.check_splits(config, read)

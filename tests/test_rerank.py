@@ -74,7 +74,7 @@ def run(config, devices=8):
   built = setup.build(config, jax.devices()[:devices])
   params = jax.jit(lambda: step_lib.nnx.to_pure_dict(step_lib.split(built.init_model())[1]))()
   state = train_state.TrainState(None, jax.tree.map(np.asarray, params), {}, None)
-  read = inputs.Inputs(config)
+  read = inputs.from_config(config)
   ev = retrieval.Evaluator(config, read, built)
   return ev, state, ev.inputs.split("test")
 

@@ -147,7 +147,7 @@ class Compilations(logging.Handler):
 
 def test_no_recompilation_and_no_implicit_transfer(tiny_data):
   config = tiny.config(tiny_data)
-  built, read = setup.build(config), inputs.Inputs(config)
+  built, read = setup.build(config), inputs.from_config(config)
   schedule = schedules.make_schedule(
     config.optim, schedules.RunLength(48, config.batch_size, config.total)
   )

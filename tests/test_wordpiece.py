@@ -304,7 +304,7 @@ def test_a_run_reads_bert_ids(tiny_data):
   import tiny
 
   c = tiny.config(tiny_data, text__tokenizer="bert", text__max_merges=0, model__text__vocab=30522)
-  source = inputs.Inputs(c)
+  source = inputs.from_config(c)
   (batch,) = [b for _, b in zip(range(1), source.train(0), strict=False)]
   offsets = np.cumsum([0, *source.split("train").captions_per_record])
   for row, picture, caption in zip(
@@ -315,7 +315,7 @@ def test_a_run_reads_bert_ids(tiny_data):
   assert sum(b["valid"].sum() for b in source.texts(source.split("val"))) > 12
   c.text.truncate, c.text.length = False, 4
   with pytest.raises(ValueError, match="tokens does not fit 4"):
-    next(inputs.Inputs(c).train(0))
+    next(inputs.from_config(c).train(0))
   c.model.text.vocab = 30521
-  with pytest.raises(ValueError, match="the tokenizer 'bert' makes 30522 different ids"):
-    inputs.Inputs(c)
+  with pytest.raises(ValueError, match="the tokenizer 'bert' has 30522 ids"):
+    inputs.from_config(c)

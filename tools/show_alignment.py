@@ -62,7 +62,7 @@ class Model:
     name, system = config.model.system, built.system
     if type(system).token_attention is base.System.token_attention:
       raise SystemExit(f"{name} has no attention of caption tokens over image tokens")
-    self.inputs = inputs_lib.Inputs(config)
+    self.inputs = inputs_lib.from_config(config)
     if not hasattr(self.inputs.tokenizer, "pieces"):
       raise SystemExit(f"the tokenizer {config.text.tokenizer!r} does not name its pieces")
     self.second = retrieval.second_stage(config, system)

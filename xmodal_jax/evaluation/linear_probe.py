@@ -184,7 +184,7 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
   if p.optim == "lbfgs" and p.augment:
     raise ValueError("config.probe.augment needs optim='lars': lbfgs takes all features at once")
   built = setup.build(config)
-  inputs = inputs_lib.Inputs(config, built.batch_sharding)
+  inputs = inputs_lib.from_config(config, built.batch_sharding)
   shards = sharding.batch_shards(built.mesh)
   for key, size in (("probe", p.batch_size), ("eval", config.eval.batch_size)):
     if size % shards:

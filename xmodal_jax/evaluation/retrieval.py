@@ -452,7 +452,7 @@ def _table(name: str, report: Mapping[str, float], prefix: str = "") -> list[str
 def evaluate(config: Any, workdir: str) -> dict[str, Any]:
   """`--mode eval`: the test split with config.init, or with the workdir's own best checkpoint."""
   built = setup.build(config)
-  inputs = inputs_lib.Inputs(config, built.batch_sharding)
+  inputs = inputs_lib.from_config(config, built.batch_sharding)
   inputs.check_processes("test")
   source = config.init or workdir
   state, info = load_state(config, built, source)

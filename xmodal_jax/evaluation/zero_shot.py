@@ -194,7 +194,7 @@ def classify(config: Any, workdir: str) -> dict[str, Any]:
   if not config.model.get("text"):
     raise ValueError("config.model has no text tower: zero-shot classification needs one")
   built = setup.build(config)
-  inputs = inputs_lib.Inputs(config, built.batch_sharding)
+  inputs = inputs_lib.from_config(config, built.batch_sharding)
   split = labelled(inputs, "test")
   inputs.check_processes("test")
   names, forms = class_names(config, split), templates(config)

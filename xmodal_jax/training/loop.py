@@ -30,7 +30,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   stop = preemption.Preemption()
   workdir = workdir_lib.claim(workdir, workdir_lib.flatten(config))
   built = setup.build(config)
-  inputs = inputs_lib.Inputs(config, built.batch_sharding)
+  inputs = inputs_lib.from_config(config, built.batch_sharding)
   retrieval.check_splits(config, inputs)
   inputs.check_processes("train", *retrieval.splits(config))
   run = _run_length(inputs, config.batch_size, config.total)
