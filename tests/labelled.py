@@ -1,4 +1,4 @@
-"""A small data set of labelled pictures, and parameters that tell them apart untrained."""
+"""A small dataset of labelled images, and parameters that tell them apart untrained."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ COLOURS = ("red", "yellow", "green", "blue", "purple")
 COUNT = {"train": 70, "val": 21}  # no multiple of any batch below
 
 
-def picture(i: int, label: int) -> bytes:
+def encoded_image(i: int, label: int) -> bytes:
   """One large shape in the middle; its colour goes with its class: they are easy to tell."""
   scene = ((COLOURS[label], NAMES[label], "large", 4),)
   data = io.BytesIO()
@@ -24,14 +24,14 @@ def picture(i: int, label: int) -> bytes:
 
 
 def write(folder: pathlib.Path, names=NAMES, count=COUNT, last=None) -> str:
-  """last: the label of the last training picture, in place of its own."""
+  """last: the label of the last training image, in place of its own."""
 
   def examples(split, first):
     for i in range(first, first + count[split]):
       label = i % len(names)
       given = last if last is not None and split == "train" and i == count[split] - 1 else label
       yield {
-        "image": picture(i, label), "image_id": i, "filename": f"{i}.png", "captions": (),
+        "image": encoded_image(i, label), "image_id": i, "filename": f"{i}.png", "captions": (),
         "label": given,
       }  # fmt: skip
 
@@ -44,7 +44,7 @@ def write(folder: pathlib.Path, names=NAMES, count=COUNT, last=None) -> str:
 
 
 def weights(built, seed=0):
-  """Parameters and statistics drawn on the host, such that what is made of pictures differs."""
+  """Parameters and statistics drawn on the host, such that what is made of images differs."""
   rng = np.random.default_rng(seed)
 
   def draw(path, v):

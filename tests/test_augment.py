@@ -1,4 +1,4 @@
-"""Random changes of training pictures: what each does, how often, and from which generator."""
+"""Random changes of training images: what each does, how often, and from which generator."""
 
 import colorsys
 import math
@@ -8,11 +8,12 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from xmodal_jax import config as base
-from xmodal_jax.data import augment, auto_augment, image, inputs, order
+from xmodal_jax.data import augment, auto_augment, inputs, order
+from xmodal_jax.data import image as image_lib
 from xmodal_jax.models import zerovl
 
 SIZE = 32
-TRANSFORM = image.Transform(SIZE, SIZE, resize="exact")
+TRANSFORM = image_lib.Transform(SIZE, SIZE, resize="exact")
 TEAM = {
   "crop": "random",
   "crop_scale": (0.2, 1.0),
@@ -30,12 +31,12 @@ def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
   return Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
 
 
-def array(picture: Image.Image) -> np.ndarray:
-  return np.asarray(picture).astype(int)
+def array(image: Image.Image) -> np.ndarray:
+  return np.asarray(image).astype(int)
 
 
 def recorded(monkeypatch, name: str) -> list[tuple]:
-  """The arguments with which a function of the module is called; the picture stays as it is."""
+  """The arguments with which a function of the module is called; the image stays as it is."""
   calls = []
   monkeypatch.setattr(augment, name, lambda im, *args: calls.append(args) or im)
   return calls
@@ -59,13 +60,13 @@ def uniform(values: np.ndarray, low: float, high: float) -> bool:
 
 @pytest.mark.parametrize("which", range(3))
 def test_jitter_of_tone(which):
-  """Each is the mixture of the picture with black, with its mean grey, with its own grey."""
-  picture, strengths = noise(), np.eye(4)[which] * 0.4
-  x = array(picture)
-  luma = array(picture.convert("L"))[..., None]
+  """Each is the mixture of the image with black, with its mean grey, with its own grey."""
+  image, strengths = noise(), np.eye(4)[which] * 0.4
+  x = array(image)
+  luma = array(image.convert("L"))[..., None]
   other = (0, int(luma.mean() + 0.5), luma)[which]
   for seed in range(20):
-    got = array(augment.color_jitter(picture, np.random.default_rng(seed), *strengths))
+    got = array(augment.color_jitter(image, np.random.default_rng(seed), *strengths))
     rng = np.random.default_rng(seed)
     rng.permutation(4)
     factor = rng.uniform(0.6, 1.4)
@@ -100,8 +101,8 @@ def test_factors_of_jitter(monkeypatch):
 
 
 def test_jitter_of_nothing_draws_no_change():
-  picture = noise()
-  assert augment.color_jitter(picture, np.random.default_rng(0), 0, 0, 0, 0) is picture
+  image = noise()
+  assert augment.color_jitter(image, np.random.default_rng(0), 0, 0, 0, 0) is image
 
 
 def test_hue():
@@ -113,30 +114,30 @@ def test_hue():
       h, s, v = colorsys.rgb_to_hsv(*before / 255)
       want = np.array(colorsys.hsv_to_rgb((h + turn) % 1, s, v)) * 255
       assert abs(after - want).max() < 6
-  picture = noise()
+  image = noise()
   for turn, steps in ((0.1, 25), (-0.1, -25), (0.0999, 25), (-0.5, -127)):  # cut off towards zero
-    hue, saturation, value = picture.convert("HSV").split()
+    hue, saturation, value = image.convert("HSV").split()
     hue = Image.fromarray((np.asarray(hue).astype(int) + steps).astype(np.uint8))
     want = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    np.testing.assert_array_equal(np.asarray(augment.turn_hue(picture, turn)), np.asarray(want))
+    np.testing.assert_array_equal(np.asarray(augment.turn_hue(image, turn)), np.asarray(want))
 
 
 def test_grayscale_and_blur(monkeypatch):
-  picture, rng, n = noise(), np.random.default_rng(0), 1000
-  grey = np.repeat(array(picture.convert("L"))[..., None], 3, 2)
-  got = [augment.random_grayscale(picture, rng, 0.2) for _ in range(n)]
-  changed = [array(g) for g in got if g is not picture]
+  image, rng, n = noise(), np.random.default_rng(0), 1000
+  grey = np.repeat(array(image.convert("L"))[..., None], 3, 2)
+  got = [augment.random_grayscale(image, rng, 0.2) for _ in range(n)]
+  changed = [array(g) for g in got if g is not image]
   assert near(len(changed), n, 0.2) and all((g == grey).all() for g in changed)
 
-  blurred = augment.random_blur(picture, np.random.default_rng(5), 1.0, (1.5, 1.5))
-  want = picture.filter(ImageFilter.GaussianBlur(1.5))
+  blurred = augment.random_blur(image, np.random.default_rng(5), 1.0, (1.5, 1.5))
+  want = image.filter(ImageFilter.GaussianBlur(1.5))
   np.testing.assert_array_equal(np.asarray(blurred), np.asarray(want))
   radii = []
   monkeypatch.setattr(
     augment.ImageFilter, "GaussianBlur", lambda r: radii.append(r) or ImageFilter.SMOOTH
   )
   for _ in range(4000):
-    augment.random_blur(picture, rng, 0.5)
+    augment.random_blur(image, rng, 0.5)
   assert near(len(radii), 4000, 0.5) and uniform(np.array(radii), 0.1, 2.0)
 
 
@@ -147,14 +148,14 @@ def test_frequencies_of_operations(monkeypatch):
   """Each of the ten one time in ten, applied half of the time, warps to either side alike."""
   calls = recorded(monkeypatch, "operation")
   rng, n = np.random.default_rng(0), 6000
-  per_picture = []
+  per_image = []
   for _ in range(n):
     before = len(calls)
     augment.random_operations(noise(2, 2), rng, 2, 7)
-    per_picture.append(len(calls) - before)
+    per_image.append(len(calls) - before)
   # Two draws with replacement, each applied with probability 0.5: 0, 1 or 2 operations.
   for count, p in ((0, 0.25), (1, 0.5), (2, 0.25)):
-    assert near(per_picture.count(count), n, p)
+    assert near(per_image.count(count), n, p)
   names = [c[0] for c in calls]
   assert set(names) == set(augment.OPERATIONS) and len(augment.OPERATIONS) == 10
   assert all(near(names.count(name), 2 * n, 0.05) for name in augment.OPERATIONS)
@@ -174,12 +175,12 @@ def test_frequencies_of_operations(monkeypatch):
 def test_autocontrast():
   """Corrected: the channel from 0 to 255. Original: past 255 unless the lowest value is 0."""
   x = np.stack([np.arange(50, 150), np.arange(100), np.full(100, 9)], -1).astype(np.uint8)[None]
-  picture = Image.fromarray(x)
-  got = array(augment.operation(picture, "AutoContrast", 7))
+  image = Image.fromarray(x)
+  got = array(augment.operation(image, "AutoContrast", 7))
   for channel in range(2):
     np.testing.assert_array_equal(got[0, :, channel], np.arange(100) * 255 // 99)
   np.testing.assert_array_equal(got[..., 2], 9)
-  wrong = array(augment.operation(picture, "AutoContrast", 7, "original"))
+  wrong = array(augment.operation(image, "AutoContrast", 7, "original"))
   np.testing.assert_array_equal(wrong[..., 0], 255)
   assert abs(wrong[..., 1] - got[..., 1]).max() <= 1  # its floats may fall short of an integer
   np.testing.assert_array_equal(wrong[..., 2], 9)
@@ -187,8 +188,8 @@ def test_autocontrast():
 
 def test_sharpness():
   """Corrected is the original before its values wrapped round."""
-  picture = noise()
-  x = array(picture)
+  image = noise()
+  x = array(image)
   total = sum(
     np.roll(x, (i, j), (0, 1)) * (5 if i == j == 0 else 1) for i in (-1, 0, 1) for j in (-1, 0, 1)
   )
@@ -197,8 +198,8 @@ def test_sharpness():
     factor = np.float32(0.18 * magnitude + 0.1)
     sharp = (smooth + factor * (x.astype(np.float32) - smooth)).astype(int)
     sharp[[0, -1]], sharp[:, [0, -1]] = x[[0, -1]], x[:, [0, -1]]
-    got = array(augment.operation(picture, "Sharpness", magnitude))
-    wrong = array(augment.operation(picture, "Sharpness", magnitude, "original"))
+    got = array(augment.operation(image, "Sharpness", magnitude))
+    wrong = array(augment.operation(image, "Sharpness", magnitude, "original"))
     if magnitude in (7, 10):
       assert sharp.min() < 0 and sharp.max() > 255
     # Both cut off, so that a float32 just below an integer makes a difference of one.
@@ -208,11 +209,11 @@ def test_sharpness():
 
 
 def test_brightness_and_equalize():
-  picture = noise()
-  got = array(augment.operation(picture, "Brightness", 3))
-  np.testing.assert_array_equal(got, np.floor(np.minimum(array(picture) * 0.64, 255)))
-  got = augment.operation(picture, "Equalize", 3)
-  np.testing.assert_array_equal(np.asarray(got), np.asarray(ImageOps.equalize(picture)))
+  image = noise()
+  got = array(augment.operation(image, "Brightness", 3))
+  np.testing.assert_array_equal(got, np.floor(np.minimum(array(image) * 0.64, 255)))
+  got = augment.operation(image, "Equalize", 3)
+  np.testing.assert_array_equal(np.asarray(got), np.asarray(ImageOps.equalize(image)))
 
 
 def slow_warp(x: np.ndarray, forward: np.ndarray) -> np.ndarray:
@@ -234,7 +235,7 @@ def slow_warp(x: np.ndarray, forward: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", WARPS)
 @pytest.mark.parametrize("negative", [False, True])
 def test_warps(name, negative):
-  """Against float64 arithmetic. A smooth picture: a coordinate is off by up to 1/32 pixel."""
+  """Against float64 arithmetic. A smooth image: a coordinate is off by up to 1/32 pixel."""
   width, height = 37, 24
   i, j = np.mgrid[:height, :width]
   x = np.stack([4 * i + 2 * j, 255 - 5 * i, 40 + 5 * j], -1).clip(0, 255)
@@ -249,21 +250,21 @@ def test_warps(name, negative):
     "TranslateY": np.array([[1, 0, 0], [0, 1, -4 * sign]]),
     "Rotate": (shift @ turn @ np.linalg.inv(shift))[:2],
   }[name]
-  picture = Image.fromarray(x.astype(np.uint8))
-  got = array(augment.operation(picture, name, 4, negative=negative))
+  image = Image.fromarray(x.astype(np.uint8))
+  got = array(augment.operation(image, name, 4, negative=negative))
   want = slow_warp(x, forward)
   error = abs(got - want)
   # 5 levels per pixel inside; at the edge up to 128 levels per pixel.
   inside = slow_warp(np.full(x.shape, 255.0), forward)[..., 0] == 255
   assert inside.mean() > 0.6 and (~inside).any()
   assert error[inside].max() < 0.9 and error.max() < 5
-  again = augment.operation(picture, name, 4, "original", negative)
+  again = augment.operation(image, name, 4, "original", negative)
   np.testing.assert_array_equal(np.asarray(again), got)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (1, 30), (300, 2)])
 @pytest.mark.parametrize("name", list(augment.OPERATIONS))
-def test_pictures_of_any_size(name, size):
+def test_images_of_any_size(name, size):
   for magnitude in (0, 10):
     got = augment.operation(noise(*size), name, magnitude)
     assert got.size == size and got.mode == "RGB"
@@ -301,7 +302,7 @@ def test_frequencies_of_the_policy(monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (300, 2)])
 @pytest.mark.parametrize("name", list(auto_augment.OPERATIONS))
-def test_policy_on_pictures_of_any_size(name, size):
+def test_policy_on_images_of_any_size(name, size):
   for level in range(auto_augment.LEVELS):
     for negative in (False, True):
       got = auto_augment.operation(noise(*size), name, level, negative)
@@ -312,7 +313,7 @@ def test_policy_on_pictures_of_any_size(name, size):
 
 
 def test_erased_area_and_aspect():
-  """Of one box: area and logarithm of the aspect as drawn, anywhere in the picture."""
+  """Of one box: area and logarithm of the aspect as drawn, anywhere in the image."""
   side, n, rng = 200, 3000, np.random.default_rng(0)
   blank = np.zeros((side, side, 3), np.float32)
   areas, aspects, places = [], [], []
@@ -341,7 +342,7 @@ def test_erasing_is_as_frequent_as_asked():
   # Five boxes share the area of one, and overlap a little.
   areas = [(erase(1.0, (5, 5)) == 9).mean() for _ in range(400)]
   assert 0.12 < np.mean(areas) < (0.02 + 1 / 3) / 2 and max(areas) < 1 / 3
-  # No box is as high or as wide as the picture, be it ever so small.
+  # No box is as high or as wide as the image, be it ever so small.
   few = np.zeros((3, 3, 3), np.uint8)
   tiny = [augment.random_erase(few, rng, 1.0, "const", mean=(9, 9, 9))[..., 0] for _ in range(400)]
   assert {int(np.count_nonzero(t)) for t in tiny} == {0, 1, 2, 4}
@@ -351,12 +352,12 @@ def test_erasing_is_as_frequent_as_asked():
 def test_erased_to_what_normalises_to_noise(mode):
   """On the device, a pixel of a box is one standard normal draw, or 0; the rest is as it was."""
   mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-  picture, values = Image.new("RGB", (64, 64), (255, 0, 255)), []
+  image, values = Image.new("RGB", (64, 64), (255, 0, 255)), []
   options = {"erase": 1.0, "erase_mode": mode, "erase_count": (2, 3), "mean": mean, "std": std}
-  made = augment.build(image.Transform(64, 64), **options)
-  rng, before = np.random.default_rng(0), np.asarray(picture)
+  made = augment.build(image_lib.Transform(64, 64), **options)
+  rng, before = np.random.default_rng(0), np.asarray(image)
   for _ in range(60):
-    got = made(picture, rng)
+    got = made(image, rng)
     assert got.dtype == np.uint8 and got.shape == (64, 64, 3)
     hit = (got != before).any(-1)
     assert 0.01 < hit.mean() < 0.4
@@ -376,7 +377,7 @@ def test_erased_to_what_normalises_to_noise(mode):
 # ---------------------------------------------------------------------------------------- together
 
 
-def build(**kw) -> image.Augment:
+def build(**kw) -> image_lib.Augment:
   return augment.build(TRANSFORM, **{**TEAM, **kw})
 
 
@@ -388,40 +389,38 @@ def test_nothing_on():
 
 @pytest.mark.parametrize("crop", ["random", "center"])
 def test_the_sample_alone_decides(crop):
-  picture, made = noise(60, 50), build(crop=crop)
-  draw = lambda *at: made(picture, order.generator(*at))
+  image, made = noise(60, 50), build(crop=crop)
+  draw = lambda *at: made(image, order.generator(*at))
   first = draw(3, 1, 2)
   assert first.dtype == np.uint8 and first.shape == (SIZE, SIZE, 3)
   np.random.seed(0)  # noqa: NPY002 - neither this generator
   draw(4, 1, 2)  # nor another sample has a part in it
   np.testing.assert_array_equal(draw(3, 1, 2), first)
-  np.testing.assert_array_equal(build(crop=crop)(picture, order.generator(3, 1, 2)), first)
+  np.testing.assert_array_equal(build(crop=crop)(image, order.generator(3, 1, 2)), first)
   others = [draw(p, s, e) for p, s, e in ((2, 1, 2), (3, 0, 2), (3, 1, 0), (9, 9, 9))]
   assert all((other != first).any() for other in others)
 
 
 def test_crop_and_flip():
-  picture = noise(30, 20)
+  image = noise(30, 20)
   whole = {"crop": "random", "crop_scale": (1.0, 1.0), "crop_ratio": (1.5, 1.5)}  # no crop
-  resized = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-  draw = lambda flip: augment.build(TRANSFORM, **whole, flip=flip)(
-    picture, np.random.default_rng(0)
-  )
+  resized = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+  draw = lambda flip: augment.build(TRANSFORM, **whole, flip=flip)(image, np.random.default_rng(0))
   np.testing.assert_array_equal(draw(0.0), resized)
   np.testing.assert_array_equal(draw(1.0), resized[:, ::-1])
   rng, made = np.random.default_rng(0), augment.build(TRANSFORM, flip=0.5)
-  flips = sum((made(picture, rng) != resized).any() for _ in range(400))
+  flips = sum((made(image, rng) != resized).any() for _ in range(400))
   assert near(flips, 400, 0.5)
 
 
 def test_exif_comes_first():
-  picture = noise(30, 20)
-  picture.getexif()[0x0112] = 6
+  image = noise(30, 20)
+  image.getexif()[0x0112] = 6
   whole = {"crop": "random", "crop_scale": (1.0, 1.0), "crop_ratio": (2 / 3, 2 / 3)}
-  want = np.asarray(picture.transpose(Image.Transpose.ROTATE_270).resize((SIZE, SIZE)))
-  transform = image.Transform(SIZE, SIZE, resize="exact", exif=True)
+  want = np.asarray(image.transpose(Image.Transpose.ROTATE_270).resize((SIZE, SIZE)))
+  transform = image_lib.Transform(SIZE, SIZE, resize="exact", exif=True)
   for options in (whole, {"flip": 1.0}):
-    got = augment.build(transform, **options)(picture, np.random.default_rng(0))
+    got = augment.build(transform, **options)(image, np.random.default_rng(0))
     np.testing.assert_array_equal(got[:, ::-1] if "flip" in options else got, want)
 
 
@@ -432,7 +431,7 @@ def test_order_and_frequencies(monkeypatch):
   for name in ("color_jitter", "random_grayscale", "random_blur", "random_operations"):
     monkeypatch.setattr(augment, name, step(name))
   for name in ("random_resized_crop", "random_flip"):
-    monkeypatch.setattr(image, name, step(name))
+    monkeypatch.setattr(image_lib, name, step(name))
   made, rng, jitters, n = build(), np.random.default_rng(0), 0, 2000
   for _ in range(n):
     seen.clear()
@@ -471,7 +470,7 @@ def test_auto_augment_and_erasing_come_last(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK"])
 @pytest.mark.parametrize("crop", ["random", "center"])
-def test_every_mode_of_picture(mode, crop):
+def test_every_mode_of_image(mode, crop):
   always = {"jitter_p": 1.0, "grayscale": 0.5, "blur": 1.0, "rand_augment": (8, 10)}
   always |= {"auto_augment": "imagenet", "erase": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
   made = build(crop=crop, **always)

@@ -166,7 +166,7 @@ def test_missing_data_set_is_an_error(tmp_path):
   data = f"--config.data.dir={tmp_path / 'none'}"
   out = run_main(config, f"--workdir={tmp_path}", data)
   last = out.stderr.strip().splitlines()[-1]
-  assert out.returncode != 0 and "no such data set folder" in last and "prepare_data.py" in last
+  assert out.returncode != 0 and "no such dataset folder" in last and "prepare_data.py" in last
 
 
 def test_import_is_light():

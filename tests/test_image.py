@@ -1,4 +1,4 @@
-"""Decoding and transforms of pictures."""
+"""Decoding and transforms of images."""
 
 import io
 
@@ -7,66 +7,67 @@ import pytest
 from PIL import Image, ImageFile
 from test_pipeline import encoded
 
-from xmodal_jax.data import augment, image
+from xmodal_jax.data import augment
+from xmodal_jax.data import image as image_lib
 
 SIZE = 8
-TRANSFORM = image.clip_transform(SIZE)
+TRANSFORM = image_lib.clip_transform(SIZE)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_damaged_files_are_decode_errors(form):
   assert ImageFile.LOAD_TRUNCATED_IMAGES is False
   data = encoded(0, form, (40, 30))
-  assert image.load(data, TRANSFORM).shape == (SIZE, SIZE, 3)
-  for damaged in (data[: len(data) // 2], data[:10], b"", b"not a picture"):
-    with pytest.raises(image.DecodeError):
-      image.load(damaged, TRANSFORM)
+  assert image_lib.load(data, TRANSFORM).shape == (SIZE, SIZE, 3)
+  for damaged in (data[: len(data) // 2], data[:10], b"", b"not an image"):
+    with pytest.raises(image_lib.DecodeError):
+      image_lib.load(damaged, TRANSFORM)
 
 
 def test_decompression_bomb(monkeypatch):
   data = encoded(0)
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 139)  # 14 x 10 is one more; Pillow only warns
-  with pytest.raises(image.DecodeError, match="14 x 10"), pytest.warns(Warning):
-    image.load(data, TRANSFORM)
+  with pytest.raises(image_lib.DecodeError, match="14 x 10"), pytest.warns(Warning):
+    image_lib.load(data, TRANSFORM)
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # beyond twice the bound Pillow raises
-  with pytest.raises(image.DecodeError, match="BombError"):
-    image.load(data, TRANSFORM)
+  with pytest.raises(image_lib.DecodeError, match="BombError"):
+    image_lib.load(data, TRANSFORM)
 
 
 def test_transform_parameters():
-  picture = image.decode(encoded(0, size=(50, 31)))
-  exact = image.Transform(16, 16, resize="exact", interpolation="bilinear")(picture)
-  want = picture.resize((16, 16), Image.Resampling.BILINEAR)
+  image = image_lib.decode(encoded(0, size=(50, 31)))
+  exact = image_lib.Transform(16, 16, resize="exact", interpolation="bilinear")(image)
+  want = image.resize((16, 16), Image.Resampling.BILINEAR)
   np.testing.assert_array_equal(exact, np.asarray(want))
-  cut = image.Transform(16, 12, resize="exact")(picture)
-  want = picture.resize((16, 16), Image.Resampling.BICUBIC).crop((2, 2, 14, 14))
+  cut = image_lib.Transform(16, 12, resize="exact")(image)
+  want = image.resize((16, 16), Image.Resampling.BICUBIC).crop((2, 2, 14, 14))
   np.testing.assert_array_equal(cut, np.asarray(want))
   # 50 x 31 -> 25 x 16 (25.8 cut off); offsets 5.5 -> 6 and 1: half to even.
-  shorter = image.Transform(16, 14)(picture)
-  want = picture.resize((25, 16), Image.Resampling.BICUBIC).crop((6, 1, 20, 15))
+  shorter = image_lib.Transform(16, 14)(image)
+  want = image.resize((25, 16), Image.Resampling.BICUBIC).crop((6, 1, 20, 15))
   np.testing.assert_array_equal(shorter, np.asarray(want))
   with pytest.raises(ValueError, match="does not fit"):
-    image.Transform(16, 17)
+    image_lib.Transform(16, 17)
   with pytest.raises(ValueError, match="unknown"):
-    image.Transform(16, 16, interpolation="nearest")
+    image_lib.Transform(16, 16, interpolation="nearest")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_every_mode_becomes_rgb(mode):
   if mode == "I;16":
-    picture = Image.fromarray(np.arange(140, dtype=np.uint16).reshape(10, 14))
+    image = Image.fromarray(np.arange(140, dtype=np.uint16).reshape(10, 14))
   else:
-    picture = image.decode(encoded(0)).convert("L" if mode == "LA" else "RGB").convert(mode)
-  for transform in (TRANSFORM, image.Transform(SIZE, SIZE, resize="exact")):
-    got = image.load(picture, transform)
+    image = image_lib.decode(encoded(0)).convert("L" if mode == "LA" else "RGB").convert(mode)
+  for transform in (TRANSFORM, image_lib.Transform(SIZE, SIZE, resize="exact")):
+    got = image_lib.load(image, transform)
     assert got.dtype == np.uint8 and got.shape == (SIZE, SIZE, 3)
-  got = augment.build(TRANSFORM, crop="random")(picture, np.random.default_rng(0))
+  got = augment.build(TRANSFORM, crop="random")(image, np.random.default_rng(0))
   assert got.dtype == np.uint8 and got.shape == (SIZE, SIZE, 3)
 
 
 def test_random_boxes():
   rng, scale, ratio = np.random.default_rng(0), (0.2, 0.9), (3 / 4, 4 / 3)
-  boxes = np.array([image.crop_box(200, 150, rng, scale, ratio) for _ in range(2000)])
+  boxes = np.array([image_lib.crop_box(200, 150, rng, scale, ratio) for _ in range(2000)])
   left, top, right, bottom = boxes.T
   w, h = right - left, bottom - top
   assert (left >= 0).all() and (top >= 0).all() and (right <= 200).all() and (bottom <= 150).all()
@@ -85,7 +86,7 @@ def test_random_boxes():
 def test_random_box_fallback_is_central(width, height, box):
   """No box of nine tenths of the area has an allowed aspect ratio."""
   rng = np.random.default_rng(0)
-  assert image.crop_box(width, height, rng, (0.9, 1.0), (3 / 4, 4 / 3)) == box
+  assert image_lib.crop_box(width, height, rng, (0.9, 1.0), (3 / 4, 4 / 3)) == box
 
 
 def with_exif(pixels: np.ndarray, orientation: int, form: str) -> bytes:
@@ -112,27 +113,27 @@ def test_exif_rotation(orientation):
   }
   data = with_exif(pixels, orientation, "JPEG")
   for on in (True, False):
-    transform = image.Transform(20, 20, resize="exact", exif=on)
-    got = image.load(data, transform).astype(int)
+    transform = image_lib.Transform(20, 20, resize="exact", exif=on)
+    got = image_lib.load(data, transform).astype(int)
     want = turned.get(orientation, pixels) if on else pixels
-    want = image.Transform(20, 20, resize="exact")(Image.fromarray(want))
+    want = image_lib.Transform(20, 20, resize="exact")(Image.fromarray(want))
     assert abs(got - want).max() < 8  # the losses of JPEG
 
 
 def test_damaged_exif():
-  pixels = np.asarray(image.decode(encoded(0)).convert("RGB"))
-  transform = image.Transform(SIZE, SIZE, resize="exact", exif=True)
+  pixels = np.asarray(image_lib.decode(encoded(0)).convert("RGB"))
+  transform = image_lib.Transform(SIZE, SIZE, resize="exact", exif=True)
   plain = transform(Image.fromarray(pixels))
   data = with_exif(pixels, 3, "WEBP")
   np.testing.assert_array_equal(
-    image.load(data, transform), transform(Image.fromarray(pixels[::-1, ::-1]))
+    image_lib.load(data, transform), transform(Image.fromarray(pixels[::-1, ::-1]))
   )
   head = data[data.index(b"EXIF") + 8 :].removeprefix(b"Exif\0\0")[:4]
   assert head in (b"MM\0*", b"II*\0")
   # A header that cannot be read turns nothing.
-  np.testing.assert_array_equal(image.load(data.replace(head, b"ZZZZ"), transform), plain)
+  np.testing.assert_array_equal(image_lib.load(data.replace(head, b"ZZZZ"), transform), plain)
   # The damaged tag of the description leaves the orientation alone.
   start, order = data.index(head), "big" if head[:1] == b"M" else "little"
   tags = data[start:].replace((0x010E).to_bytes(2, order), (0x0100).to_bytes(2, order), 1)
-  got = image.load(data[:start] + tags, transform)
+  got = image_lib.load(data[:start] + tags, transform)
   np.testing.assert_array_equal(got, transform(Image.fromarray(pixels[::-1, ::-1])))

@@ -1,4 +1,4 @@
-"""Training on several data sets: whose each batch is, and that restarts and processes agree."""
+"""Training on several datasets: whose each batch is, and that restarts and processes agree."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ def two_sets(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module", params=["rendered", "photographs"])
 def three_sets(request, two_sets, tmp_path_factory) -> list[str]:
-  """Folders of data sets of 50, 30 and 35 pictures; the third of renderings or of photographs."""
+  """Folders of datasets of 50, 30 and 35 images; the third of renderings or of photographs."""
   folder = tmp_path_factory.mktemp("third")
   if request.param == "rendered":
     return [*two_sets, write_shapes(folder, 3, 35)]
@@ -85,7 +85,7 @@ def test_every_debiased_batch_is_of_one_data_set(three_sets):
     assert b["dataset"].dtype == np.int32 and b["dataset"].shape == (BATCH,)
     (source,) = set(b["dataset"].tolist())
     assert source == mix.mixture(split, "all", "debias", BATCH, 5)(step)[0]
-    # The rows are what their ids say, read from that data set itself.
+    # The rows are what their ids say, read from that dataset itself.
     own = records.open_split(three_sets[source], "train")
     for row, (i, caption) in enumerate(zip(b["image_id"], b["caption_id"], strict=True)):
       record = own.read(int(i - split.starts[source]))
@@ -130,7 +130,7 @@ def test_killed_and_started_again(two_sets):
 
 @dataclasses.dataclass
 class Case:
-  """Two data sets in memory, the second with pictures that cannot be read or decoded."""
+  """Two datasets in memory, the second with images that cannot be read or decoded."""
 
   large: FakeSplit
   small: FakeSplit
@@ -162,7 +162,7 @@ def test_restarts_threads_and_processes_do_not_change_the_data(case, mode):
 
 @pytest.mark.parametrize("mode", ["sequential", "debias"])
 def test_a_bad_record_is_replaced_inside_its_data_set(case, mode):
-  """8 + 6 batches are an epoch; 40 of them meet both bad records of the second data set."""
+  """8 + 6 batches are an epoch; 40 of them meet both bad records of the second dataset."""
   seen = []
   batches = take(
     40, case.split, mix=mode, on_bad=lambda record, why: seen.append((record, why)), **KW
@@ -174,7 +174,7 @@ def test_a_bad_record_is_replaced_inside_its_data_set(case, mode):
   assert {record for record, _ in seen} == {15, 20}  # numbered through; named as in their own
   reasons = " ".join(why for _, why in sorted(seen))
   assert "record 2 of split 'fake' in shard: crc differs" in reasons
-  assert "record 7 (7.png) of split 'fake' of data set small: OSError" in reasons
+  assert "record 7 (7.png) of split 'fake' of dataset small: OSError" in reasons
   good = mix.Joined([FakeSplit(n=13), FakeSplit(n=10)], ["large", "small"])
   for a, b in zip(batches, take(40, good, mix=mode), strict=True):
     same = ~np.isin(b["image_id"], [15, 20])
@@ -251,11 +251,11 @@ def test_a_joined_split_reads_its_parts():
 
 def test_what_cannot_be_mixed_is_found_at_once():
   large, small = FakeSplit(n=13), FakeSplit(n=1)
-  with pytest.raises(ValueError, match="data set small has 5 samples, fewer than a batch of 8"):
+  with pytest.raises(ValueError, match="dataset small has 5 samples, fewer than a batch of 8"):
     stream(mix.Joined([large, small], ["large", "small"]), mix="debias")
-  with pytest.raises(ValueError, match="pictures has no captions in split 'fake', and large has"):
-    mix.Joined([large, FakeSplit(captions=lambda i: 0)], ["large", "pictures"])
-  with pytest.raises(ValueError, match=r"data set b: records without a caption.*\[1, 3"):
+  with pytest.raises(ValueError, match="images has no captions in split 'fake', and large has"):
+    mix.Joined([large, FakeSplit(captions=lambda i: 0)], ["large", "images"])
+  with pytest.raises(ValueError, match=r"dataset b: records without a caption.*\[1, 3"):
     both = mix.Joined([large, FakeSplit(captions=lambda i: 1 - i % 2)], ["a", "b"])
     stream(both, captions="one")
   with pytest.raises(ValueError, match="a given order"):
@@ -277,7 +277,7 @@ def test_config_names_the_data_sets(two_sets, monkeypatch):
     for folders in (two_sets, two_sets[::-1], [a])
     for mode in ("shuffle", "debias")
   }
-  assert len(prints) == 5  # one data set has the same whatever the mix
+  assert len(prints) == 5  # one dataset has the same whatever the mix
   assert records.open_split(a, "train").fingerprint in prints
 
   several = config(two_sets, data__eval_dir="")
@@ -285,7 +285,7 @@ def test_config_names_the_data_sets(two_sets, monkeypatch):
   with pytest.raises(DatasetError, match=r"set config\.data\.eval_dir .* 'val' counts as val"):
     inputs.from_config(several).split("val")
   for bad in (f"{a},", f"{a},{a}"):
-    with pytest.raises(ValueError, match="names of different data sets"):
+    with pytest.raises(ValueError, match="names of different datasets"):
       inputs.from_config(config([bad])).split("train")
 
   rendered = []

@@ -187,7 +187,7 @@ def test_debias_goes_through_every_data_set_at_its_own_pace():
 
 def test_a_mixture_without_a_batch():
   for mix in ("sequential", "debias"):
-    with pytest.raises(ValueError, match=r"data set tiny has 9 samples, .* batch of 10"):
+    with pytest.raises(ValueError, match=r"dataset tiny has 9 samples, .* batch of 10"):
       order.Mixture(mix, [50, 9], 10, 0, ["large", "tiny"])
     with pytest.raises(ValueError, match="larger"):
       order.Mixture(mix, [9], 10, 0, ["tiny"])

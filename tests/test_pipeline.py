@@ -34,7 +34,7 @@ def encoded(i: int, form: str = "PNG", size: tuple[int, int] = (14, 10)) -> byte
 
 
 class FakeSplit:
-  """Pictures in memory. unreadable: read raises BadRecordError; broken: the file is cut short."""
+  """Images in memory. unreadable: read raises BadRecordError; broken: the file is cut short."""
 
   name, fingerprint, class_names = "fake", "none", ()
 
@@ -86,7 +86,7 @@ def assert_same(one, two):
 
 
 def check_rows(split, batch):
-  """Each row holds the picture and the caption that its ids name."""
+  """Each row holds the image and the caption that its ids name."""
   offsets = order.caption_offsets(split.captions_per_record)
   for i, record in enumerate(batch["image_id"]):
     j = batch["caption_id"][i] - offsets[record]
@@ -119,18 +119,18 @@ def test_an_epoch_visits_every_caption_once():
   assert (epochs[0] != epochs[1]).any()
 
 
-def test_one_caption_of_each_picture():
+def test_one_caption_of_each_image():
   split = FakeSplit(n=16)
   batches = take(4, split, captions="one")
   for part in (batches[:2], batches[2:]):
     np.testing.assert_array_equal(np.sort([b["image_id"] for b in part], None), np.arange(16))
   one, two = (np.sort(join(part)["caption_id"]) for part in (batches[:2], batches[2:]))
-  assert (one != two).sum() > 5  # sorted by caption is sorted by picture: 4 in 5 change
+  assert (one != two).sum() > 5  # sorted by caption is sorted by image: 4 in 5 change
 
 
 @pytest.mark.parametrize("augment", [None, augment_lib.build(TRANSFORM, crop="random", flip=0.5)])
 def test_restarts_threads_and_processes_do_not_change_the_data(augment):
-  # 30 pictures x 5 = 150 captions: 18 whole batches in an epoch, so 24 cross into the next.
+  # 30 images x 5 = 150 captions: 18 whole batches in an epoch, so 24 cross into the next.
   kw = {"max_bad_fraction": 0.2, "augment": augment}
   split = FakeSplit(unreadable={4}, broken={9, 20}, delay=0.01)
   whole = take(24, split, threads=4, **kw)
@@ -148,7 +148,7 @@ def test_augmentation_is_drawn_per_position():
   augment = augment_lib.build(TRANSFORM, crop="random", crop_scale=(0.1, 0.5))
   one, two = take(2, split, augment=augment)
   seen = {row.tobytes() for b in (one, two) for row in b["image"]}
-  assert len(seen) == 16  # one picture, 16 captions, 16 crops
+  assert len(seen) == 16  # one image, 16 captions, 16 crops
 
 
 def test_order_can_be_given():

@@ -14,7 +14,7 @@ import golden_files
 import numpy as np
 import pytest
 from PIL import Image
-from test_records import picture
+from test_records import encoded_image
 
 from tools import prepare_data
 from xmodal_jax.data import records
@@ -38,12 +38,12 @@ def fails(capsys, *args) -> str:
 
 
 def karpathy(root: pathlib.Path, edit=lambda data: None, name="dataset.json") -> tuple:
-  """Six pictures, the fourth in a folder of its own; -> arguments."""
+  """Six images, the fourth in a folder of its own; -> arguments."""
   images = []
   (root / "images" / "val2014").mkdir(parents=True, exist_ok=True)
   for i, split in enumerate(["train", "train", "test", "restval", "val", "train"]):
     path = root / "images" / ("val2014" if i == 3 else "") / f"{i}.jpg"
-    path.write_bytes(picture(i))
+    path.write_bytes(encoded_image(i))
     sentences = [{"raw": f"  {i} {j} é", "sentid": 7 * i + j} for j in range(6 if i == 1 else 5)]
     item = {"filename": f"{i}.jpg", "imgid": i, "split": split, "sentences": sentences}
     images.append({**item, "filepath": "val2014", "cocoid": 900 + i} if i == 3 else item)
@@ -62,7 +62,7 @@ def test_karpathy(tmp_path):
   assert [r.filename for r in train] == ["0.jpg", "1.jpg", "5.jpg"]
   assert train.captions_per_record.tolist() == [5, 5, 5]  # the sixth caption is left out
   record = records.open_split(folder, "restval").read(0)
-  assert record.image == picture(3) and record.image_id == 903
+  assert record.image == encoded_image(3) and record.image_id == 903
   assert record.captions[4] == "  3 4 é" and record.caption_ids == (21, 22, 23, 24, 25)
   source = json.loads((folder / "source.json").read_text())
   assert source["counts"]["train"]["captions"] == 15 and source["counts"]["val"]["records"] == 1
@@ -106,16 +106,16 @@ def test_bad_karpathy(tmp_path, capsys, edit, message):
   assert message in fails(capsys, *karpathy(tmp_path, edit))
 
 
-def test_bad_pictures(tmp_path, capsys):
+def test_bad_images(tmp_path, capsys):
   args = karpathy(tmp_path)
-  cut = picture(2, size=64)[:-500]  # the header is whole
+  cut = encoded_image(2, size=64)[:-500]  # the header is whole
   (tmp_path / "images" / "2.jpg").write_bytes(cut)
   message = fails(capsys, *args, "--check_images")
-  assert "1 of 6 pictures are broken" in message and "2.jpg (" in message
+  assert "1 of 6 images are broken" in message and "2.jpg (" in message
   for path in (tmp_path / "images").rglob("*.jpg"):
     path.unlink()
   message = fails(capsys, *args)
-  assert "6 of 6 pictures are missing; check --images" in message
+  assert "6 of 6 images are missing; check --images" in message
   assert message.count(".jpg") == 5 and "and 1 more" in message
 
 
@@ -145,7 +145,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["coco_mini", "flickr8k_mini"])
 def test_photographs(tmp_path, shared_data, name):
-  """Real annotations and pictures: the bytes of the files, in the order of the json."""
+  """Real annotations and images: the bytes of the files, in the order of the json."""
   data = json.loads((shared_data / name / f"dataset_{name}.json").read_text())
   splits = sorted({item["split"] for item in data["images"]})
   of = lambda split: [item for item in data["images"] if item["split"] == split][:3]
@@ -163,7 +163,7 @@ def test_photographs(tmp_path, shared_data, name):
 
 @pytest.fixture
 def coco(tmp_path) -> tuple:
-  """The small data set of the golden vectors, as files; -> arguments."""
+  """The small dataset of the golden vectors, as files; -> arguments."""
   arrays = golden_files.arrays("clip", "mini_coco", "inputs.npz")
   for folder in ("annotations", "images"):
     (tmp_path / folder).mkdir()
@@ -254,7 +254,7 @@ def pairs(
 ):
   (root / "images" / "b").mkdir(parents=True, exist_ok=True)
   for i, name in enumerate(("1.jpg", "b/2.jpg", "3.jpg")):
-    (root / "images" / name).write_bytes(picture(i + 1))
+    (root / "images" / name).write_bytes(encoded_image(i + 1))
   rows = [dict(zip(columns, row, strict=False)) for row in rows]
   path = root / f"pairs.{kind}"
   with path.open("w") as f:
@@ -274,7 +274,9 @@ def test_pairs(tmp_path, kind):
   run(*pairs(tmp_path, kind=kind))
   train = list(records.open_split(tmp_path / "out", "train"))
   assert [r.filename for r in train] == ["b/2.jpg", "3.jpg"]
-  assert train[0].captions == ('two, "quoted"', '"two" again') and train[0].image == picture(2)
+  assert train[0].captions == ('two, "quoted"', '"two" again') and train[0].image == encoded_image(
+    2
+  )
   assert [r.image_id for r in train] == [12, 2**40] and train[1].caption_ids == (2,)
   assert records.open_split(tmp_path / "out", "val").read(0).captions == ("one",)
 
@@ -285,9 +287,9 @@ def test_pairs_without_split_or_id(tmp_path):
   assert [r.image_id for r in records.open_split(tmp_path / "out", "train")] == [0, 1, 2]
   names = [f"{i}.jpg" for i in range(60)]
   for i, name in enumerate(names):
-    (tmp_path / "images" / name).write_bytes(picture(i))
+    (tmp_path / "images" / name).write_bytes(encoded_image(i))
   found = []
-  for order in (names, names[::-1]):  # a picture's split does not depend on the others
+  for order in (names, names[::-1]):  # an image's split does not depend on the others
     args = pairs(tmp_path, [(n, "x") for n in order], columns=("image", "caption"))
     run(*args, "--val_fraction", "0.2", "--test_fraction", "0.2", "--name", "drawn", "--overwrite")
     folder = tmp_path / "out" / "drawn"
@@ -303,8 +305,8 @@ def test_pairs_without_split_or_id(tmp_path):
     ([], (), "pairs.csv: no rows"),
     ([("1.jpg", "")], (), "pairs.csv:2: nothing in column 'caption'"),
     (PAIRS, ("--caption_column", "text"), "nothing in column 'text'; the columns are ['image', "),
-    ([*PAIRS, ("1.jpg", "x", 11, "test")], (), "pairs.csv:6: picture 1.jpg has split 'test', but"),
-    ([*PAIRS, ("1.jpg", "x", 13, "val")], (), "pairs.csv:6: picture 1.jpg has id '13', but"),
+    ([*PAIRS, ("1.jpg", "x", 11, "test")], (), "pairs.csv:6: image 1.jpg has split 'test', but"),
+    ([*PAIRS, ("1.jpg", "x", 13, "val")], (), "pairs.csv:6: image 1.jpg has id '13', but"),
     ([("1.jpg", "x", "one", "val")], (), "has the id 'one', expected an integer"),
     (PAIRS, ("--val_fraction", "0.1"), "column 'split' says the split, so leave out"),
     (PAIRS, ("--val_fraction", "1.5"), "val_fraction 1.5"),
@@ -330,7 +332,7 @@ def test_bad_tables(tmp_path, capsys):
 
 
 def albef(root: pathlib.Path) -> tuple:
-  """Two lists of a train split under two folders, which share a picture, and a test list."""
+  """Two lists of a train split under two folders, which share an image, and a test list."""
   lists = {
     "a": ("one", [("1.jpg", ["a", " B. "]), ("b/2.jpg", "plain"), ("b/../1.jpg", ["c"])]),
     "b": ("", [("two/1.jpg", [""]), ("one/b/2.jpg", ["d", "e"])]),
@@ -338,7 +340,7 @@ def albef(root: pathlib.Path) -> tuple:
   }
   for i, name in enumerate(("one/1.jpg", "one/b/2.jpg", "two/1.jpg", "two/3.jpg")):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_bytes(picture(i))
+    (root / name).write_bytes(encoded_image(i))
   args = []
   for name, (folder, rows) in lists.items():
     data = [{"image": p, "caption": c, "image_id": "x", "dataset": 7} for p, c in rows]
@@ -355,7 +357,7 @@ def test_albef(tmp_path, caplog):
   folder = tmp_path / "out" / "albef" / "1.0.0"
   train = list(records.open_split(folder, "train"))
   assert [r.captions for r in train] == [("a", " B. ", "c"), ("plain", "d", "e"), ("",)]
-  assert [r.image for r in train] == [picture(0), picture(1), picture(2)]
+  assert [r.image for r in train] == [encoded_image(0), encoded_image(1), encoded_image(2)]
   assert [r.filename for r in train] == ["1.jpg", "b/2.jpg", "two/1.jpg"]
   assert [r.image_id for r in train] == [0, 1, 2]
   assert [r.image_id for r in records.open_split(folder, "test")] == [3]
@@ -363,7 +365,7 @@ def test_albef(tmp_path, caplog):
   name = str(tmp_path / "b.json")
   assert source["options"]["train"][1] == [name, f"{tmp_path}"]
   assert source["sha256"][name] == hashlib.sha256((tmp_path / "b.json").read_bytes()).hexdigest()
-  # The order of the lists on the command line is that of the pictures; later flags add to it.
+  # The order of the lists on the command line is that of the images; later flags add to it.
   args = albef(tmp_path)
   run("albef", *args[4:7], *args[1:4], "--out", tmp_path / "out", "--name", "turned")
   turned = records.open_split(tmp_path / "out" / "turned", "train")
@@ -388,17 +390,17 @@ def test_albef_of_the_golden_set(tmp_path):
     np.testing.assert_array_equal(got, pixels[pathlib.Path(record.filename).stem])
 
 
-def test_albef_missing_pictures(tmp_path, capsys, caplog):
+def test_albef_missing_images(tmp_path, capsys, caplog):
   args = albef(tmp_path)
   for name in ("one/1.jpg", "two/1.jpg"):
     (tmp_path / name).unlink()
   message = fails(capsys, *args)
-  assert "2 of 4 pictures are missing; check" in message and "--max_missing" in message
+  assert "2 of 4 images are missing; check" in message and "--max_missing" in message
   assert str(tmp_path / "two" / "1.jpg") in message and str(tmp_path / "one" / "1.jpg") in message
   assert "missing, more than the 1 allowed" in fails(capsys, *args, "--max_missing", "1")
   with caplog.at_level("INFO"):
     run(*args, "--max_missing", "2")
-  assert "left out 2 missing pictures:" in caplog.text
+  assert "left out 2 missing images:" in caplog.text
   train = records.open_split(tmp_path / "out", "train")
   assert [(r.filename, r.image_id, r.caption_ids) for r in train] == [("b/2.jpg", 1, (0, 1, 2))]
 
@@ -416,7 +418,7 @@ def test_albef_missing_pictures(tmp_path, capsys, caplog):
     ('[{"image": "1.jpg", "caption": ["x", 4]}]', "record 0 (counted from 0) (1.jpg): caption"),
     ('[{"image": "1.jpg", "caption": null}]', "(1.jpg): caption is None; expected ALBEF's"),
     ('[{"image": "1.jpg", "caption": []}]', "record 0 (counted from 0) (1.jpg) has no captions"),
-    ('[{"image": "../two/3.jpg", "caption": "x"}]', "c.json: record 0 (counted from 0): picture"),
+    ('[{"image": "../two/3.jpg", "caption": "x"}]', "c.json: record 0 (counted from 0): image"),
   ],
 )
 def test_bad_albef(tmp_path, capsys, text, message):

@@ -1,4 +1,4 @@
-"""What img2dataset wrote becomes a data set, shard by shard: in one process and by Apache Beam."""
+"""What img2dataset wrote becomes a dataset, shard by shard: in one process and by Apache Beam."""
 
 import collections
 import io
@@ -9,7 +9,7 @@ import tarfile
 
 import pytest
 from test_prepare_data import fails, run
-from test_records import picture
+from test_records import encoded_image
 
 from xmodal_jax.data import records
 from xmodal_jax.data.preparing import img2dataset, shards
@@ -42,12 +42,14 @@ def stats(shard: pathlib.Path, count: int, successes: int) -> None:
 
 def crawl(root: pathlib.Path) -> tuple:
   """Four shards; the second has no pair that can be used. -> arguments."""
-  good = lambda shard, i: files_of(f"{shard:05d}{i:04d}", picture(10 * shard + i), f"{shard} {i} é")
+  good = lambda shard, i: files_of(
+    f"{shard:05d}{i:04d}", encoded_image(10 * shard + i), f"{shard} {i} é"
+  )
   contents = {
-    0: [good(0, 0), good(0, 2), files_of("000000003", picture(3), None), good(0, 4)],
+    0: [good(0, 0), good(0, 2), files_of("000000003", encoded_image(3), None), good(0, 4)],
     1: [files_of("000010000", None, "x", "failed_to_resize"), files_of("000010001", b"", " ")],
     2: [good(2, i) for i in range(3)],
-    3: [files_of("a/b-c", picture(31), "no number"), good(3, 1)],
+    3: [files_of("a/b-c", encoded_image(31), "no number"), good(3, 1)],
   }
   for shard, pairs in contents.items():
     path = tar(root / "in" / f"{shard:05d}.tar", {k: v for pair in pairs for k, v in pair.items()})
@@ -65,7 +67,7 @@ def test_webdataset(tmp_path, caplog):
 
   with caplog.at_level("INFO"):
     run(*crawl(tmp_path))
-  text = "train: 8 pictures of 4 shards (1 of them without any); left out: 6 failed, 1 lost, "
+  text = "train: 8 images of 4 shards (1 of them without any); left out: 6 failed, 1 lost, "
   assert text + "1 shards without a record of failures, 2 without caption" in caplog.text
   folder = tmp_path / "out" / "img2dataset" / "1.0.0"
   names = [f"img2dataset-train.tfrecord-{i:05d}-of-00003" for i in range(3)]
@@ -80,11 +82,11 @@ def test_webdataset(tmp_path, caplog):
   hashed = split.read(6)
   assert hashed.filename == "00003/a/b-c.jpg" and hashed.captions == ("no number",)
   assert 2**32 < hashed.image_id < 2**63 and hashed.caption_ids == (hashed.image_id,)
-  other = tar(tmp_path / "other" / "00004.tar", files_of("a/b-c", picture(31), "no number"))
+  other = tar(tmp_path / "other" / "00004.tar", files_of("a/b-c", encoded_image(31), "no number"))
   (same_key,) = img2dataset.read(str(other), collections.Counter())
   assert same_key["image_id"] != hashed.image_id
   first = split.read(1)
-  assert (first.image, first.captions) == (picture(2), ("0 2 é",))
+  assert (first.image, first.captions) == (encoded_image(2), ("0 2 é",))
   assert (first.filename, first.caption_ids) == ("00000/000000002.jpg", (2,))
   assert split.caption_positions.tolist() == list(range(8))
   found = tfds.as_numpy(tfds.builder_from_directory(folder).as_dataset(split="train"))
@@ -109,11 +111,11 @@ def crawl_again(root: pathlib.Path) -> tuple:
 
 def test_several_folders_and_splits(tmp_path):
   crawl(tmp_path)
-  tar(tmp_path / "more" / "00000.tar", files_of("000000000", picture(50), "fifty"))
+  tar(tmp_path / "more" / "00000.tar", files_of("000000000", encoded_image(50), "fifty"))
   run(*crawl_again(tmp_path), "--train", tmp_path / "more", "--val", tmp_path / "more")
   train = records.open_split(tmp_path / "out", "train")
   assert len(train) == 9 and train.read(8).captions == ("fifty",)
-  assert [r.image for r in records.open_split(tmp_path / "out", "val")] == [picture(50)]
+  assert [r.image for r in records.open_split(tmp_path / "out", "val")] == [encoded_image(50)]
 
 
 def test_files_and_parquet(tmp_path, monkeypatch):
@@ -122,10 +124,10 @@ def test_files_and_parquet(tmp_path, monkeypatch):
   from pyarrow import parquet
 
   rows = [
-    ("000000000", picture(0), "zero", "success"),
+    ("000000000", encoded_image(0), "zero", "success"),
     ("000000001", None, "one", "failed_to_download"),
-    ("000000002", picture(2), "two", "success"),
-    ("000000003", picture(3), None, "success"),
+    ("000000002", encoded_image(2), "two", "success"),
+    ("000000003", encoded_image(3), None, "success"),
     ("000000004", b"broken", "four", "success"),
   ]
   pairs = {row[0]: files_of(*row) for row in rows if row[1] is not None}
@@ -160,7 +162,7 @@ def test_files_and_parquet(tmp_path, monkeypatch):
 def test_reads_one_sample_at_a_time(tmp_path):
   shard = tar(
     tmp_path / "0.tar",
-    {k: v for i in range(3) for k, v in files_of(f"{i}", picture(i), "x").items()},
+    {k: v for i in range(3) for k, v in files_of(f"{i}", encoded_image(i), "x").items()},
   )
   cut = shard.read_bytes()
   shard.write_bytes(cut[: len(cut) // 2])
@@ -205,7 +207,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
   assert f"{tmp_path / 'json' / '0.tar'}: 7.json or 7.txt is not what img2dataset writes" in message
   tar(tmp_path / "none" / "0.tar", files_of("1", None, "x"))
   message = fails(capsys, "img2dataset", "--train", tmp_path / "none", *out)
-  assert "split 'train' is empty: its sources have no picture with a caption" in message
+  assert "split 'train' is empty: its sources have no image with a caption" in message
   (tmp_path / "bare").mkdir()
   message = fails(capsys, "img2dataset", "--train", tmp_path / "bare", *out)
   assert "bare: neither 00000.tar, nor a folder 00000, nor 00000.parquet" in message

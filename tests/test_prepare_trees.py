@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 from test_prepare_data import fails, run
-from test_records import picture
+from test_records import encoded_image
 
 from xmodal_jax.data import records
 
@@ -23,14 +23,14 @@ TRAIN = [("a.jpg", 3, "of another split", 0)]
 
 
 def csv_set(root: pathlib.Path, valid=VALID, train=TRAIN, columns=COLUMNS) -> tuple:
-  """A data set in ZeroVL's layout, with a picture for each row; -> arguments."""
+  """A dataset in ZeroVL's layout, with an image for each row; -> arguments."""
   for part, rows in (("train", train), ("valid", valid)):
     if rows is None:
       continue
     for i, row in enumerate(rows):
       path = root / "set" / part / row[0]
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_bytes(picture(i))
+      path.write_bytes(encoded_image(i))
     with (root / "set" / f"{part}_anno.csv").open("w", newline="") as f:
       csv.writer(f).writerows([columns, *rows])
   return ("csv", "--root", root / "set", "--out", root / "out")
@@ -41,7 +41,7 @@ def test_csv(tmp_path):
   split = records.open_split(tmp_path / "out", "val")
   assert [(r.filename, r.image_id) for r in split] == [("b.jpg", BIG), ("a.jpg", 3), ("c/d.jpg", 0)]
   first = split.read(0)
-  assert first.image == picture(2) and first.label == -1  # written twice
+  assert first.image == encoded_image(2) and first.label == -1  # written twice
   assert first.captions == ("one\nof two lines", "two") and first.caption_ids == (BIG + 1, 7)
   assert split.caption_positions.tolist() == [0, 2, 1, 3]
   assert [r.captions for r in records.open_split(tmp_path / "out", "train")] == [(TRAIN[0][2],)]
@@ -58,10 +58,10 @@ def test_csv_of_one_file(tmp_path, caplog):
     records.open_split(tmp_path / "out", "val")
 
 
-def test_csv_missing_pictures(tmp_path, capsys):
+def test_csv_missing_images(tmp_path, capsys):
   args = csv_set(tmp_path)
   (tmp_path / "set" / "valid" / "a.jpg").unlink()
-  assert "1 of 4 pictures are missing" in fails(capsys, *args)
+  assert "1 of 4 images are missing" in fails(capsys, *args)
   run(*args, "--max_missing", "1")
   split = records.open_split(tmp_path / "out", "val")
   assert [r.filename for r in split] == ["b.jpg", "c/d.jpg"]
@@ -72,10 +72,10 @@ def test_csv_missing_pictures(tmp_path, capsys):
   "valid, message",
   [
     ([], "valid_anno.csv: no rows"),
-    ([*VALID, ("a.jpg", 4, "x", 9)], "csv:7: picture a.jpg has image_id 4, but 3 at"),
-    ([*VALID, ("a.jpg", 4, "x", 9)], "valid_anno.csv:4; all rows of a picture"),
-    ([*VALID, ("e.jpg", 3, "x", 9)], "csv:7: image_id 3 is of picture e.jpg, but of a.jpg at"),
-    ([*VALID, ("a.jpg", 0, "x", 9)], "csv:7: picture a.jpg has image_id 0, but 3 at"),
+    ([*VALID, ("a.jpg", 4, "x", 9)], "csv:7: image a.jpg has image_id 4, but 3 at"),
+    ([*VALID, ("a.jpg", 4, "x", 9)], "valid_anno.csv:4; all rows of an image"),
+    ([*VALID, ("e.jpg", 3, "x", 9)], "csv:7: image_id 3 is of image e.jpg, but of a.jpg at"),
+    ([*VALID, ("a.jpg", 0, "x", 9)], "csv:7: image a.jpg has image_id 0, but 3 at"),
     ([("a.jpg", "1.0", "x", 9)], "csv:2: image_id is '1.0', expected an integer of 64 bits"),
     ([("a.jpg", 1, "x", 2**63)], "caption_id is '9223372036854775808'"),
     ([("a.jpg", 1, "", 9)], "csv:2: nothing in column 'caption'"),
@@ -101,7 +101,7 @@ def folders(root: pathlib.Path) -> tuple:
   for i, name in enumerate(files):
     path = root / "set" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(i))
+    path.write_bytes(encoded_image(i))
   (root / "names.txt").write_text("b\tbig cat, lynx\n\nB\tbus\na\tapple \nz\tzebra\n")
   return ("folders", "--root", root / "set", "--out", root / "out")
 
@@ -110,13 +110,13 @@ def test_folders(tmp_path, caplog):
   args = folders(tmp_path)
   for name in ("train/a/notes.txt", "train/a/._3.jpg", "train/.cache/1.jpg"):
     (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
-    (tmp_path / "set" / name).write_bytes(b"no picture")
+    (tmp_path / "set" / name).write_bytes(b"no image")
   with caplog.at_level("INFO"):
     run(*args, "--check_images")
   for text in (
     "left out 2 files",
     "hidden folders ['.cache']",
-    "no pictures of 2 classes, first B",
+    "no images of 2 classes, first B",
   ):
     assert text in caplog.text
   train = records.open_split(tmp_path / "out", "train")
@@ -125,7 +125,7 @@ def test_folders(tmp_path, caplog):
   assert found == [
     ("B/2.png", 0, 0, ()), ("a/3.jpg", 1, 1, ()), ("a/x/0.jpg", 1, 2, ()), ("b/1.JPEG", 2, 3, ()),
   ]  # fmt: skip
-  assert train.read(0).image == picture(1)
+  assert train.read(0).image == encoded_image(1)
   assert train.captions_per_record.tolist() == [0] * 4 and len(train.caption_positions) == 0
   val = records.open_split(tmp_path / "out", "val")
   assert [(r.filename, r.label, r.image_id) for r in val] == [("b/4.jpg", 2, 4)]
@@ -168,7 +168,7 @@ def test_bad_folders(tmp_path, capsys):
   (root / "val" / "c").mkdir()
   assert f"{root / 'val' / 'c'}: no such class in" in fails(capsys, *args)
   (root / "val" / "c").rename(root / "train" / "c")
-  assert f"{root / 'train' / 'c'}: no picture in it" in fails(capsys, *args)
+  assert f"{root / 'train' / 'c'}: no image in it" in fails(capsys, *args)
   (root / "train" / "c").rmdir()
   (root / "val" / "b" / "4.jpg").rename(root / "val" / "4.jpg")
   (root / "val" / "b").rmdir()

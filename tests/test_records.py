@@ -16,7 +16,7 @@ from xmodal_jax.data import records, tfrecord
 from xmodal_jax.data.preparing import builder
 
 
-def picture(i: int, size: int = 8) -> bytes:
+def encoded_image(i: int, size: int = 8) -> bytes:
   pixels = np.random.default_rng(i).integers(0, 255, (size, size, 3), np.uint8)
   out = io.BytesIO()
   Image.fromarray(pixels).save(out, "JPEG")
@@ -25,7 +25,7 @@ def picture(i: int, size: int = 8) -> bytes:
 
 def example(i: int, base: int = 0) -> dict:
   return {
-    "image": picture(base + i),
+    "image": encoded_image(base + i),
     "image_id": 2**40 + i,  # beyond 32 bits
     "filename": f"{base + i}.jpg",
     "captions": [f"caption {j} of {i}, naïve" for j in range(i % 3 + 1)],
@@ -46,7 +46,7 @@ def write(out: pathlib.Path, splits=None, **kw) -> pathlib.Path:
 def test_round_trip(tmp_path):
   folder = write(tmp_path, shard_bytes=5000)
   assert len(list(folder.glob("toy-train*.index"))) > 2
-  for where in (folder, folder.parent, tmp_path):  # the data set, or one name/version below
+  for where in (folder, folder.parent, tmp_path):  # the dataset, or one name/version below
     split = records.open_split(where, "train")
     assert len(split) == 20 and split.name == "train"
   assert split.captions_per_record.dtype == np.int32
@@ -134,7 +134,7 @@ def read_all(split) -> list[int]:
   bad = []
   for i in range(len(split)):
     try:
-      assert split.read(i).image == picture(i)
+      assert split.read(i).image == encoded_image(i)
     except records.BadRecordError as e:
       assert (e.split, e.index) == ("train", i)
       bad.append(i)
@@ -217,7 +217,7 @@ def test_unparsable_record_is_met_when_the_index_is_made(tmp_path):
 
 
 def damaged(folder: pathlib.Path, how: str) -> str:
-  """Damages a data set; returns what the message must say."""
+  """Damages a dataset; returns what the message must say."""
   (shard,) = folder.glob("toy-train.tfrecord-00000-of-00001")
   index = tfrecord.index_path(shard)
   size = shard.stat().st_size
@@ -240,7 +240,7 @@ def damaged(folder: pathlib.Path, how: str) -> str:
   if how == "shard lost":
     shard.unlink()
     return rf"{shard.name}: no such shard"
-  assert how == "of another data set"
+  assert how == "of another dataset"
   info = folder / "dataset_info.json"
   info.write_text(info.read_text().replace('"20"', '"21"'))
   return r"holds 20 records, but dataset_info.json .* 21"
@@ -254,7 +254,7 @@ def damaged(folder: pathlib.Path, how: str) -> str:
     "broken chain, no index",
     "cut index",
     "shard lost",
-    "of another data set",
+    "of another dataset",
   ],
 )
 def test_damaged_shard(tmp_path, how):
@@ -268,7 +268,7 @@ def test_what_is_not_there(tmp_path):
   folder = write(tmp_path)
   with pytest.raises(records.DatasetError, match=r"no split 'dev'; there are \['train', 'val'\]"):
     records.open_split(folder, "train+dev")
-  with pytest.raises(records.DatasetError, match=r"nowhere: no such data set.*prepare_data\.py"):
+  with pytest.raises(records.DatasetError, match=r"nowhere: no such dataset.*prepare_data\.py"):
     records.open_split(tmp_path / "nowhere", "train")
   (tmp_path / "empty").mkdir()
   with pytest.raises(records.DatasetError, match=r"empty: no dataset_info.json.*prepare_data\.py"):
@@ -276,7 +276,7 @@ def test_what_is_not_there(tmp_path):
   builder.write_dataset(
     tmp_path, "toy2", "1.0.0", {"train": [example(0)]}, description="", region_dim=6
   )
-  with pytest.raises(records.DatasetError, match=r"holds 2 data sets(?s:.*)toy2"):
+  with pytest.raises(records.DatasetError, match=r"holds 2 datasets(?s:.*)toy2"):
     records.open_split(tmp_path, "train")
   info = folder / "dataset_info.json"
   parsed = json.loads(info.read_text())
@@ -287,7 +287,7 @@ def test_what_is_not_there(tmp_path):
 
 
 def fake_coco(root: pathlib.Path) -> None:
-  """A small data set as TFDS itself writes coco_captions."""
+  """A small dataset as TFDS itself writes coco_captions."""
   import tensorflow as tf
   import tensorflow_datasets as tfds
 
@@ -306,7 +306,11 @@ def fake_coco(root: pathlib.Path) -> None:
   with tf.io.TFRecordWriter(str(folder / "coco_captions-test.tfrecord-00000-of-00001")) as f:
     for i in range(4):
       captions = [{"id": 2**40 + j, "text": f"{i} {j} ü"} for j in range(5 + (i == 2))]
-      example = {"image": io.BytesIO(picture(i)), "image/filename": f"{i}.jpg", "image/id": 100 + i}
+      example = {
+        "image": io.BytesIO(encoded_image(i)),
+        "image/filename": f"{i}.jpg",
+        "image/id": 100 + i,
+      }
       f.write(spec.serialize_example({**example, "captions": captions, "objects": []}))
   split = tfds.core.SplitInfo(name="test", shard_lengths=[4], num_bytes=0)
   tfds.folder_dataset.write_metadata(
@@ -323,7 +327,7 @@ def test_data_set_of_tfds(tmp_path):
   split = records.open_tfds("coco_captions", "test", tmp_path)
   assert split.captions_per_record.tolist() == [5, 5, 6, 5]
   record = split.read(2)
-  assert (record.image, record.filename, record.image_id) == (picture(2), "2.jpg", 102)
+  assert (record.image, record.filename, record.image_id) == (encoded_image(2), "2.jpg", 102)
   assert record.captions == tuple(f"2 {j} ü" for j in range(6))
   assert record.caption_ids == tuple(2**40 + j for j in range(6))
   assert record.regions is None and record.boxes is None
@@ -337,7 +341,7 @@ def test_data_set_of_tfds(tmp_path):
 def test_labels(tmp_path):
   names = ("bus", "big cat, lynx", "ü")
   labelled = lambda i: {
-    "image": picture(i), "image_id": i, "filename": "", "captions": [], "label": i % 4 - 1
+    "image": encoded_image(i), "image_id": i, "filename": "", "captions": [], "label": i % 4 - 1
   }  # fmt: skip
   folder = write(tmp_path, {"a": map(labelled, range(6))}, region_dim=None, class_names=names)
   split = records.open_split(folder, "a")
@@ -352,7 +356,7 @@ def test_labels(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "validation", "train+validation"])
 def test_imagenet_of_tfds(tmp_path, split):
-  """Labelled pictures without captions, as TFDS itself writes imagenet2012."""
+  """Labelled images without captions, as TFDS itself writes imagenet2012."""
   import tensorflow as tf
   import tensorflow_datasets as tfds
 
@@ -365,7 +369,11 @@ def test_imagenet_of_tfds(tmp_path, split):
     shard = folder / f"imagenet2012-{name}.tfrecord-00000-of-00001"
     with tf.io.TFRecordWriter(str(shard)) as f:
       for i, label in enumerate(values):
-        fields = {"image": io.BytesIO(picture(i)), "label": label, "file_name": f"{name}{i}.JPEG"}
+        fields = {
+          "image": io.BytesIO(encoded_image(i)),
+          "label": label,
+          "file_name": f"{name}{i}.JPEG",
+        }
         f.write(info.features.serialize_example(info.features.encode_example(fields)))
     infos.append(tfds.core.SplitInfo(name=name, shard_lengths=[len(values)], num_bytes=0))
   tfds.folder_dataset.write_metadata(
@@ -380,7 +388,7 @@ def test_imagenet_of_tfds(tmp_path, split):
     assert [r.label for r in opened] == want
     assert len(opened.class_names) == 1000 and opened.class_names[7] == "n01514668"
     first = opened.read(0)
-    assert first.image == picture(0) and first.filename == f"{split.split('+')[0]}0.JPEG"
+    assert first.image == encoded_image(0) and first.filename == f"{split.split('+')[0]}0.JPEG"
     assert (first.captions, first.caption_ids, first.image_id) == ((), (), -1)
     assert opened.captions_per_record.tolist() == [0] * len(want)
     assert len(opened.caption_positions) == 0

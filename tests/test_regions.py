@@ -20,13 +20,13 @@ from xmodal_jax.data import pipeline, records
 from xmodal_jax.data.preparing import builder, detections, shapes
 from xmodal_jax.data.tfrecord import DatasetError
 
-WIDTH, COUNT = 8, 6  # of the features; pictures
+WIDTH, COUNT = 8, 6  # of the features; images
 SIZES = [(100 + i, 60 + i) for i in range(COUNT)]
 SPLITS = ["train", "val", "train", "test", "train", "train"]
 
 
 def detected(i: int) -> tuple[np.ndarray, np.ndarray]:
-  """Picture i has i % 3 + 1 regions."""
+  """Image i has i % 3 + 1 regions."""
   rng, n = np.random.default_rng(i), i % 3 + 1
   low = rng.uniform(0, 40, (n, 2))
   boxes = np.concatenate([low, low + rng.uniform(1, 19, (n, 2))], 1)
@@ -167,13 +167,13 @@ def check(capsys, *args) -> str:
 
 def test_report_of_good_features(tmp_path, capsys):
   report = check(capsys, *prepare(tmp_path, folder(tmp_path / "features")))
-  assert "6 pictures (train 4, val 1, test 1), 12 captions" in report
-  assert "6 read: 12 regions, 1 to 3 of a picture; features of float32, width 8 x 6" in report
+  assert "6 images (train 4, val 1, test 1), 12 captions" in report
+  assert "6 read: 12 regions, 1 to 3 of an image; features of float32, width 8 x 6" in report
   assert report.endswith("warnings: none\nerrors: none\n")
 
 
 def saved(change, what="bu_box"):
-  """Edits an array of picture 2, which has three regions."""
+  """Edits an array of image 2, which has three regions."""
 
   def edit(root):
     path = root / what / ("2.npy" if what == "bu_box" else "2.npz")
@@ -203,9 +203,9 @@ def remove(name):
   "edit, message",
   [
     (saved(put((1, 2), 1.0)), "x boxes out of order:\n    {root}/bu_att/2.npz, id 2: region 1 is"),
-    (saved(put((0, 3), 64.0)), "x boxes outside of the picture:\n    {root}/bu_att/2.npz, id 2"),
-    (saved(put((0, 0), -1.0)), "x boxes outside of the picture:\n    {root}/bu_att/2.npz, id 2"),
-    (saved(lambda b: b / 100), "x boxes in parts of the picture:"),
+    (saved(put((0, 3), 64.0)), "x boxes outside of the image:\n    {root}/bu_att/2.npz, id 2"),
+    (saved(put((0, 0), -1.0)), "x boxes outside of the image:\n    {root}/bu_att/2.npz, id 2"),
+    (saved(lambda b: b / 100), "x boxes in parts of the image:"),
     (
       saved(lambda b: b[:2]),
       "x boxes of another shape:\n    {root}/bu_att/2.npz, id 2: float32 (2",
@@ -253,7 +253,7 @@ def test_warnings_are_counted(tmp_path, capsys, caplog):
     ([line(0), line(1, n=5)], "a.tsv:2: image_id 1 is damaged"),
     ([line(0), line(1, boxes="!!!!")], "a.tsv:2: image_id 1 is damaged"),
     ([line(0), line(0, w=9)], "a.tsv:2: image_id 0 is also in"),
-    ([], "a.tsv: empty; expected a line per picture"),
+    ([], "a.tsv: empty; expected a line per image"),
   ],
 )
 def test_bad_tables(tmp_path, lines, message):
@@ -277,11 +277,11 @@ def test_where_sizes_come_from(tmp_path, capsys):
   features = folder(tmp_path / "features")
   args = prepare(tmp_path, features)
   del args[args.index("--sizes") : args.index("--sizes") + 2]
-  assert "6 x pictures of unknown size:" in check(capsys, *args)
+  assert "6 x images of unknown size:" in check(capsys, *args)
   (tmp_path / "images").mkdir()
   for i, size in enumerate(SIZES):
     Image.new("RGB", size).save(tmp_path / "images" / f"p{i}.jpg")
-  run(*args, "--name", "pictures", "--images", tmp_path / "images")
+  run(*args, "--name", "images", "--images", tmp_path / "images")
   add = lambda images: [item.update(width=w, height=h) for item, (w, h) in zip(images, SIZES)]  # noqa: B905
   karpathy(tmp_path, add)
   run(*args, "--name", "annotations")
@@ -292,7 +292,7 @@ def test_where_sizes_come_from(tmp_path, capsys):
   for kind in ("csv", "json"):
     run(*args, "--name", kind, "--sizes", tmp_path / f"sizes.{kind}")
   run(*args, "--name", "tables", "--features", *tables(tmp_path / "tables"))
-  for name in ("pictures", "annotations", "csv", "json", "tables"):
+  for name in ("images", "annotations", "csv", "json", "tables"):
     (record,) = records.open_split(tmp_path / "out" / name, "test")
     assert record.size == SIZES[3], name
   (tmp_path / "sizes.json").write_text(json.dumps([[1, 2], [0, 5]]))
@@ -342,7 +342,7 @@ def test_a_real_sample(shared_data, tmp_path):
   """34 regions of a photograph as published, joined by its file name; boxes are not part of it."""
   sample = shared_data / "regions_mini"
   name = "COCO_test2015_000000000001"
-  sentences = [{"raw": "a picture", "sentid": 0}]
+  sentences = [{"raw": "an image", "sentid": 0}]
   item = {"filename": f"{name}.jpg", "split": "test", "sentences": sentences, "cocoid": 1}
   (tmp_path / "a.json").write_text(json.dumps({"images": [item]}))
   args = ["regions", "--annotations", tmp_path / "a.json", "--features", sample]
@@ -372,7 +372,7 @@ def stream(split, count, truncate=False, **kw):
 
 
 def test_batches(prepared):
-  """Padded, with boxes as parts of the picture; training and evaluation hold the same."""
+  """Padded, with boxes as parts of the image; training and evaluation hold the same."""
   split = records.open_split(prepared, "train")
   batches = stream(split, 4)
   train = list(itertools.islice(batches, 2))
@@ -416,7 +416,7 @@ def test_more_regions_than_asked_for(prepared):
 
 
 def test_damaged_records_are_replaced(prepared, tmp_path):
-  """As pictures that do not decode: counted, and another sample stands in."""
+  """As images that do not decode: counted, and another sample stands in."""
   copy = tmp_path / "copy"
   copy.mkdir()
   for path in (prepared / "regions" / "1.0.0").iterdir():
@@ -432,7 +432,7 @@ def test_damaged_records_are_replaced(prepared, tmp_path):
   assert list(bad) == [0] and all(0 not in batch["image_id"] for batch in rows)
 
 
-def test_pictures_have_no_regions(tmp_path):
+def test_images_have_no_regions(tmp_path):
   example = {"image": b"x", "image_id": 0, "filename": "a.jpg", "captions": ["b"]}
   folder = builder.write_dataset(
     tmp_path, "toy", "1.0.0", {"train": [example] * 4}, description="x"

@@ -1,4 +1,4 @@
-"""The embedded data set: determinism, what scenes and captions hold, and the first run."""
+"""The embedded dataset: determinism, what scenes and captions hold, and the first run."""
 
 import io
 import pathlib
@@ -52,7 +52,7 @@ def test_scenes_differ_and_keep_the_rules():
   assert [len(k) for k in kinds] == [8, 5, 2, 9]
 
 
-def test_pictures_show_the_scene():
+def test_images_show_the_scene():
   """The pixel in the middle of each box has the object's colour, and the box is in its cell."""
   for i, scene in enumerate(shapes.scenes(1, 80)):
     image, boxes = shapes.render(scene, np.random.default_rng(i))
@@ -93,7 +93,7 @@ def test_relations(cell, to, words):
 
 
 def test_region_features_see_the_object():
-  """Of the same box, another colour gives other features; geometry is as parts of the picture."""
+  """Of the same box, another colour gives other features; geometry is as parts of the image."""
   scene = (("red", "circle", "large", 4), ("blue", "star", "small", 0))
   image, boxes = shapes.render(scene, np.random.default_rng(0))
   features = shapes.region_features(image, boxes)
@@ -130,7 +130,7 @@ def test_ensure_writes_once_also_in_a_race(tmp_path, monkeypatch):
 
 def test_regions_are_the_objects_and_then_background(tmp_path):
   """Background boxes lie in cells without an object, and the first ones are where the objects are;
-  the pictures and captions are those of the scenes alone."""
+  the images and captions are those of the scenes alone."""
   split = records.open_split(shapes.write(tmp_path, sizes={"train": 40}), "train")
   counts = set()
   for i, (record, scene) in enumerate(zip(split, shapes.scenes(0, 40), strict=True)):

@@ -307,10 +307,10 @@ def test_a_run_reads_bert_ids(tiny_data):
   source = inputs.from_config(c)
   (batch,) = [b for _, b in zip(range(1), source.train(0), strict=False)]
   offsets = np.cumsum([0, *source.split("train").captions_per_record])
-  for row, picture, caption in zip(
+  for row, image, caption in zip(
     batch["text_ids"], batch["image_id"], batch["caption_id"], strict=True
   ):
-    text = source.split("train").read(int(picture)).captions[caption - offsets[picture]]
+    text = source.split("train").read(int(image)).captions[caption - offsets[image]]
     np.testing.assert_array_equal(row, source.tokenizer([text], 24)[0][0])
   assert sum(b["valid"].sum() for b in source.texts(source.split("val"))) > 12
   c.text.truncate, c.text.length = False, 4

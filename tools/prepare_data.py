@@ -1,4 +1,4 @@
-"""Writes a data set for training and evaluation: TFRecords that TFDS reads, with offset indices.
+"""Writes a dataset for training and evaluation: TFRecords that TFDS reads, with offset indices.
 
   python tools/prepare_data.py karpathy --annotations dataset.json --images DIR --out DATA_DIR
   python tools/prepare_data.py coco --annotations DIR --images DIR --out DATA_DIR
@@ -16,12 +16,12 @@ Beam (`pip install xmodal_jax[beam]`): on the cores of this machine by --beam_ru
 --beam_runner=DataflowRunner --beam_options="--project=P --region=R --temp_location=gs://B/tmp
 --setup_file=./setup.py", which needs apache-beam[gcp] besides. Options are Beam's own.
 
-regions writes no pictures but the regions that a detector found in them, from a folder with bu_att
+regions writes no images but the regions that a detector found in them, from a folder with bu_att
 and bu_box, from tables of bottom-up attention or from an HDF5 file, whose layouts are listed in
 xmodal_jax/data/preparing/detections.py. --check reads all of them and reports what does not fit,
 without writing.
 
-The data set goes to DATA_DIR/NAME/VERSION; give DATA_DIR/NAME as the data directory of a config.
+The dataset goes to DATA_DIR/NAME/VERSION; give DATA_DIR/NAME as the data directory of a config.
 """
 
 import argparse
@@ -62,24 +62,24 @@ def _parser() -> argparse.ArgumentParser:
   ) -> argparse.ArgumentParser:
     sub = commands.add_parser(name, help=text, description=text)
     required = name != "regions"
-    sub.add_argument("--out", required=required, help="folder of data sets, local or gs://")
+    sub.add_argument("--out", required=required, help="folder of datasets, local or gs://")
     sub.add_argument("--name", default=default_name, help="(default: %(default)s)")
     sub.add_argument("--version", default=version, help="(default: %(default)s)")
-    sub.add_argument("--overwrite", action="store_true", help="replace the data set if it exists")
+    sub.add_argument("--overwrite", action="store_true", help="replace the dataset if it exists")
     if name in ("csv", "folders"):
-      sub.add_argument("--root", required=True, help="the folder of the data set")
+      sub.add_argument("--root", required=True, help="the folder of the dataset")
     elif name not in ("albef", "img2dataset", "shapes"):
       sub.add_argument("--annotations", required=True)
-      sub.add_argument("--images", required=required, help="folder of the pictures")
+      sub.add_argument("--images", required=required, help="folder of the images")
     if name not in ("regions", "shapes"):
       broken = "left out and counted" if name == "img2dataset" else "an error"
-      text = f"decode each picture; one that does not is {broken}"
+      text = f"decode each image; one that does not is {broken}"
       sub.add_argument("--check_images", action="store_true", help=text)
     return sub
 
   sub = command("karpathy", "Karpathy's dataset_*.json or .json.gz, all its splits", "karpathy")
   count = lambda v: None if v == "all" else int(v)
-  five = "the first so many of each picture, or all (default: 5, the COCO protocol)"
+  five = "the first so many of each image, or all (default: 5, the COCO protocol)"
   sub.add_argument("--captions_per_image", type=count, default=5, help=five)
   text = "folder with captions_{train,val}2014.json and coco_{train,restval,dev,test}_ids.npy"
   sub = command("coco", text, "coco")
@@ -98,16 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
       f"--{split}", nargs=2, metavar=("JSON", "ROOT"), action="append", default=[], help=text
     )
-  missing = "leave out up to so many pictures whose file does not exist (default: 0)"
+  missing = "leave out up to so many images whose file does not exist (default: 0)"
   sub.add_argument("--max_missing", type=int, default=0, help=missing)
-  text = "ZeroVL's {train,valid}_anno.csv, beside the folders train and valid of their pictures"
+  text = "ZeroVL's {train,valid}_anno.csv, beside the folders train and valid of their images"
   sub = command("csv", text, "csv")
   text = "the split of valid_anno.csv (default: %(default)s)"
   sub.add_argument("--valid_split", choices=("val", "test"), default="val", help=text)
   sub.add_argument("--max_missing", type=int, default=0, help=missing)
-  sub = command(
-    "folders", "labelled pictures in train/CLASS/ and val/CLASS/, no captions", "folders"
-  )
+  sub = command("folders", "labelled images in train/CLASS/ and val/CLASS/, no captions", "folders")
   text = "a line 'folder<TAB>readable name' for each class (default: the folders' names)"
   sub.add_argument("--names", metavar="FILE", help=text)
   sub = command("img2dataset", "what img2dataset wrote: tars, folders or parquet", "img2dataset")
@@ -124,10 +122,10 @@ def _parser() -> argparse.ArgumentParser:
   sub = command("regions", text, "regions")
   text = "a folder with bu_att and bu_box, tables of bottom-up attention, or an .h5 file"
   sub.add_argument("--features", nargs="+", metavar="PATH", required=True, help=text)
-  sub.add_argument("--boxes", metavar="DIR", help="ID.npy for each picture (default: bu_box)")
-  text = "sizes of the pictures, .pkl, .json or .csv (default: those of annotations or tables)"
+  sub.add_argument("--boxes", metavar="DIR", help="ID.npy for each image (default: bu_box)")
+  text = "sizes of the images, .pkl, .json or .csv (default: those of annotations or tables)"
   sub.add_argument("--sizes", metavar="FILE", help=text)
-  text = "how features name a picture: by id, by its file name without suffix, or (auto, the "
+  text = "how features name an image: by id, by its file name without suffix, or (auto, the "
   text += "default) by COCO's id, else by its place in the json"
   sub.add_argument("--key", choices=("auto", "id", "stem"), default="auto", help=text)
   text = "of the stored features (default: %(default)s)"
@@ -136,13 +134,13 @@ def _parser() -> argparse.ArgumentParser:
   text = dev.format("TGDT's program")
   sub.add_argument("--dev_captions", type=count, metavar="N", help=text)
   sub.add_argument("--check", action="store_true", help="report, and write nothing")
-  sub = command("shapes", "the embedded data set of rendered scenes", "shapes", shapes.VERSION)
+  sub = command("shapes", "the embedded dataset of rendered scenes", "shapes", shapes.VERSION)
   sub.add_argument("--seed", type=int, default=0)
   return parser
 
 
 def _write(args: argparse.Namespace) -> epath.Path | None:
-  """The folder of the data set; None where nothing was to be written."""
+  """The folder of the dataset; None where nothing was to be written."""
   if args.source == "regions" and args.check:
     report = _regions(args).check()
     print(report)
@@ -150,7 +148,7 @@ def _write(args: argparse.Namespace) -> epath.Path | None:
       raise builder.DatasetError("the region features have errors, which are listed above")
     return None
   if not args.out:
-    raise builder.DatasetError("no --out; name the folder of data sets, or pass --check")
+    raise builder.DatasetError("no --out; name the folder of datasets, or pass --check")
   builder.check_absent(args.out, args.name, args.version, args.overwrite)
   where = {"name": args.name, "version": args.version, "overwrite": args.overwrite}
   if args.source == "regions":
@@ -193,7 +191,7 @@ def _write(args: argparse.Namespace) -> epath.Path | None:
   return builder.write_dataset(
     args.out,
     splits={name: annotations.examples(split) for name, split in splits.items()},
-    description=f"Pictures and {'labels' if class_names else 'captions'}, written by "
+    description=f"Images and {'labels' if class_names else 'captions'}, written by "
     f"prepare_data.py {args.source}.",
     sources={"source": args.source, "options": options, "sha256": sha256},
     class_names=class_names,
@@ -227,7 +225,7 @@ def _write_regions(args: argparse.Namespace, where: dict) -> epath.Path:
     sha256 |= sources.checksums(args.sizes)
   path = builder.write_dataset(
     args.out,
-    splits={split: joined.examples(split) for split in joined.report.pictures},
+    splits={split: joined.examples(split) for split in joined.report.images},
     description="Regions and captions, written by prepare_data.py regions.",
     sources={
       "source": "regions",
@@ -254,7 +252,7 @@ def _write_img2dataset(args: argparse.Namespace, where: dict) -> epath.Path:
     args.out,
     sources={split: find(dirs) for split, dirs in folders.items()},
     read=functools.partial(img2dataset.read, check_images=args.check_images),
-    description="Pictures and captions, written by prepare_data.py img2dataset.",
+    description="Images and captions, written by prepare_data.py img2dataset.",
     origin={"source": "img2dataset", "options": {**folders, "check_images": args.check_images}},
     beam=shards.Beam(args.beam_runner, args.beam_options) if args.beam_runner else None,
     **where,

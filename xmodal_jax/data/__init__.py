@@ -1,1 +1,1 @@
-"""Data sets on disk, the order of examples, decoding, tokenizers and batches."""
+"""Datasets on disk, the order of examples, decoding, tokenizers and batches."""

@@ -1,7 +1,7 @@
-"""Random changes of training pictures, on the host.
+"""Random changes of training images, on the host.
 
-Each takes an RGB picture and the sample's own generator, draws from nothing else, and gives an RGB
-picture of the same size (the crop apart; erasing, which comes last, works on arrays). `build` puts
+Each takes an RGB image and the sample's own generator, draws from nothing else, and gives an RGB
+image of the same size (the crop apart; erasing, which comes last, works on arrays). `build` puts
 them together from the values of a config.
 """
 
@@ -201,7 +201,7 @@ _SIGNED = frozenset(n for n in _NAMES if n.startswith(("Shear", "Translate", "Ro
 
 
 def warp(image: Image.Image, forward: np.ndarray) -> Image.Image:
-  """The picture under a map of coordinates, float64 [2, 3], bilinear, with FILL around it.
+  """The image under a map of coordinates, float64 [2, 3], bilinear, with FILL around it.
 
   In the fixed-point numbers of OpenCV's warpAffine: source coordinates are rounded to 1/32 of a
   pixel, so that the weights of the four neighbours are multiples of 1/1024.
@@ -286,9 +286,9 @@ def random_erase(
   """Random boxes of [H, W, 3] filled with noise (Zhong et al., 2020), in a copy; or the array.
 
   Their number is uniform in `count`, and together they take a share uniform in ERASE_AREA of the
-  picture, with an aspect ratio log-uniform in ERASE_ASPECT; a box that does not fit in ten tries
+  image, with an aspect ratio log-uniform in ERASE_ASPECT; a box that does not fit in ten tries
   is left out. Filled with mean + std n, one n for each "pixel" and channel, or for each channel
-  ("rand"), or 0 ("const"). n is standard normal, mean and std are in the picture's own numbers:
+  ("rand"), or 0 ("const"). n is standard normal, mean and std are in the image's own numbers:
   with the defaults a normalised one. Integers are rounded and clipped.
   """
   if rng.random() > probability:
@@ -338,7 +338,7 @@ def build(
   mean: Sequence[float] | None = None,
   std: Sequence[float] | None = None,
 ) -> image_lib.Augment | None:
-  """A training augmentation (picture, generator) -> uint8 [crop, crop, 3]; None if nothing is on.
+  """A training augmentation (image, generator) -> uint8 [crop, crop, 3]; None if nothing is on.
 
   The steps come in the order of the arguments. transform: the evaluation transform, which gives
   size, filter and EXIF rotation, and is itself the first step of a "center" crop. mean, std: three

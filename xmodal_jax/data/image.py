@@ -1,4 +1,4 @@
-"""Encoded pictures to uint8 pixels, on the host and by Pillow.
+"""Encoded images to uint8 pixels, on the host and by Pillow.
 
 The published systems resized with Pillow, whose antialiased fixed-point filters no other library
 reproduces; Pillow also releases the GIL while it decodes and resizes. Normalisation is left to the
@@ -21,11 +21,11 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 
 
 class DecodeError(Exception):
-  """The bytes are not a whole picture."""
+  """The bytes are not a whole image."""
 
 
 def decode(source: bytes | np.ndarray | Image.Image) -> Image.Image:
-  """Bytes of any format that Pillow reads, or pixels uint8 [H, W] or [H, W, 3 or 4], to a picture.
+  """Bytes of any format that Pillow reads, or pixels uint8 [H, W] or [H, W, 3 or 4], to an image.
 
   The mode stays that of the file. EXIF rotation is left to `Transform`, for most of the published
   systems do without.
@@ -44,7 +44,7 @@ def decode(source: bytes | np.ndarray | Image.Image) -> Image.Image:
     raise
   except UnidentifiedImageError:
     # Pillow's own message prints the BytesIO object.
-    raise DecodeError(f"no known picture format, first bytes {source[:8]!r}") from None
+    raise DecodeError(f"no known image format, first bytes {source[:8]!r}") from None
   except Exception as e:
     # Decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
     raise DecodeError(f"{type(e).__name__}: {e}") from e
@@ -59,7 +59,7 @@ def load(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-  """The picture itself where it is RGB already; Pillow's own conversion would copy it."""
+  """The image itself where it is RGB already; Pillow's own conversion would copy it."""
   return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -91,7 +91,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """Resize, then crop the centre: picture -> uint8 [crop, crop, 3]."""
+  """Resize, then crop the centre: image -> uint8 [crop, crop, 3]."""
 
   size: int
   """Length to resize to: of the shorter side, or with `exact` of both."""
@@ -102,13 +102,13 @@ class Transform:
   interpolation: Interpolation = "bicubic"
   rgb_first: bool = True
   """False: resize in the file's own mode, then convert, as CLIP does. It matters for palette
-  pictures (nearest neighbour on indices) and RGBA (premultiplied alpha, then dropped)."""
+  images (nearest neighbour on indices) and RGBA (premultiplied alpha, then dropped)."""
   exif: bool = False
-  """Turn the picture as its EXIF orientation says, before everything else."""
+  """Turn the image as its EXIF orientation says, before everything else."""
 
   def __post_init__(self):
     if not 0 < self.crop <= self.size:
-      raise ValueError(f"a crop of {self.crop} does not fit pictures resized to {self.size}")
+      raise ValueError(f"a crop of {self.crop} does not fit images resized to {self.size}")
     if self.resize not in ("shorter", "exact") or self.interpolation not in FILTERS:
       raise ValueError(f"unknown resize or interpolation in {self}")
 
@@ -159,7 +159,7 @@ def crop_box(
     if 0 < w <= width and 0 < h <= height:
       top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
       return left, top, left + w, top + h
-  # At least one pixel: torchvision's rounding can reach 0 in a picture one pixel wide.
+  # At least one pixel: torchvision's rounding can reach 0 in an image one pixel wide.
   w = min(width, max(1, round(height * ratio[1])))
   h = min(height, max(1, round(width / ratio[0])))
   left, top = (width - w) // 2, (height - h) // 2
@@ -174,7 +174,7 @@ def random_resized_crop(
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   interpolation: Interpolation = "bicubic",
 ) -> Image.Image:
-  """A random box of the picture, resized to size x size."""
+  """A random box of the image, resized to size x size."""
   # Crop, then resize: with resize(box=...) the filter would see pixels outside the box.
   image = image.crop(crop_box(image.width, image.height, rng, scale, ratio))
   return image.resize((size, size), FILTERS[interpolation])

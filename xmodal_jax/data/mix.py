@@ -1,4 +1,4 @@
-"""The splits of several data sets as one, for training on more than one at a time."""
+"""The splits of several datasets as one, for training on more than one at a time."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,15 @@ from xmodal_jax.data.records import Record, Split
 
 
 class Joined:
-  """Splits of several data sets after one another: what training reads in place of a `Split`.
+  """Splits of several datasets after one another: what training reads in place of a `Split`.
 
-  Records, and so pictures and captions, are numbered through. captions_per_record: int32 [N].
-  starts: int64 [n + 1], the number of each data set's first record, and N. fingerprint: sha256 of
+  Records, and so images and captions, are numbered through. captions_per_record: int32 [N].
+  starts: int64 [n + 1], the number of each dataset's first record, and N. fingerprint: sha256 of
   those of the splits, in their order.
   """
 
   def __init__(self, parts: Sequence[Split], names: Sequence[str]):
-    """names: of the data sets. Raises ValueError where only some of them have captions."""
+    """names: of the datasets. Raises ValueError where only some of them have captions."""
     self.parts, self.names = tuple(parts), tuple(names)
     self.name = f"{parts[0].name} of {' + '.join(names)}"
     self.starts = np.cumsum([0, *map(len, parts)])
@@ -28,30 +28,30 @@ class Joined:
     if any(have) and not all(have):
       without = have.index(False)
       raise ValueError(
-        f"data set {names[without]} has no captions in split {parts[without].name!r}, and "
-        f"{names[have.index(True)]} has: data sets that are trained on together hold the same"
+        f"dataset {names[without]} has no captions in split {parts[without].name!r}, and "
+        f"{names[have.index(True)]} has: datasets that are trained on together hold the same"
       )
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """Of the labels. Raises ValueError where the data sets number their classes differently."""
+    """Of the labels. Raises ValueError where the datasets number their classes differently."""
     for part, name in zip(self.parts, self.names, strict=True):
       if part.class_names != self.parts[0].class_names:
-        raise ValueError(f"data sets {self.names[0]} and {name} have different classes")
+        raise ValueError(f"datasets {self.names[0]} and {name} have different classes")
     return self.parts[0].class_names
 
   def __len__(self) -> int:
     return int(self.starts[-1])
 
   def place(self, record: int) -> tuple[int, int]:
-    """Record -> (its data set, its number there). Raises IndexError."""
+    """Record -> (its dataset, its number there). Raises IndexError."""
     if not 0 <= record < len(self):
       raise IndexError(f"record {record} of {len(self)} in split {self.name!r}")
     source = int(np.searchsorted(self.starts, record, side="right")) - 1
     return source, int(record - self.starts[source])
 
   def read(self, i: int) -> Record:
-    """Record i, checked. Raises BadRecordError, with the number that it has in its own data set."""
+    """Record i, checked. Raises BadRecordError, with the number that it has in its own dataset."""
     source, i = self.place(i)
     return self.parts[source].read(i)
 
@@ -60,7 +60,7 @@ class Joined:
 
 
 def sample_counts(split: Split | Joined, captions: order.Captions) -> list[int]:
-  """Samples of each data set in an epoch; of the one, where the split is not joined."""
+  """Samples of each dataset in an epoch; of the one, where the split is not joined."""
   if not isinstance(split, Joined):
     return [order.samples_per_epoch(split.captions_per_record, captions)]
   counts = []
@@ -68,7 +68,7 @@ def sample_counts(split: Split | Joined, captions: order.Captions) -> list[int]:
     try:
       counts.append(order.samples_per_epoch(part.captions_per_record, captions))
     except ValueError as e:
-      raise ValueError(f"data set {name}: {e}") from None
+      raise ValueError(f"dataset {name}: {e}") from None
   return counts
 
 

@@ -2,7 +2,7 @@
 
 Nothing is shuffled in memory and nothing has to be saved: position p of epoch e is sample
 `permute(p, n, seed, e)`, whatever came before, so resuming at any position costs nothing. Where
-several data sets are trained on together, `Mixture` says which of them, and which batch of it, each
+several datasets are trained on together, `Mixture` says which of them, and which batch of it, each
 step takes.
 """
 
@@ -108,9 +108,9 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
 
 
 def source_seed(seed: int, source: int) -> int:
-  """The seed of data set `source` of several that are shuffled apart: `seed` itself for the first.
+  """The seed of dataset `source` of several that are shuffled apart: `seed` itself for the first.
 
-  Without it, data sets of one size would be in the same order.
+  Without it, datasets of one size would be in the same order.
   """
   if source == 0:
     return seed
@@ -119,7 +119,7 @@ def source_seed(seed: int, source: int) -> int:
 
 
 class Draws:
-  """Which data set each step draws, with probability proportional to its number of samples.
+  """Which dataset each step draws, with probability proportional to its number of samples.
 
   The draws are numpy's `default_rng(seed).choice(n, p=sizes / sum)`, one after another. Nothing has
   to be drawn in order all the same: a draw takes one 64-bit output of PCG64, which can be advanced.
@@ -131,16 +131,16 @@ class Draws:
   def __init__(self, sizes: Sequence[float], seed: int):
     sizes = np.asarray(sizes)
     self._p, self._seed, self._lock = sizes / sizes.sum(), seed % 2**64, threading.Lock()
-    self._before = [np.zeros(len(sizes), np.int64)]  # of each data set, ahead of each block
+    self._before = [np.zeros(len(sizes), np.int64)]  # of each dataset, ahead of each block
     self._block = functools.lru_cache(maxsize=4)(self._draw)
 
   def _draw(self, block: int) -> np.ndarray:
-    """The data sets that the steps of a block draw, int64 [BLOCK]."""
+    """The datasets that the steps of a block draw, int64 [BLOCK]."""
     bits = np.random.PCG64(self._seed).advance(block * self.BLOCK)
     return np.random.Generator(bits).choice(len(self._p), self.BLOCK, p=self._p)
 
   def __call__(self, step: int) -> tuple[int, int]:
-    """Step -> (the data set that it draws, how many steps before it drew the same)."""
+    """Step -> (the dataset that it draws, how many steps before it drew the same)."""
     block, i = divmod(step, self.BLOCK)
     with self._lock:
       while len(self._before) <= block:
@@ -152,18 +152,18 @@ class Draws:
 
 
 class Mixture:
-  """Which batch every step of a run takes from one data set or several: a function of (seed, step).
+  """Which batch every step of a run takes from one dataset or several: a function of (seed, step).
 
-  "shuffle": the data sets are one, shuffled together. "sequential": in each epoch one after
-  another, each shuffled in itself. "debias": every batch is of one data set, the one that `Draws`
-  says; a data set that has no whole batch left begins an epoch of its own, in another order. An
+  "shuffle": the datasets are one, shuffled together. "sequential": in each epoch one after
+  another, each shuffled in itself. "debias": every batch is of one dataset, the one that `Draws`
+  says; a dataset that has no whole batch left begins an epoch of its own, in another order. An
   epoch of the run is as many steps as there are whole batches in what is shuffled.
   """
 
   def __init__(
     self, mix: Mix, sizes: Sequence[int], batch_size: int, seed: int, names: Sequence[str] = ()
   ):
-    """sizes: samples of each data set; names: of the data sets, for errors.
+    """sizes: samples of each dataset; names: of the datasets, for errors.
 
     Raises ValueError for an unknown mix, and where what is shuffled is smaller than a batch.
     """
@@ -174,8 +174,8 @@ class Mixture:
     for name, size in zip(names, self.sizes, strict=False):
       if size < batch_size and len(self.sizes) > 1:
         raise ValueError(
-          f"data set {name} has {size} samples, fewer than a batch of {batch_size}, and with "
-          f"data.mix={mix!r} a batch is of one data set: leave it out, lower batch_size, or set "
+          f"dataset {name} has {size} samples, fewer than a batch of {batch_size}, and with "
+          f"data.mix={mix!r} a batch is of one dataset: leave it out, lower batch_size, or set "
           'data.mix to "shuffle"'
         )
     self._steps = [steps_per_epoch(size, batch_size) for size in self.sizes]
@@ -189,7 +189,7 @@ class Mixture:
   def __call__(self, step: int) -> tuple[int, int, int]:
     """Step -> (what is shuffled apart, its epoch, the batch in that epoch).
 
-    The first is 0 for "shuffle", else the index of a data set.
+    The first is 0 for "shuffle", else the index of a dataset.
     """
     if self._draws is not None:
       source, batch = self._draws(step)

@@ -1,6 +1,6 @@
-"""Random access to the pictures and captions of TFRecord data sets that TFDS can read.
+"""Random access to the images and captions of TFRecord datasets that TFDS can read.
 
-`open_split` opens data sets of `builder` (tools/prepare_data.py), `open_tfds` those of TFDS itself;
+`open_split` opens datasets of `builder` (tools/prepare_data.py), `open_tfds` those of TFDS itself;
 both read any record by its number from any thread, by the offset index of `tfrecord`.
 """
 
@@ -22,7 +22,7 @@ from xmodal_jax.data.tfrecord import DatasetError
 
 _KEPT_FDS = 512  # below the usual limit of 1024 per process; further shards are opened per read
 
-# The names of a field in the data sets of `builder` and in those that TFDS itself writes.
+# The names of a field in the datasets of `builder` and in those that TFDS itself writes.
 _FIELDS = {
   "image": ("image",),
   "image_id": ("image_id", "image/id"),
@@ -51,7 +51,7 @@ class BadRecordError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One picture with its captions. image: encoded bytes as stored, empty where only regions are."""
+  """One image with its captions. image: encoded bytes as stored, empty where only regions are."""
 
   image: bytes
   image_id: int  # of the annotation file, may exceed 32 bits; -1 where there is none
@@ -59,8 +59,8 @@ class Record:
   captions: tuple[str, ...]
   caption_ids: tuple[int, ...]  # of the annotation file; empty where there are none
   regions: np.ndarray | None = None  # float32 [R, F]
-  boxes: np.ndarray | None = None  # float32 [R, 4], x1 y1 x2 y2 in pixels of the picture
-  size: tuple[int, int] | None = None  # width and height of that picture, where it has boxes
+  boxes: np.ndarray | None = None  # float32 [R, 4], x1 y1 x2 y2 in pixels of the image
+  size: tuple[int, int] | None = None  # width and height of that image, where it has boxes
   label: int = -1  # position in Split.class_names; -1 where there is none
 
 
@@ -98,7 +98,7 @@ def parse(
     if name not in f:
       return None
     if not width:
-      raise ValueError(f"{name} of unknown width: the data set's features.json gives none")
+      raise ValueError(f"{name} of unknown width: the dataset's features.json gives none")
     raw = f[name].bytes_list.value  # one string of little-endian floats, or a list of floats
     flat = np.frombuffer(raw[0], dtype) if raw else np.array(f[name].float_list.value, np.float32)
     return flat.astype(np.float32, copy=False).reshape(-1, width)
@@ -149,7 +149,7 @@ class _Files:
 
 
 class Split:
-  """A split, or several after one another: `len` pictures, each read by its number.
+  """A split, or several after one another: `len` images, each read by its number.
 
   captions_per_record: int32 [N].
   class_names: what the labels of the records stand for; empty where there are no labels.
@@ -167,7 +167,7 @@ class Split:
     region_dtype: npt.DTypeLike = np.float32,
   ):
     """parts: for each split joined, its shards and the number of records of each. max_captions:
-    of every picture only the first so many count. region_dtype: of the features as stored."""
+    of every image only the first so many count. region_dtype: of the features as stored."""
     self.name, self.region_dim, self._max_captions = name, region_dim, max_captions
     self._region_dtype = np.dtype(region_dtype).newbyteorder("<")
     self.class_names: tuple[str, ...] = tuple(class_names)
@@ -193,7 +193,7 @@ class Split:
   def caption_positions(self) -> np.ndarray:
     """int64 [C], record after record: the place of each caption in the order of the source's list.
 
-    0..C-1 unless the source lists captions of one picture apart from one another. Splits that are
+    0..C-1 unless the source lists captions of one image apart from one another. Splits that are
     joined follow one another here too.
     """
     if self._max_captions:
@@ -241,7 +241,7 @@ def _find_dataset(data_dir: epath.PathLike) -> epath.Path:
   root, marker = epath.Path(data_dir), "dataset_info.json"
   remedy = "write one with `python tools/prepare_data.py SOURCE --out DIR` (sources: --help)"
   if not root.exists():
-    raise DatasetError(f"{root}: no such data set folder; {remedy}")
+    raise DatasetError(f"{root}: no such dataset folder; {remedy}")
   if (root / marker).exists():
     return root
   below = sorted({p.parent for g in (f"*/{marker}", f"*/*/{marker}") for p in root.glob(g)})
@@ -250,7 +250,7 @@ def _find_dataset(data_dir: epath.PathLike) -> epath.Path:
     raise DatasetError(f"{root}: no {marker} in it or in a name/version folder below; {remedy}")
   if len(below) > 1:
     listing = "".join(f"\n  {p}" for p in below)
-    raise DatasetError(f"{root} holds {len(below)} data sets; give the folder of one:{listing}")
+    raise DatasetError(f"{root} holds {len(below)} datasets; give the folder of one:{listing}")
   return below[0]
 
 
@@ -277,7 +277,7 @@ def _open(builder, split: str, max_captions: int | None = None) -> Split:
 
 
 def open_split(data_dir: epath.PathLike, split: str) -> Split:
-  """Opens a split of a data set written by `builder` or by TFDS.
+  """Opens a split of a dataset written by `builder` or by TFDS.
 
   data_dir: a local or gs:// folder that `tfds.builder_from_directory` can read, or one with exactly
   one such folder (name/version) below it. split: a name, or several joined as "train+restval".
@@ -293,10 +293,10 @@ def open_tfds(
   data_dir: epath.PathLike | None = None,
   max_captions: int | None = None,
 ) -> Split:
-  """Opens a split of a data set that TFDS itself has prepared, e.g. "coco_captions".
+  """Opens a split of a dataset that TFDS itself has prepared, e.g. "coco_captions".
 
-  max_captions: of every picture only the first so many count; the COCO protocol has five, and some
-  pictures have six or seven. TFDS stores records in an order of its own.
+  max_captions: of every image only the first so many count; the COCO protocol has five, and some
+  images have six or seven. TFDS stores records in an order of its own.
   """
   import tensorflow_datasets as tfds
 
@@ -304,5 +304,5 @@ def open_tfds(
   where = epath.Path(builder.data_path)
   if not (where / "dataset_info.json").exists():
     command = f"tfds build {name}" + (f" --data_dir={os.fspath(data_dir)}" if data_dir else "")
-    raise DatasetError(f"{where}: data set {name!r} of TFDS is not prepared; run `{command}`")
+    raise DatasetError(f"{where}: dataset {name!r} of TFDS is not prepared; run `{command}`")
   return _open(builder, split, max_captions)

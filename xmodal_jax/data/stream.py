@@ -71,7 +71,7 @@ class Ledger:
     if not isinstance(split, mix_lib.Joined):
       return f"record {record} ({filename}) of split {split.name!r}"
     source, i = split.place(record)
-    where = f"split {split.parts[source].name!r} of data set {split.names[source]}"
+    where = f"split {split.parts[source].name!r} of dataset {split.names[source]}"
     return f"record {i} ({filename}) of {where}"
 
   def call(self, function: Callable, inputs: list, blanks: list) -> list:

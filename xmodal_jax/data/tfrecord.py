@@ -14,7 +14,7 @@ all little-endian. Beside each shard lies `<shard>.index`, a NumPy npz archive o
     captions     int32  [n]   captions of record i
     positions    int64  [c]   optional: place of each caption in its split's own order, by record
 
-The index is written with the shard by `builder`. For data sets written by others it is made on the
+The index is written with the shard by `builder`. For datasets written by others it is made on the
 first opening, beside the shard or, where that folder is read-only, under `~/.cache/xmodal_jax`.
 Since extents come from the index and not from the chain of length fields, a damaged byte anywhere
 in a shard costs exactly the record that holds it.
@@ -43,7 +43,7 @@ CountCaptions = Callable[[bytes], tuple[int, Sequence[int]]]
 
 
 class DatasetError(ValueError):
-  """A data set that cannot be opened as asked; the message has the file and the remedy."""
+  """A dataset that cannot be opened as asked; the message has the file and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +205,7 @@ def load_index(shard: epath.PathLike, records: int, count: CountCaptions) -> Sha
   if len(index) != records:
     raise DatasetError(
       f"{shard} holds {len(index)} records, but dataset_info.json beside it counts {records}: "
-      "files of two data sets are mixed; prepare it again into an empty folder"
+      "files of two datasets are mixed; prepare it again into an empty folder"
     )
   return index
 

@@ -1,4 +1,4 @@
-"""Pictures with captions on their way into a data set: whether their files are there and decode,
+"""Images with captions on their way into a dataset: whether their files are there and decode,
 and the examples that `builder.write_dataset` takes."""
 
 import concurrent.futures
@@ -15,9 +15,9 @@ from xmodal_jax.data.tfrecord import DatasetError
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatedImage:
-  """A picture file and its captions; positions: their places in the split's list, if it has one.
+  """An image file and its captions; positions: their places in the split's list, if it has one.
 
-  position: of the picture in the annotations' list, where they number pictures so and not by
+  position: of the image in the annotations' list, where they number images so and not by
   COCO's ids. size: width and height, where the annotations say it.
   """
 
@@ -35,29 +35,29 @@ class AnnotatedImage:
 Splits = dict[str, list[AnnotatedImage]]
 
 
-def examples(pictures: Iterable[AnnotatedImage]) -> Iterator[Example]:
-  """Pictures -> examples of `builder`, reading each file as it comes."""
-  return map(example, pictures)
+def examples(images: Iterable[AnnotatedImage]) -> Iterator[Example]:
+  """Images -> examples of `builder`, reading each file as it comes."""
+  return map(example, images)
 
 
-def example(picture: AnnotatedImage) -> Example:
-  return {"image": picture.path.read_bytes(), **fields(picture)}
+def example(image: AnnotatedImage) -> Example:
+  return {"image": image.path.read_bytes(), **fields(image)}
 
 
-def fields(picture: AnnotatedImage) -> dict:
-  """What an example holds beside the picture itself."""
+def fields(image: AnnotatedImage) -> dict:
+  """What an example holds beside the image itself."""
   optional = ("caption_ids", "caption_positions", "label")
-  given = {name: getattr(picture, name) for name in optional}
+  given = {name: getattr(image, name) for name in optional}
   return {
-    "image_id": picture.image_id,
-    "filename": picture.filename,
-    "captions": picture.captions,
+    "image_id": image.image_id,
+    "filename": image.filename,
+    "captions": image.captions,
     **{k: v for k, v in given.items() if v is not None},
   }
 
 
 def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> Splits:
-  """The splits, having checked that every picture file exists and, if asked, decodes.
+  """The splits, having checked that every image file exists and, if asked, decodes.
 
   Failures are listed in an error; up to max_missing files that do not exist are left out instead.
   """
@@ -67,7 +67,7 @@ def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> 
     allowed = f", more than the {max_missing} allowed" if max_missing else ""
     _fail(splits, missing, f"missing{allowed}", remedy)
   if missing:
-    logging.info("left out %d missing pictures:%s", len(missing), _named(missing))
+    logging.info("left out %d missing images:%s", len(missing), _named(missing))
     absent = {id(p) for p, _ in missing}
     splits = {
       n: _renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()
@@ -77,24 +77,24 @@ def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> 
   return splits
 
 
-def _renumbered(pictures: list[AnnotatedImage]) -> list[AnnotatedImage]:
-  """Pictures of which some were left out, with caption positions 0..C-1 in the order they had."""
-  if any(p.caption_positions is None for p in pictures):
-    return pictures
-  kept = sorted(i for p in pictures for i in p.caption_positions)
+def _renumbered(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
+  """Images of which some were left out, with caption positions 0..C-1 in the order they had."""
+  if any(p.caption_positions is None for p in images):
+    return images
+  kept = sorted(i for p in images for i in p.caption_positions)
   place = {old: new for new, old in enumerate(kept)}
   now = lambda p: tuple(place[i] for i in p.caption_positions)
-  return [dataclasses.replace(p, caption_positions=now(p)) for p in pictures]
+  return [dataclasses.replace(p, caption_positions=now(p)) for p in images]
 
 
 Faults = list[tuple[AnnotatedImage, str]]
 
 
 def _faults(splits: Splits, fault: Callable[[AnnotatedImage], str | None]) -> Faults:
-  """What `fault` says of the pictures of which it says something."""
-  pictures = [p for split in splits.values() for p in split]
-  # By the hundred: a task per picture of a set of millions would fill the memory.
-  parts = [pictures[i : i + 100] for i in range(0, len(pictures), 100)]
+  """What `fault` says of the images of which it says something."""
+  images = [p for split in splits.values() for p in split]
+  # By the hundred: a task per image of a set of millions would fill the memory.
+  parts = [images[i : i + 100] for i in range(0, len(images), 100)]
   with concurrent.futures.ThreadPoolExecutor(16) as pool:  # threads for folders far away
     found = pool.map(lambda part: [(p, fault(p)) for p in part], parts)
     return [(p, f) for part in found for p, f in part if f is not None]
@@ -107,11 +107,11 @@ def _named(faults: Faults) -> str:
 
 def _fail(splits: Splits, faults: Faults, what: str, remedy: str) -> None:
   total = sum(map(len, splits.values()))
-  raise DatasetError(f"{len(faults)} of {total} pictures are {what}; {remedy}:{_named(faults)}")
+  raise DatasetError(f"{len(faults)} of {total} images are {what}; {remedy}:{_named(faults)}")
 
 
 def decode_error(data: bytes) -> str | None:
-  """Why a picture does not decode, in brackets; None if it does."""
+  """Why an image does not decode, in brackets; None if it does."""
   from PIL import Image
 
   try:

@@ -1,8 +1,8 @@
-"""Writes data sets as TFRecords with offset indices and the metadata that TFDS reads.
+"""Writes datasets as TFRecords with offset indices and the metadata that TFDS reads.
 
-A data set is a folder NAME/VERSION of shards `NAME-SPLIT.tfrecord-00000-of-00001`, one `.index` per
+A dataset is a folder NAME/VERSION of shards `NAME-SPLIT.tfrecord-00000-of-00001`, one `.index` per
 shard (`tfrecord`), dataset_info.json and features.json for `tfds.builder_from_directory`, and
-source.json: what it was made of, with counts and checksums. Pictures are stored as the bytes that
+source.json: what it was made of, with counts and checksums. Images are stored as the bytes that
 came, never encoded again, and in the order that came.
 """
 
@@ -29,14 +29,14 @@ SHARD_BYTES = 256 << 20
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
-# One picture: image (encoded bytes), image_id, filename, captions [C], caption_ids [C],
+# One image: image (encoded bytes), image_id, filename, captions [C], caption_ids [C],
 # caption_positions [C] (may be left out: enumerated), label (optional); and all of regions [R, F],
 # boxes [R, 4] in pixels, image_width and image_height, or none of them.
 Example = Mapping[str, Any]
 
 
 class OutputExistsError(DatasetError):
-  """The data set is there already."""
+  """The dataset is there already."""
 
 
 def features(
@@ -46,7 +46,7 @@ def features(
   positions: bool = True,
   region_dtype: npt.DTypeLike = np.float32,
 ):
-  """The feature spec of a data set. region_dim: F of regions, None without regions and boxes.
+  """The feature spec of a dataset. region_dim: F of regions, None without regions and boxes.
 
   region_dtype: that the features of regions are stored in; boxes are float32 always.
   class_names: what labels 0, 1, ... stand for, all different; empty without labels. positions:
@@ -97,7 +97,7 @@ def encode(example: Example) -> bytes:
     values = [int(i) for i in example[name]]
     if len(values) != len(example["captions"]):
       count = f"{len(values)} {name} for {len(example['captions'])} captions"
-      raise DatasetError(f"picture {example['filename']}: {count}; there must be one each")
+      raise DatasetError(f"image {example['filename']}: {count}; there must be one each")
     feature[name].int64_list.value.extend(values)
   for name in ("regions", "boxes"):
     if name in example:
@@ -111,17 +111,17 @@ def encode(example: Example) -> bytes:
 
 
 def dataset_dir(out_dir: epath.PathLike, name: str, version: str) -> epath.Path:
-  """Where `write_dataset` puts a data set."""
+  """Where `write_dataset` puts a dataset."""
   if not _NAME.fullmatch(name) or not _VERSION.fullmatch(version):
     raise DatasetError(
-      f"data set {name!r}, version {version!r}: a name is lower-case letters, digits and "
+      f"dataset {name!r}, version {version!r}: a name is lower-case letters, digits and "
       "underscores after a letter, a version is like 1.0.0; choose others (--name, --version)"
     )
   return epath.Path(out_dir) / name / version
 
 
 def check_absent(out_dir: epath.PathLike, name: str, version: str, overwrite: bool) -> None:
-  """Raises OutputExistsError if the data set is there already and may not be replaced."""
+  """Raises OutputExistsError if the dataset is there already and may not be replaced."""
   path = dataset_dir(out_dir, name, version)
   if path.exists() and not overwrite:
     raise OutputExistsError(f"{path} exists; pass --overwrite to replace it, or another --name")
@@ -142,7 +142,7 @@ def write_dataset(
   shard_bytes: int = SHARD_BYTES,
   overwrite: bool = False,
 ) -> epath.Path:
-  """Writes a data set and returns its folder, out_dir/name/version.
+  """Writes a dataset and returns its folder, out_dir/name/version.
 
   sources: JSON that says what it is made of, kept in source.json. region_dim, images,
   class_names, region_dtype: which of the optional fields the examples have, as in `features`. The
@@ -163,7 +163,7 @@ def write_dataset(
 def publishing(
   final: epath.Path, splits: Iterable[str], overwrite: bool = False
 ) -> Iterator[epath.Path]:
-  """The folder that a data set is written into and that becomes `final`, of `dataset_dir`, at the
+  """The folder that a dataset is written into and that becomes `final`, of `dataset_dir`, at the
   end. After an error nothing of it is left.
 
   DatasetError if a split cannot be named so, OutputExistsError if `final` is there already and may
@@ -195,7 +195,7 @@ def shard_name(prefix: str, i: int, of: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ShardCounts:
-  """What the metadata of a data set say of one shard. bytes: of the payloads."""
+  """What the metadata of a dataset say of one shard. bytes: of the payloads."""
 
   records: int
   captions: int
@@ -212,7 +212,7 @@ def _write_split(
   indices, numbered = [], _numbered(examples, spec, split)
   first = next(numbered, None)
   if first is None:
-    raise DatasetError(f"split {split!r} is empty: no picture of the source belongs to it")
+    raise DatasetError(f"split {split!r} is empty: no image of the source belongs to it")
   numbered = itertools.chain([first], numbered)
   # A shard's name has the number of shards, which is known only at the end.
   shard = lambda i, of: folder / shard_name(prefix, i, of)
@@ -265,11 +265,11 @@ def _numbered(examples: Iterable[Example], spec, split: str) -> Iterator[Example
 
 
 def checked(example: Example, fields: set[str], split: str) -> Example:
-  """The example; DatasetError if its fields are not those of the data set."""
+  """The example; DatasetError if its fields are not those of the dataset."""
   if set(example) != fields:
     raise DatasetError(
-      f"picture {example.get('filename')!r} of split {split!r} has the fields {sorted(example)}, "
-      f"the data set {sorted(fields)}: all pictures of a data set have the same"
+      f"image {example.get('filename')!r} of split {split!r} has the fields {sorted(example)}, "
+      f"the dataset {sorted(fields)}: all images of a dataset have the same"
     )
   return example
 

@@ -1,14 +1,14 @@
-"""Readers of the files that a detector left on disk: features and boxes of regions of pictures.
+"""Readers of the files that a detector left on disk: features and boxes of regions of images.
 
-What `open_reader` reads, R regions of F numbers for each picture, boxes x1 y1 x2 y2 in pixels:
+What `open_reader` reads, R regions of F numbers for each image, boxes x1 y1 x2 y2 in pixels:
 
   folder       bu_att/ID.npz (array `feat` [R, F]) or bu_att/ID.npy, and bu_box/ID.npy [R, 4]; the
                features may lie in the folder itself, the boxes in another one
-  tables       of bottom-up attention, a line per picture, tab-separated and without a header:
+  tables       of bottom-up attention, a line per image, tab-separated and without a header:
                image_id, image_w, image_h, num_boxes, boxes, features; the last two are base64 of
                little-endian float32
   .h5, .hdf5   `image_features` [N, R, F] with `image_bb` [N, R, 4]; or, for differing R,
-               [T, F] with [T, 4] and `pos_boxes` [N, 2], the first and last + 1 row of a picture.
+               [T, F] with [T, 4] and `pos_boxes` [N, 2], the first and last + 1 row of an image.
                Ids are `image_id` [N], or lie beside FILE.h5 in FILE_imgid2idx.pkl, {id: row}
 
 Pickles are read by `torch_files.pickles`, which runs nothing in them.
@@ -37,7 +37,7 @@ _COLUMNS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 
 @dataclasses.dataclass(frozen=True)
 class Detected:
-  """What the files say of one picture. features: [R, F]; boxes: [R, 4]; neither is checked yet."""
+  """What the files say of one image. features: [R, F]; boxes: [R, 4]; neither is checked yet."""
 
   features: np.ndarray
   boxes: np.ndarray
@@ -45,12 +45,12 @@ class Detected:
 
 
 class Reader(Protocol):
-  """ids: of the pictures that there are features of."""
+  """ids: of the images that there are features of."""
 
   ids: frozenset[str]
 
   def where(self, key: str) -> str:
-    """The file of a picture, for messages, whether it is there or not."""
+    """The file of an image, for messages, whether it is there or not."""
 
   def read(self, key: str) -> Detected:
     """Raises DatasetError, naming the file, if it does not hold what its layout says."""
@@ -59,7 +59,7 @@ class Reader(Protocol):
 def _array(path: epath.Path, name: str | None = None) -> np.ndarray:
   """The array of an .npy file, or array `name` of an .npz file."""
   if not path.exists():
-    raise DatasetError(f"{path}: no such file; each picture has one of features and one of boxes")
+    raise DatasetError(f"{path}: no such file; each image has one of features and one of boxes")
   try:
     loaded = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     if isinstance(loaded, np.ndarray):
@@ -73,7 +73,7 @@ def _array(path: epath.Path, name: str | None = None) -> np.ndarray:
 
 
 class Folder:
-  """Files named by the pictures' ids."""
+  """Files named by the images' ids."""
 
   def __init__(self, root: epath.PathLike, boxes: epath.PathLike | None = None):
     root = epath.Path(root)
@@ -89,7 +89,7 @@ class Folder:
     if not self._boxes.is_dir():
       raise DatasetError(
         f"{self._boxes}: no such folder of boxes; expected ID.npy [R, 4] in pixels for every "
-        "picture there, or in the folder given with --boxes"
+        "image there, or in the folder given with --boxes"
       )
     self.ids = frozenset(self._files)
 
@@ -116,7 +116,7 @@ class Table:
           self._note(line, (path, number, offset, len(line)))
           offset += len(line)
     if not self._places:
-      raise DatasetError(f"{self._paths[0]}: empty; expected a line per picture: {_COLUMNS}")
+      raise DatasetError(f"{self._paths[0]}: empty; expected a line per image: {_COLUMNS}")
     self.ids = frozenset(self._places)
 
   def _note(self, line: bytes, place: tuple[epath.Path, int, int, int]) -> None:
@@ -160,7 +160,7 @@ class Table:
 
 
 class Hdf5:
-  """One file of arrays over all pictures."""
+  """One file of arrays over all images."""
 
   def __init__(self, path: epath.PathLike):
     self._path = path = epath.Path(path)
@@ -177,7 +177,7 @@ class Hdf5:
     layout = "expected image_features [N, R, F] and image_bb [N, R, 4], or [T, F], [T, 4] and "
     layout += "pos_boxes [N, 2]; write them into a folder or table otherwise"
     if missing := [k for k in ("image_features", "image_bb") if k not in file]:
-      raise DatasetError(f"{path}: no data set {missing[0]!r} among {sorted(file)}; {layout}")
+      raise DatasetError(f"{path}: no dataset {missing[0]!r} among {sorted(file)}; {layout}")
     self._spans = file["pos_boxes"][:] if "pos_boxes" in file else None
     if file["image_features"].ndim != (3 if self._spans is None else 2):
       shape = file["image_features"].shape
@@ -186,7 +186,7 @@ class Hdf5:
     self.ids = frozenset(self._rows)
     count = len(file["image_features"]) if self._spans is None else len(self._spans)
     if bad := [key for key, row in self._rows.items() if not 0 <= row < count]:
-      raise DatasetError(f"{path}: picture {bad[0]} has row {self._rows[bad[0]]} of {count}")
+      raise DatasetError(f"{path}: image {bad[0]} has row {self._rows[bad[0]]} of {count}")
 
   def _numbered(self) -> dict[str, int]:
     if "image_id" in self._file:
@@ -197,12 +197,10 @@ class Hdf5:
       return {key: row for row, key in enumerate(keys)}
     path = self._path.with_name(f"{self._path.stem}_imgid2idx.pkl")
     if not path.exists():
-      raise DatasetError(f"{self._path}: no data set 'image_id' in it and no {path.name} beside it")
+      raise DatasetError(f"{self._path}: no dataset 'image_id' in it and no {path.name} beside it")
     rows = _unpickled(path)
     if not isinstance(rows, dict) or not all(type(v) is int for v in rows.values()):
-      raise DatasetError(
-        f"{path}: expected a pickled dict {{picture id: row}} of {self._path.name}"
-      )
+      raise DatasetError(f"{path}: expected a pickled dict {{image id: row}} of {self._path.name}")
     return {str(key): row for key, row in rows.items()}
 
   def where(self, key: str) -> str:
@@ -244,13 +242,13 @@ def _unpickled(path: epath.Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Widths and heights, by the keys of pictures or by their place in the list of annotations."""
+  """Widths and heights, by the keys of images or by their place in the list of annotations."""
 
   by_key: Mapping[str, Size]
   by_position: bool
 
-  def of(self, picture: AnnotatedImage, key: str) -> Size | None:
-    return self.by_key.get(str(picture.position) if self.by_position else key)
+  def of(self, image: AnnotatedImage, key: str) -> Size | None:
+    return self.by_key.get(str(image.position) if self.by_position else key)
 
 
 def read_sizes(file: epath.PathLike) -> Sizes:

@@ -1,4 +1,4 @@
-"""Readers of data sets that come as one folder: ZeroVL's csv files, and a folder per class."""
+"""Readers of datasets that come as one folder: ZeroVL's csv files, and a folder per class."""
 
 import logging
 import re
@@ -15,9 +15,9 @@ _CSV_COLUMNS = ("image", "image_id", "caption", "caption_id")
 
 
 def read_csv(root: epath.PathLike, valid_split: str = "val") -> Splits:
-  """ZeroVL's layout: train_anno.csv of pictures in train/, valid_anno.csv of pictures in valid/.
+  """ZeroVL's layout: train_anno.csv of images in train/, valid_anno.csv of images in valid/.
 
-  A row per caption, with columns image, image_id, caption and caption_id. The rows of a picture
+  A row per caption, with columns image, image_id, caption and caption_id. The rows of an image
   make one, at the place of the first, and each caption keeps its place in the file. One of the
   files may be absent. valid_split: what the split of valid_anno.csv is called here.
   """
@@ -27,7 +27,7 @@ def read_csv(root: epath.PathLike, valid_split: str = "val") -> Splits:
   for part, name in CSV_FILES.items():
     file = root / name
     if file.exists():
-      splits[valid_split if part == "valid" else part] = _csv_pictures(file, root / part)
+      splits[valid_split if part == "valid" else part] = _csv_images(file, root / part)
     else:
       logging.info("%s is not there: no split of it", file)
   if not splits:
@@ -35,9 +35,9 @@ def read_csv(root: epath.PathLike, valid_split: str = "val") -> Splits:
   return splits
 
 
-def _csv_pictures(file: epath.Path, images: epath.Path) -> list[AnnotatedImage]:
+def _csv_images(file: epath.Path, images: epath.Path) -> list[AnnotatedImage]:
   found: dict[str, dict] = {}
-  owner: dict[int, str] = {}  # image_id -> picture
+  owner: dict[int, str] = {}  # image_id -> image
   for position, (where, row) in enumerate(rows(file)):
     if missing := [c for c in _CSV_COLUMNS if not row.get(c)]:
       raise DatasetError(
@@ -50,13 +50,13 @@ def _csv_pictures(file: epath.Path, images: epath.Path) -> list[AnnotatedImage]:
     other = found[owner.setdefault(image_id, name)]
     if entry["id"] != image_id:
       raise DatasetError(
-        f"{where}: picture {name} has image_id {image_id}, but {entry['id']} at {entry['where']}; "
-        "all rows of a picture have the same"
+        f"{where}: image {name} has image_id {image_id}, but {entry['id']} at {entry['where']}; "
+        "all rows of an image have the same"
       )
     if other is not entry:
       raise DatasetError(
-        f"{where}: image_id {image_id} is of picture {name}, but of {owner[image_id]} at "
-        f"{other['where']}; each picture has its own"
+        f"{where}: image_id {image_id} is of image {name}, but of {owner[image_id]} at "
+        f"{other['where']}; each image has its own"
       )
     entry["captions"].append((row["caption"], caption_id, position))
   if not found:
@@ -83,9 +83,9 @@ TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tif
 def read_folders(
   root: epath.PathLike, names: epath.PathLike | None = None
 ) -> tuple[Splits, tuple[str, ...]]:
-  """Pictures of root/train/CLASS/ and, if it is there, root/val/CLASS/; -> splits, class names.
+  """Images of root/train/CLASS/ and, if it is there, root/val/CLASS/; -> splits, class names.
 
-  Label i is the i-th folder of train/ in alphabetical order, by code points. Pictures may lie in
+  Label i is the i-th folder of train/ in alphabetical order, by code points. Images may lie in
   folders inside, and are ordered by their paths; ids count from 0 over both splits. Files of other
   types and folders whose name begins with a dot are left out and reported. names: a file with a
   line `folder<TAB>readable name` for each class; without it the names are those of the folders.
@@ -107,21 +107,19 @@ def read_folders(
         "folders); the classes are those of train/"
       )
     if absent := [folder for folder in classes if folder not in given]:
-      logging.info(
-        "%s has no pictures of %d classes, first %s", root / "val", len(absent), absent[0]
-      )
+      logging.info("%s has no images of %d classes, first %s", root / "val", len(absent), absent[0])
   splits: Splits = {}
   for part, present in parts.items():
-    pictures = splits[part] = []
+    images = splits[part] = []
     others: list[epath.Path] = []
     for folder in present:
-      before, first = len(pictures), sum(map(len, splits.values()))
+      before, first = len(images), sum(map(len, splits.values()))
       for i, path in enumerate(_files(root / part / folder, others)):
         name = str(path.relative_to(root / part))
-        pictures.append(AnnotatedImage(name, path, first + i, (), label=labels[folder]))
-      if len(pictures) == before:
+        images.append(AnnotatedImage(name, path, first + i, (), label=labels[folder]))
+      if len(images) == before:
         raise DatasetError(
-          f"{root / part / folder}: no picture in it, expected files of {', '.join(TYPES)}; "
+          f"{root / part / folder}: no image in it, expected files of {', '.join(TYPES)}; "
           "add some or remove the folder"
         )
     if others:
@@ -140,7 +138,7 @@ def _classes(folder: epath.Path) -> list[str]:
 
 
 def _files(folder: epath.Path, others: list[epath.Path]) -> Iterator[epath.Path]:
-  """Pictures at any depth in the order of their paths; what is no picture is added to `others`."""
+  """Images at any depth in the order of their paths; what is no image is added to `others`."""
   for path in sorted(folder.iterdir(), key=lambda p: p.name):
     # Hidden files may be called .jpg and be none. The type comes first: asking whether it is a
     # folder costs a call to the disk.

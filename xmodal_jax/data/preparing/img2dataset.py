@@ -1,4 +1,4 @@
-"""Reader of what img2dataset writes: shards of pictures from the web, with captions.
+"""Reader of what img2dataset writes: shards of images from the web, with captions.
 
 Three of its output formats:
 
@@ -6,7 +6,7 @@ Three of its output formats:
   files       a folder 00000/ with the same files
   parquet     00000.parquet with columns key, jpg, caption, status
 
-Beside a tar or folder lie 00000_stats.json and 00000.parquet, which alone tell of the pictures that
+Beside a tar or folder lie 00000_stats.json and 00000.parquet, which alone tell of the images that
 could not be fetched.
 """
 
@@ -30,7 +30,7 @@ from xmodal_jax.data.tfrecord import DatasetError
 TYPES = ("jpg", "jpeg", "png", "webp")
 
 # Why a pair is left out.
-FAILED = "failed"  # img2dataset could not fetch or resize the picture
+FAILED = "failed"  # img2dataset could not fetch or resize the image
 WITHOUT_CAPTION = "without caption"
 BROKEN = "broken"  # does not decode; only looked for if asked
 LOST = "lost"  # a success by img2dataset's own count, but not in the shard

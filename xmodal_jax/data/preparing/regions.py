@@ -1,4 +1,4 @@
-"""Regions joined to the captions of their pictures, and checked before a data set is written."""
+"""Regions joined to the captions of their images, and checked before a dataset is written."""
 
 import collections
 import dataclasses
@@ -15,27 +15,27 @@ from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits, fields
 from xmodal_jax.data.preparing.builder import Example
 from xmodal_jax.data.tfrecord import DatasetError
 
-_NAMED = 5  # pictures that a report names of each kind
+_NAMED = 5  # images that a report names of each kind
 
 Key = Literal["auto", "id", "stem"]
 
 
-def key_of(picture: AnnotatedImage, key: Key) -> str:
-  """What a detector's files call a picture: "id", of the annotations; "stem", of its file name;
-  "auto", its place in the annotations' list where they number pictures so (Flickr30K), else id."""
+def key_of(image: AnnotatedImage, key: Key) -> str:
+  """What a detector's files call an image: "id", of the annotations; "stem", of its file name;
+  "auto", its place in the annotations' list where they number images so (Flickr30K), else id."""
   if key == "stem":
-    return epath.Path(picture.filename).stem
-  number = picture.image_id if key == "id" or picture.position is None else picture.position
+    return epath.Path(image.filename).stem
+  number = image.image_id if key == "id" or image.position is None else image.position
   return str(number)
 
 
 class Report:
-  """What was found and how often: figures, errors and warnings, with the first pictures of each."""
+  """What was found and how often: figures, errors and warnings, with the first images of each."""
 
   def __init__(self):
-    self.pictures: dict[str, int] = {}  # of each split
+    self.images: dict[str, int] = {}  # of each split
     self.captions = self.records = self.regions = 0
-    self.fewest, self.most = math.inf, 0  # regions of a picture
+    self.fewest, self.most = math.inf, 0  # regions of an image
     self.kinds: collections.Counter[str] = collections.Counter()  # shapes and types of features
     self.errors: dict[str, list[str]] = {}
     self.warnings: dict[str, list[str]] = {}
@@ -56,12 +56,12 @@ class Report:
     return out
 
   def __str__(self) -> str:
-    splits = ", ".join(f"{name} {n}" for name, n in self.pictures.items())
-    out = f"{sum(self.pictures.values())} pictures ({splits}), {self.captions} captions"
+    splits = ", ".join(f"{name} {n}" for name, n in self.images.items())
+    out = f"{sum(self.images.values())} images ({splits}), {self.captions} captions"
     if self.records:
       kinds = ", ".join(f"{kind} x {n}" for kind, n in self.kinds.items())
       out += f"\n{self.records} read: {self.regions} regions, {self.fewest} to {self.most} of a "
-      out += f"picture; features of {kinds}"
+      out += f"image; features of {kinds}"
     out += f"\nwarnings:{self._listed(self.warnings) or ' none'}"
     return f"{out}\nerrors:{self._listed(self.errors) or ' none'}"
 
@@ -74,13 +74,13 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-  picture: AnnotatedImage
+  image: AnnotatedImage
   key: str
   size: detections.Size | None  # None: as the detector's file says
 
 
 class Joined:
-  """Pictures with captions, and the regions of each.
+  """Images with captions, and the regions of each.
 
   Joining finds what is missing; `examples` and `check` read the features. `report` has it all.
   """
@@ -95,15 +95,15 @@ class Joined:
     key: Key = "auto",
     dtype: npt.DTypeLike = np.float32,
   ):
-    """sizes: of the pictures; else those of the annotations, of the detector's files, or, with
-    images, of the picture files. dtype: that features will be stored in."""
+    """sizes: of the images; else those of the annotations, of the detector's files, or, with
+    images, of the image files. dtype: that features will be stored in."""
     self._reader, self._images, self._dtype = reader, images, np.dtype(dtype)
     self.report, self._width, used = Report(), None, set()
     self._items: dict[str, list[_Item]] = {}
-    for split, pictures in splits.items():
-      self.report.pictures[split] = len(pictures)
-      self.report.captions += sum(len(p.captions) for p in pictures)
-      self._items[split] = [self._item(p, key_of(p, key), split, sizes, used) for p in pictures]
+    for split, images in splits.items():
+      self.report.images[split] = len(images)
+      self.report.captions += sum(len(p.captions) for p in images)
+      self._items[split] = [self._item(p, key_of(p, key), split, sizes, used) for p in images]
     unused = reader.ids - used
     for name in sorted(unused)[:_NAMED]:
       self.report.add("ids without captions, left out", name, warning=True)
@@ -112,26 +112,26 @@ class Joined:
 
   def _item(
     self,
-    picture: AnnotatedImage,
+    image: AnnotatedImage,
     key: str,
     split: str,
     sizes: detections.Sizes | None,
     used: set[str],
   ) -> _Item:
-    name = f"{picture.filename} of split {split!r}: id {key} in {self._reader.where(key)}"
+    name = f"{image.filename} of split {split!r}: id {key} in {self._reader.where(key)}"
     if key in used:
-      self.report.add("ids of two pictures", name)
+      self.report.add("ids of two images", name)
     used.add(key)
     if key not in self._reader.ids:
       self.report.add("missing ids", name)
-    size = sizes.of(picture, key) if sizes else picture.size
+    size = sizes.of(image, key) if sizes else image.size
     if sizes and size is None:
-      self.report.add("pictures without a size in --sizes", name)
-    return _Item(picture, key, size)
+      self.report.add("images without a size in --sizes", name)
+    return _Item(image, key, size)
 
   @property
   def region_dim(self) -> int:
-    """Width of the features, of the first picture: all others must have it too."""
+    """Width of the features, of the first image: all others must have it too."""
     self.report.check()
     if self._width is None:
       item = next(item for items in self._items.values() for item in items)
@@ -154,21 +154,21 @@ class Joined:
     return self.report
 
   def examples(self, split: str) -> Iterator[Example]:
-    """Examples of `builder`. Raises DatasetError, naming file and id, at the first bad picture."""
+    """Examples of `builder`. Raises DatasetError, naming file and id, at the first bad image."""
     self.report.check()
     for item in self._items[split]:
       detected, size = self._read(item)
       self.report.check()
-      example = fields(item.picture)
+      example = fields(item.image)
       example |= {"regions": detected.features, "boxes": detected.boxes.astype(np.float32)}
       yield example | {"image_width": size[0], "image_height": size[1]}
 
   def _read(self, item: _Item) -> tuple[detections.Detected, detections.Size | None]:
-    """The regions of a picture and its size; what is wrong with them goes into the report."""
+    """The regions of an image and its size; what is wrong with them goes into the report."""
     detected = self._reader.read(item.key)
     size, name = item.size or detected.size, f"{self._reader.where(item.key)}, id {item.key}"
     if not size and self._images:
-      size = _picture_size(item.picture.path)
+      size = _image_size(item.image.path)
     faults = _faults(detected, size, self._width, self._dtype)
     if size and detected.size and size != detected.size:
       faults.append(("sizes that differ", f"{detected.size} there, {size} elsewhere", False))
@@ -187,7 +187,7 @@ class Joined:
 def _faults(
   found: detections.Detected, size: detections.Size | None, width: int | None, dtype: np.dtype
 ) -> list[tuple[str, str, bool]]:
-  """(kind, detail, whether it is a warning) of what is wrong with the regions of a picture.
+  """(kind, detail, whether it is a warning) of what is wrong with the regions of an image.
 
   width: that the features must have; None: any.
   """
@@ -201,7 +201,7 @@ def _faults(
     return [("boxes of another shape", detail, False)]
   if not size:
     detail = "neither in the annotations nor there; pass --sizes or --images"
-    return [("pictures of unknown size", detail, False)]
+    return [("images of unknown size", detail, False)]
   out = []
   finite = np.isfinite(features).all(1)
   if not finite.all():
@@ -219,22 +219,22 @@ def _faults(
     detail = f"region {row} is {boxes[row].tolist()}, expected x1 < x2 and y1 < y2"
     out.append(("boxes out of order", detail, False))
   if boxes.max() <= 1 and min(size) > 1:
-    out.append(("boxes in parts of the picture", "expected pixels", False))
+    out.append(("boxes in parts of the image", "expected pixels", False))
   # How far each box reaches over an edge.
   beyond = np.maximum(-boxes[:, :2], boxes[:, 2:] - np.array(size)).max(1)
   if (far := beyond.max()) > 0:
     row = beyond.argmax()
     detail = f"region {row} is {boxes[row].tolist()} in {size[0]} x {size[1]} pixels"
-    kind = "boxes outside of the picture" if far >= 1 else "boxes less than a pixel outside"
+    kind = "boxes outside of the image" if far >= 1 else "boxes less than a pixel outside"
     out.append((kind, detail, bool(far < 1)))
   return out
 
 
-def _picture_size(path: epath.Path) -> detections.Size:
+def _image_size(path: epath.Path) -> detections.Size:
   from PIL import Image
 
   try:
     with path.open("rb") as f, Image.open(f) as image:
       return image.size
   except OSError as e:  # of Pillow too
-    raise DatasetError(f"{path}: no picture to take the size from ({e}); check --images") from e
+    raise DatasetError(f"{path}: no image to take the size from ({e}); check --images") from e

@@ -1,9 +1,9 @@
-"""The embedded `shapes` data set: rendered scenes of coloured shapes with paraphrased captions.
+"""The embedded `shapes` dataset: rendered scenes of coloured shapes with paraphrased captions.
 
 A scene has 2 or 3 objects, each of one of 8 colours, 5 shapes and 2 sizes in one of 9 places, no
 two in the same place. All scenes of all splits differ. Each has five captions of different wordings
 and with objects in differing order; some leave out sizes, or give relations in place of places.
-Beside the picture stand regions as a detector would give them, its objects first and after them
+Beside the image stand regions as a detector would give them, its objects first and after them
 some of background, with features of their pixels. Everything is a function of the seed.
 """
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from xmodal_jax.data.preparing import builder
 
 NAME, VERSION = "shapes", "1.1.0"  # another version for other contents: see `ensure`
-SIZES = {"train": 4000, "val": 500, "test": 500}  # pictures of each split
+SIZES = {"train": 4000, "val": 500, "test": 500}  # images of each split
 WIDTH = 96
 _CELL, _SCALE = WIDTH // 3, 2  # drawn at twice the size and averaged: cheap smooth edges
 _CROP = 8  # a region's pixels are seen at 8 x 8
@@ -85,7 +85,7 @@ def _outline(shape: str, turn: float) -> np.ndarray:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-  """A scene -> (RGB picture of 96 x 96, boxes float32 [R, 4] as x1 y1 x2 y2)."""
+  """A scene -> (RGB image of 96 x 96, boxes float32 [R, 4] as x1 y1 x2 y2)."""
   uniform = lambda low, high, *shape: low + (high - low) * rng.random(shape)
   # The background is a light grey, tinted a little, and darker towards one side.
   base = uniform(150, 225) + uniform(-8, 8, 3)
@@ -126,10 +126,10 @@ def background_boxes(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def region_features(image: Image.Image, boxes: np.ndarray) -> np.ndarray:
-  """RGB picture, boxes [R, 4] -> float32 [R, REGION_DIM].
+  """RGB image, boxes [R, 4] -> float32 [R, REGION_DIM].
 
   Per box its pixels at 8 x 8 in [-1, 1], mean and deviation of each channel, and where and how
-  large it is: x1 y1 x2 y2 w h and area, as parts of the picture.
+  large it is: x1 y1 x2 y2 w h and area, as parts of the image.
   """
   out = []
   for box in boxes:
@@ -236,7 +236,7 @@ def _related(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def examples(seed: int, sizes: Mapping[str, int]) -> dict[str, Iterator[builder.Example]]:
-  """{split: examples for `builder.write_dataset`}; sizes: pictures of each split."""
+  """{split: examples for `builder.write_dataset`}; sizes: images of each split."""
   found, start, out = scenes(seed, sum(sizes.values())), 0, {}
   for split, size in sizes.items():
     ids = range(start, start + size)
@@ -251,7 +251,7 @@ def _example(scene: Scene, seed: int, index: int, split: str) -> builder.Example
   data = io.BytesIO()
   image.save(data, "JPEG", quality=95, subsampling=0)  # small objects live by their colours
   texts = captions(scene, rng)
-  # From a generator of their own: the pictures and captions are what they were without them.
+  # From a generator of their own: the images and captions are what they were without them.
   boxes = np.concatenate([boxes, background_boxes(scene, np.random.default_rng((seed, index, 1)))])
   return {
     "image": data.getvalue(),
@@ -275,7 +275,7 @@ def write(
   version: str = VERSION,
   overwrite: bool = False,
 ) -> epath.Path:
-  """Renders the data set into out_dir/name/version and returns that folder."""
+  """Renders the dataset into out_dir/name/version and returns that folder."""
   sizes = dict(sizes or SIZES)
   return builder.write_dataset(
     out_dir,
@@ -290,7 +290,7 @@ def write(
 
 
 def ensure(data_dir: epath.PathLike) -> epath.Path:
-  """The folder of the data set under data_dir, rendered first (10 s) if it is not there.
+  """The folder of the dataset under data_dir, rendered first (10 s) if it is not there.
 
   One of an earlier version stays beside it, unread.
   Several processes may call it at once: each renders, one's folder stays, all get that one.

@@ -1,8 +1,8 @@
-"""Writes data sets of many source shards, one output shard from each, here or on Beam's workers.
+"""Writes datasets of many source shards, one output shard from each, here or on Beam's workers.
 
-`builder.write_dataset` takes pictures one after another; this takes source shards, none of which
+`builder.write_dataset` takes images one after another; this takes source shards, none of which
 knows of the others, so that any number of workers can write them. What comes out is the same kind
-of data set. Captions are in the order of the records, for which no positions are stored.
+of dataset. Captions are in the order of the records, for which no positions are stored.
 """
 
 import collections
@@ -60,10 +60,10 @@ def write_dataset(
   beam: Beam | None = None,
   overwrite: bool = False,
 ) -> epath.Path:
-  """Writes a data set and returns its folder, out_dir/name/version, as `builder.write_dataset`.
+  """Writes a dataset and returns its folder, out_dir/name/version, as `builder.write_dataset`.
 
   sources: for each split the paths of its source shards, whose order is that of the output shards;
-  one of which no picture is left has none. origin: JSON for source.json, which also gets what each
+  one of which no image is left has none. origin: JSON for source.json, which also gets what each
   source gave and left out. beam: None for a loop in this process; the output is the same.
 
   DatasetError for sources that cannot be read, before anything is published.
@@ -129,7 +129,7 @@ def _run_here(task: Callable[[Job], dict], jobs: Sequence[Job]) -> None:
     records += task(job)["records"]
     if (now := time.monotonic()) - last > 10 or i == len(jobs):
       rate, last = records / max(now - start, 1e-3), now
-      logging.info("%d of %d shards, %d pictures, %.0f a second", i, len(jobs), records, rate)
+      logging.info("%d of %d shards, %d images, %.0f a second", i, len(jobs), records, rate)
 
 
 def _run_beam(task: Callable[[Job], None], jobs: Sequence[Job], where: Beam) -> None:
@@ -209,7 +209,7 @@ def _number(
   moves = []
   for split, paths in files.items():
     if not paths:
-      raise DatasetError(f"split {split!r} is empty: its sources have no picture with a caption")
+      raise DatasetError(f"split {split!r} is empty: its sources have no image with a caption")
     prefix = builder.shard_prefix(final, split)
     for i, path in enumerate(paths):
       new = folder / builder.shard_name(prefix, i, len(paths))
@@ -231,7 +231,7 @@ def _summary(split: str, jobs: Sequence[Job], reports: Sequence[dict]) -> dict[s
   )
   empty = sum(not r["records"] for _, r in own)
   reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "nothing"
-  text = "%s: %d pictures of %d shards (%d of them without any); left out: %s"
+  text = "%s: %d images of %d shards (%d of them without any); left out: %s"
   logging.info(text, split, sum(r["records"] for _, r in own), len(own), empty, reasons)
   shards = [{"file": j.source, "records": r["records"], **r["left_out"]} for j, r in own]
   return {"left_out": dict(left_out), "empty_shards": empty, "shards": shards}

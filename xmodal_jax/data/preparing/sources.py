@@ -1,4 +1,4 @@
-"""Readers of the annotation files that image-text data sets come in.
+"""Readers of the annotation files that image-text datasets come in.
 
 Each returns {split: [AnnotatedImage]} in the order of its file, having checked what it read.
 """
@@ -46,7 +46,7 @@ def _json(path: epath.Path) -> dict | list:
 
 
 def _size(item: dict) -> tuple[int, int] | None:
-  """Of an entry of a picture that may have a width and a height."""
+  """Of an entry of an image that may have a width and a height."""
   size = item.get("width"), item.get("height")
   return size if all(type(side) is int and side > 0 for side in size) else None
 
@@ -62,8 +62,8 @@ def read_karpathy(
 ) -> Splits:
   """Karpathy's dataset_*.json (plain or .gz) with all its splits.
 
-  The picture is images/filename, else images/filepath/filename. captions_per_image: the first so
-  many of each picture, 5 as in the COCO protocol; None for all.
+  The image is images/filename, else images/filepath/filename. captions_per_image: the first so
+  many of each image, 5 as in the COCO protocol; None for all.
   """
   file, images = epath.Path(annotations), epath.Path(images)
   if captions_per_image is not None and captions_per_image < 1:
@@ -109,9 +109,9 @@ def read_coco(
 ) -> Splits:
   """The layout of VSE++: captions_{train,val}2014.json and coco_{train,restval,dev,test}_ids.npy.
 
-  annotations: the folder of these files. One picture for all captions of an image, in the order of
+  annotations: the folder of these files. One image for all captions of an image, in the order of
   the first of them in the id list; each caption keeps its place in the list. dev becomes "val".
-  The picture is images/file_name, else images/train2014/file_name or images/val2014/file_name, by
+  The image is images/file_name, else images/train2014/file_name or images/val2014/file_name, by
   the annotation file that has it. dev_captions: only so many captions of dev count; None for all.
   """
   folder, images = epath.Path(annotations), epath.Path(images)
@@ -206,8 +206,8 @@ def read_pairs(
 ) -> Splits:
   """A .csv, .tsv or .jsonl file (or .gz of one) with a row per caption.
 
-  Rows of one picture are put together. id_column and split_column may be absent: then ids count
-  from 0, and a split is "train", or drawn by a hash of the picture's path by the two fractions.
+  Rows of one image are put together. id_column and split_column may be absent: then ids count
+  from 0, and a split is "train", or drawn by a hash of the image's path by the two fractions.
   """
   file, images = epath.Path(table), epath.Path(images)
   if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
@@ -234,8 +234,8 @@ def read_pairs(
     for key in ("split", "id"):
       if entry[key] != new[key]:
         raise DatasetError(
-          f"{where}: picture {name} has {key} {new[key]!r}, but {entry[key]!r} in an earlier row; "
-          "all rows of a picture must agree"
+          f"{where}: image {name} has {key} {new[key]!r}, but {entry[key]!r} in an earlier row; "
+          "all rows of an image must agree"
         )
     entry["captions"].append(row[caption_column])
   if not found:
@@ -246,7 +246,7 @@ def read_pairs(
       image_id = int(entry["id"] if entry["id"] is not None else i)
     except ValueError as e:
       raise DatasetError(
-        f"{file}: picture {name} has the id {entry['id']!r}, expected an integer; name another "
+        f"{file}: image {name} has the id {entry['id']!r}, expected an integer; name another "
         "--id_column, or a column that is not there to count from 0"
       ) from e
     splits[entry["split"]].append(
@@ -262,7 +262,7 @@ def read_albef(files: Mapping[str, Sequence[tuple[epath.PathLike, epath.PathLike
   """ALBEF's lists of {"image": path, "caption": str or [str]}, one after another in each split.
 
   files: split -> (json file, folder that its paths start from); a path from the root stands for
-  itself. Records of the same full path are one picture, with the captions of all of them, at the
+  itself. Records of the same full path are one image, with the captions of all of them, at the
   place of the first. Ids count from 0 over all splits; other keys are ignored.
   """
   layout = 'ALBEF\'s, [{"image": path, "caption": text or list of texts}]'
@@ -292,13 +292,12 @@ def read_albef(files: Mapping[str, Sequence[tuple[epath.PathLike, epath.PathLike
         key = os.path.normpath(path)  # "a/../b" is "b"
         if owner.setdefault(key, split) != split:
           raise DatasetError(
-            f"{where}: picture {path} is also in split {owner[key]!r}; splits must not share "
-            "pictures"
+            f"{where}: image {path} is also in split {owner[key]!r}; splits must not share images"
           )
         found.setdefault(key, (name, path, []))[2].extend(captions)
       records += len(data)
     merged = records - len(found)
-    text = "%s: %d records, %d merged into earlier ones of their picture"
+    text = "%s: %d records, %d merged into earlier ones of their image"
     logging.info(text, split, records, merged)
     first = len(owner) - len(found)
     splits[split] = [
