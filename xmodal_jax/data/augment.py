@@ -1,8 +1,8 @@
-"""Random changes of training images, on the host.
+"""Augmentation of training images, on the host.
 
-Each takes an RGB image and the sample's own generator, draws from nothing else, and gives an RGB
-image of the same size (the crop apart; erasing, which comes last, works on arrays). `build` puts
-them together from the values of a config.
+Each step takes an RGB image and the sample's own generator, the only source of random numbers, and
+returns an RGB image of the same size. Two differ: the crop changes the size, and erasing, the last
+step, works on arrays. `build` composes them from the values of a config.
 """
 
 import functools
@@ -21,7 +21,7 @@ EraseMode = Literal["pixel", "rand", "const"]
 Step = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 MAX_MAGNITUDE = 10  # of RandAugment
-FILL = 128  # grey of what a warp leaves empty
+FILL = 128  # grey, for pixels from outside of the image
 ERASE_AREA, ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of random_erase
 
 # ------------------------------------------------------------------------------------------ colour
@@ -35,10 +35,10 @@ def color_jitter(
   saturation: float,
   hue: float,
 ) -> Image.Image:
-  """The four changes in random order, as torchvision makes them; a strength of 0 leaves one out.
+  """torchvision's ColorJitter: the four changes in random order; a strength of 0 disables one.
 
   The factors of the first three are uniform in [max(0, 1 - strength), 1 + strength]; the hue is
-  turned by a share of the circle uniform in [-hue, hue].
+  rotated by a fraction of the circle that is uniform in [-hue, hue].
   """
   strengths = (brightness, contrast, saturation, hue)
   for i in rng.permutation(4):
@@ -54,7 +54,7 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 
 def turn_hue(image: Image.Image, turn: float) -> Image.Image:
-  """turn: share of the circle. In Pillow's 8-bit HSV, 255 steps to the circle, cut off."""
+  """Rotates the hue by a fraction of the circle, in Pillow's 8-bit HSV: truncated to 1/255."""
   steps = int(turn * 255)
   hues = [(i + steps) % 256 for i in range(256)]
   return image.convert("HSV").point(hues + 2 * list(range(256))).convert("RGB")
@@ -63,7 +63,7 @@ def turn_hue(image: Image.Image, turn: float) -> Image.Image:
 def random_grayscale(
   image: Image.Image, rng: np.random.Generator, probability: float
 ) -> Image.Image:
-  """The luma in all three channels, with the given probability."""
+  """Converts to grey, in three channels, with the given probability."""
   return image.convert("L").convert("RGB") if rng.random() < probability else image
 
 
@@ -81,9 +81,9 @@ def random_blur(
 
 # ------------------------------------------------------------------------------------- RandAugment
 #
-# Ten operations at magnitudes 0 to 10 (Cubuk et al., 2020), in the variant of the ALBEF family of
-# programs. Two of theirs overflow 8 bits; TEAM's also never flips the sign of a warp. Pixels agree
-# with OpenCV's, on which they were written.
+# Ten operations at magnitudes 0 to 10 (Cubuk et al., 2020), in the variant of ALBEF and the programs
+# derived from it. Two of its operations overflow 8 bits, and TEAM's warps have one sign only.
+# Results equal OpenCV's, which these programs use.
 
 
 def random_operations(
@@ -91,8 +91,8 @@ def random_operations(
 ) -> Image.Image:
   """n operations drawn from OPERATIONS with replacement, each applied with probability 0.5.
 
-  `corrected` clips where the published program wraps round, and turns shear, translation and
-  rotation the other way half of the time; `original` does neither.
+  mode "corrected" clips where the published program overflows, and negates shear, translation and
+  rotation with probability 0.5; "original" does neither.
   """
   for _ in range(n):
     name = _NAMES[rng.integers(len(_NAMES))]
@@ -109,7 +109,7 @@ def operation(
   mode: Mode = "corrected",
   negative: bool = False,
 ) -> Image.Image:
-  """One operation by its name. negative: warps go the other way; the others take no notice."""
+  """One operation by its name. negative: reverses shear, translation and rotation only."""
   share = magnitude / MAX_MAGNITUDE
   return OPERATIONS[name](image, -share if negative else share, mode == "original")
 
@@ -123,7 +123,7 @@ def _autocontrast(image: Image.Image, share: float, original: bool) -> Image.Ima
   for low, high in image.getextrema():
     if high == low:
       table = level
-    elif original:  # which negates the lowest level as an unsigned byte
+    elif original:  # it negates the lowest level as an unsigned byte
       table = level * (255 / (high - low)) + -low % 256 * (255 / (high - low))
     else:
       table = (level - low) * 255 // (high - low)
@@ -145,12 +145,12 @@ def _brightness(image: Image.Image, share: float, original: bool) -> Image.Image
 
 
 def _sharpness(image: Image.Image, share: float, original: bool) -> Image.Image:
-  # Pillow's SMOOTH is the kernel (1 1 1, 1 5 1, 1 1 1) / 13 with the border as it was.
+  # Pillow's SMOOTH is the kernel (1 1 1, 1 5 1, 1 1 1) / 13, and keeps the border.
   smooth, factor = image.filter(ImageFilter.SMOOTH), _factor(share)
   if not original:
     return Image.blend(smooth, image, factor)  # clips
   d, x = (np.asarray(a).astype(np.float32) for a in (smooth, image))
-  # Through int32: what a negative float becomes as an unsigned byte is up to the compiler.
+  # Through int32: casting a negative float to an unsigned byte is undefined in C.
   return Image.fromarray((d + np.float32(factor) * (x - d)).astype(np.int32).astype(np.uint8))
 
 
@@ -201,10 +201,10 @@ _SIGNED = frozenset(n for n in _NAMES if n.startswith(("Shear", "Translate", "Ro
 
 
 def warp(image: Image.Image, forward: np.ndarray) -> Image.Image:
-  """The image under a map of coordinates, float64 [2, 3], bilinear, with FILL around it.
+  """Warps an image by an affine map of coordinates, float64 [2, 3]; bilinear, FILL outside.
 
-  In the fixed-point numbers of OpenCV's warpAffine: source coordinates are rounded to 1/32 of a
-  pixel, so that the weights of the four neighbours are multiples of 1/1024.
+  Uses the fixed-point arithmetic of OpenCV's warpAffine: source coordinates are rounded to 1/32 of
+  a pixel, so the weights of the four neighbours are multiples of 1/1024.
   """
   width, height = image.size
   a, b = forward[:, :2].astype(np.float64), forward[:, 2].astype(np.float64)
@@ -214,8 +214,8 @@ def warp(image: Image.Image, forward: np.ndarray) -> Image.Image:
   columns = np.rint(inverse[:, :1] * np.arange(width) * 1024).astype(np.int32)  # [2, W]
   rows = np.rint((inverse[:, 1:] * np.arange(height) + shift[:, None]) * 1024).astype(np.int32)
   columns += 16
-  # Source positions in 1/32 pixel; all that is further out than the margin is FILL alike. Here and
-  # below in place: fresh arrays of this size cost more than the arithmetic on them.
+  # Source positions in 1/32 pixel, clipped to a margin of FILL. In place, here and below: allocating
+  # arrays of this size costs more than the arithmetic.
   x, y = (rows[i][:, None] + columns[i] for i in range(2))  # int32 [H, W]
   for position, size in ((x, width), (y, height)):
     position >>= 5
@@ -235,13 +235,13 @@ def warp(image: Image.Image, forward: np.ndarray) -> Image.Image:
   at = lambda k: words[k:].take(index, mode="clip")
   x, y = x.astype(np.uint64), y.astype(np.uint64)
   mixed = _mix(_mix(at(0), at(1), x), _mix(at(stride), at(stride + 1), x), y)
-  mixed += _pack(np.uint32(0x020202)) << 8  # a half, of 1024
+  mixed += _pack(np.uint32(0x020202)) << 8  # one half, in units of 1/1024
   mixed >>= 10
   return Image.frombytes("RGB", image.size, _unpack(mixed).tobytes(), "raw", "RGBX")
 
 
-# Three channels in one word of 64 bits, 20 bits each, so that one product serves all of them. A
-# difference may borrow from the next lane, but what is added up at the end does not.
+# Three channels in one word of 64 bits, in lanes of 20 bits, so that one product serves all three. A
+# difference may borrow from the next lane; the final sum does not.
 
 
 def _pack(rgbx: np.ndarray) -> np.ndarray:
@@ -254,7 +254,7 @@ def _pack(rgbx: np.ndarray) -> np.ndarray:
 
 
 def _mix(p: np.ndarray, q: np.ndarray, weight: np.ndarray) -> np.ndarray:
-  """(32 - weight) p + weight q, in p; spoils q."""
+  """(32 - weight) p + weight q, in place of p; overwrites q."""
   q -= p
   q *= weight
   p <<= 5
@@ -263,7 +263,7 @@ def _mix(p: np.ndarray, q: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _unpack(words: np.ndarray) -> np.ndarray:
-  """uint64 -> uint32 of the same shape, the lowest 8 bits of each lane; spoils the words."""
+  """The lowest 8 bits of each lane: uint64 -> uint32 of the same shape; overwrites the words."""
   out = words & 0xFF
   for byte in (1, 2):
     words >>= 12
@@ -283,13 +283,15 @@ def random_erase(
   mean: Sequence[float] = (0.0, 0.0, 0.0),
   std: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> np.ndarray:
-  """Random boxes of [H, W, 3] filled with noise (Zhong et al., 2020), in a copy; or the array.
+  """Random erasing (Zhong et al., 2020): fills random boxes of pixels [H, W, 3] with noise.
 
-  Their number is uniform in `count`, and together they take a share uniform in ERASE_AREA of the
-  image, with an aspect ratio log-uniform in ERASE_ASPECT; a box that does not fit in ten tries
-  is left out. Filled with mean + std n, one n for each "pixel" and channel, or for each channel
-  ("rand"), or 0 ("const"). n is standard normal, mean and std are in the image's own numbers:
-  with the defaults a normalised one. Integers are rounded and clipped.
+  Returns a copy, or with probability 1 - `probability` the array itself. The number of boxes is
+  uniform in `count`. Their total area, as a fraction of the image, is uniform in ERASE_AREA, the
+  aspect ratio log-uniform in ERASE_ASPECT; a box is omitted after ten that do not fit.
+
+  The filling is mean + std n with n standard normal: drawn for each pixel and channel (mode
+  "pixel") or for each channel of a box ("rand"), or 0 ("const"). mean and std are in the units of
+  `pixels`; the defaults are for normalised ones. Integers are rounded and clipped.
   """
   if rng.random() > probability:
     return pixels
@@ -340,56 +342,48 @@ def build(
 ) -> image_lib.Augment | None:
   """A training augmentation (image, generator) -> uint8 [crop, crop, 3]; None if nothing is on.
 
-  The steps come in the order of the arguments. transform: the evaluation transform, which gives
-  size, filter and EXIF rotation, and is itself the first step of a "center" crop. mean, std: three
-  floats each, by which the device will normalise pixels / 255; boxes are erased to what it then
-  takes for noise, or for 0. Only `erase` needs them. The rest are the keys of `config.data`;
-  ValueError for a bad value, its message beginning with the key.
+  The steps run in the order of the arguments, which are keys of `config.data`. Example::
+
+    augment = build(Transform(256, 224), crop="random", flip=0.5)
+    pixels = augment(image, np.random.default_rng(0))   # uint8 [224, 224, 3]
+
+  Args:
+    transform: the evaluation transform. It gives size, filter and EXIF orientation, and is the
+      first step of a "center" crop.
+    mean, std: three floats each, by which the device will normalise pixels / 255; only for `erase`,
+      which fills boxes such that they are noise, or 0, after the normalisation.
+
+  Raises:
+    ValueError: for a bad value; the message begins with the key.
   """
   if crop not in ("center", "random"):
     raise ValueError(f"crop is {crop!r}; there are 'center' and 'random'")
-  _check("crop_scale", crop_scale, 2, 0, 1, above=True, rising=True)
-  _check("crop_ratio", crop_ratio, 2, 0, math.inf, above=True, rising=True)
-  _check("jitter", jitter, 4, 0, math.inf)
+  _check_numbers("crop_scale", crop_scale, 2, 0, 1, above=True, rising=True)
+  _check_numbers("crop_ratio", crop_ratio, 2, 0, math.inf, above=True, rising=True)
+  _check_numbers("jitter", jitter, 4, 0, math.inf)
   if jitter[3] > 0.5:
     raise ValueError(f"jitter is {tuple(jitter)!r}; its last number, the hue, is at most 0.5")
   shares = dict(jitter_p=jitter_p, grayscale=grayscale, blur=blur, flip=flip, erase=erase)
   for key, value in shares.items():
     if not 0 <= value <= 1:
       raise ValueError(f"{key} is {value!r}; expected a probability")
-  _check("blur_radius", blur_radius, 2, 0, math.inf, rising=True)
-  if len(rand_augment) != 2 or any(int(v) != v or v < 0 for v in rand_augment):
-    raise ValueError(f"rand_augment is {tuple(rand_augment)!r}; expected (operations, magnitude)")
-  n, magnitude = map(int, rand_augment)
-  if magnitude > MAX_MAGNITUDE:
-    raise ValueError(f"rand_augment has magnitude {magnitude}; expected 0 to {MAX_MAGNITUDE}")
-  if rand_augment_mode not in ("corrected", "original"):
-    raise ValueError(
-      f"rand_augment_mode is {rand_augment_mode!r}; there are 'corrected' and 'original'"
-    )
-  if auto_augment not in ("", "imagenet"):
-    raise ValueError(f"auto_augment is {auto_augment!r}; there are 'imagenet', and '' for none")
-  if erase_mode not in ("pixel", "rand", "const"):
-    raise ValueError(f"erase_mode is {erase_mode!r}; there are 'pixel', 'rand' and 'const'")
-  _check("erase_count", erase_count, 2, 1, math.inf, rising=True)
-  if any(int(v) != v for v in erase_count):
-    raise ValueError(f"erase_count is {tuple(erase_count)!r}; expected (fewest, most) boxes")
-  if erase and (mean is None or std is None):
-    raise ValueError(f"erase is {erase!r}, which needs the mean and std of pixels")
+  _check_numbers("blur_radius", blur_radius, 2, 0, math.inf, rising=True)
+  _check_policies(rand_augment, rand_augment_mode, auto_augment)
+  _check_erasing(erase, erase_mode, erase_count, mean, std)
 
   steps: list[Step] = []
   if crop == "random":
     size, scale, ratio = transform.crop, tuple(crop_scale), tuple(crop_ratio)
     steps.append(functools.partial(_random_crop, transform, size=size, scale=scale, ratio=ratio))
   if any(jitter) and jitter_p:
-    steps.append(lambda im, rng: color_jitter(im, rng, *jitter) if rng.random() < jitter_p else im)
+    steps.append(functools.partial(_random_jitter, probability=jitter_p, strengths=tuple(jitter)))
   if grayscale:
     steps.append(functools.partial(random_grayscale, probability=grayscale))
   if blur:
-    radius = tuple(blur_radius)
-    steps.append(functools.partial(random_blur, probability=blur, radius=radius))
+    steps.append(functools.partial(random_blur, probability=blur, radius=tuple(blur_radius)))
   if flip:
     steps.append(functools.partial(image_lib.random_flip, probability=flip))
+  n, magnitude = map(int, rand_augment)
   if n:
     how = {"n": n, "magnitude": magnitude, "mode": rand_augment_mode}
     steps.append(functools.partial(random_operations, **how))
@@ -398,21 +392,26 @@ def build(
   if not steps and not erase:
     return None
   if crop == "center":
-    steps.insert(0, lambda im, rng: Image.fromarray(transform(im)))
-
+    steps.insert(0, functools.partial(_center_crop, transform))
+  erasing = None
   if erase:
     scaled = {"mean": 255 * np.asarray(mean), "std": 255 * np.asarray(std)}
     how = {"mode": erase_mode, "count": tuple(map(int, erase_count)), **scaled}
-    last = functools.partial(random_erase, probability=erase, **how)
-  else:
-    last = lambda pixels, rng: pixels
+    erasing = functools.partial(random_erase, probability=erase, **how)
 
   def augment(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     for step in steps:
       image = step(image, rng)
-    return last(image_lib.pixels(image), rng)
+    pixels = image_lib.pixels(image)
+    return erasing(pixels, rng) if erasing else pixels
 
   return augment
+
+
+def _center_crop(
+  transform: image_lib.Transform, image: Image.Image, rng: np.random.Generator
+) -> Image.Image:
+  return Image.fromarray(transform(image))
 
 
 def _random_crop(
@@ -422,7 +421,42 @@ def _random_crop(
   return image_lib.random_resized_crop(image, rng, interpolation=transform.interpolation, **kw)
 
 
-def _check(
+def _random_jitter(
+  image: Image.Image, rng: np.random.Generator, probability: float, strengths: tuple[float, ...]
+) -> Image.Image:
+  return color_jitter(image, rng, *strengths) if rng.random() < probability else image
+
+
+def _check_policies(rand_augment: Sequence[int], mode: str, auto_augment: str) -> None:
+  if len(rand_augment) != 2 or any(int(v) != v or v < 0 for v in rand_augment):
+    raise ValueError(f"rand_augment is {tuple(rand_augment)!r}; expected (operations, magnitude)")
+  if rand_augment[1] > MAX_MAGNITUDE:
+    raise ValueError(
+      f"rand_augment has magnitude {int(rand_augment[1])}; expected 0 to {MAX_MAGNITUDE}"
+    )
+  if mode not in ("corrected", "original"):
+    raise ValueError(f"rand_augment_mode is {mode!r}; there are 'corrected' and 'original'")
+  if auto_augment not in ("", "imagenet"):
+    raise ValueError(f"auto_augment is {auto_augment!r}; there are 'imagenet', and '' for none")
+
+
+def _check_erasing(
+  erase: float,
+  mode: str,
+  count: Sequence[int],
+  mean: Sequence[float] | None,
+  std: Sequence[float] | None,
+) -> None:
+  if mode not in ("pixel", "rand", "const"):
+    raise ValueError(f"erase_mode is {mode!r}; there are 'pixel', 'rand' and 'const'")
+  _check_numbers("erase_count", count, 2, 1, math.inf, rising=True)
+  if any(int(v) != v for v in count):
+    raise ValueError(f"erase_count is {tuple(count)!r}; expected (fewest, most) boxes")
+  if erase and (mean is None or std is None):
+    raise ValueError(f"erase is {erase!r}, which needs the mean and std of pixels")
+
+
+def _check_numbers(
   key: str,
   values: Sequence[float],
   count: int,
@@ -432,7 +466,7 @@ def _check(
   above: bool = False,
   rising: bool = False,
 ) -> None:
-  """ValueError unless there are `count` finite numbers from low (above it, if so) to high."""
+  """Raises ValueError unless there are `count` finite numbers in [low, high], or (low, high]."""
   inside = lambda v: math.isfinite(v) and (low < v if above else low <= v) and v <= high
   if len(values) != count or not all(map(inside, values)) or (rising and values[0] > values[-1]):
     bound = f"{'above' if above else 'from'} {low:g}" + (f" up to {high:g}" * (high < math.inf))

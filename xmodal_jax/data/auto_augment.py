@@ -1,8 +1,8 @@
-"""AutoAugment's policy for ImageNet (Cubuk et al., 2019), as ZeroVL applies it: Pillow throughout.
+"""AutoAugment's policy for ImageNet (Cubuk et al., 2019) as ZeroVL implements it, with Pillow.
 
-Operations have magnitudes 0 to 9, from weak to strong. The fills and filters are those of the
-published program: shear is bicubic, translation and rotation take the nearest pixel, what they
-leave empty is grey, and a rotation is always counter-clockwise.
+Levels are 0 to 9, from weak to strong. Filters and fills are those of the published program: shear
+is bicubic, translation and rotation use the nearest pixel, pixels from outside of the image are
+grey, and rotations are always counter-clockwise.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 LEVELS = 10
-FILL = (128, 128, 128)  # of what a warp leaves empty
+FILL = (128, 128, 128)  # of pixels from outside of the image
 
 
 def imagenet_policy(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """One of the sub-policies of POLICY at random, its operations with their probabilities.
+  """Applies a random sub-policy of POLICY, each operation with its probability.
 
-  Draws: the sub-policy; per operation a uniform; a sign where it is applied and has one. image:
-  RGB, and so is what comes back, of the same size.
+  Takes and returns an RGB image of the same size. Draws from the generator: the sub-policy; for
+  each operation a uniform, and a sign if it is applied and in SIGNED.
   """
   for probability, name, level in POLICY[int(rng.integers(len(POLICY)))]:
     if rng.random() < probability:
@@ -28,13 +28,13 @@ def imagenet_policy(image: Image.Image, rng: np.random.Generator) -> Image.Image
 
 
 def operation(image: Image.Image, name: str, level: int, negative: bool = False) -> Image.Image:
-  """One operation by its name. negative: the other way, for those in SIGNED alone."""
+  """One operation by its name. negative: reverses the operations in SIGNED."""
   size = magnitude(name, level)
   return OPERATIONS[name](image, -size if negative and name in SIGNED else size)
 
 
 def magnitude(name: str, level: int) -> float:
-  """What a level 0 to 9 means for an operation: see RANGES; 0 where that does not name it."""
+  """The magnitude of a level 0 to 9 of an operation: see RANGES; 0 for those not in it."""
   low, high = RANGES.get(name, (0.0, 0.0))
   value = float(np.linspace(low, high, LEVELS)[level])
   return float(round(value)) if name == "posterize" else value
@@ -43,15 +43,15 @@ def magnitude(name: str, level: int) -> float:
 RANGES = {
   "shearX": (0.0, 0.3),
   "shearY": (0.0, 0.3),
-  "translateX": (0.0, 150 / 331),  # share of the width
+  "translateX": (0.0, 150 / 331),  # fraction of the width
   "translateY": (0.0, 150 / 331),
   "rotate": (0.0, 30.0),  # degrees
   "color": (0.0, 0.9),  # the factor is 1 plus or minus this
   "contrast": (0.0, 0.9),
   "sharpness": (0.0, 0.9),
   "brightness": (0.0, 0.9),
-  "posterize": (8.0, 4.0),  # bits that stay
-  "solarize": (256.0, 0.0),  # what is not darker is inverted
+  "posterize": (8.0, 4.0),  # bits that are kept
+  "solarize": (256.0, 0.0),  # threshold from which values are inverted
 }
 """Magnitudes at the lowest and at the highest level, evenly spaced between."""
 
@@ -101,7 +101,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 SIGNED = frozenset(
   ("shearX", "shearY", "translateX", "translateY", "color", "contrast", "sharpness", "brightness")
 )
-"""Operations that go either way, with probability a half each."""
+"""Operations that are reversed with probability 0.5."""
 
 _P = tuple[tuple[float, str, int], tuple[float, str, int]]
 POLICY: tuple[_P, ...] = (
@@ -131,4 +131,4 @@ POLICY: tuple[_P, ...] = (
   ((0.6, "color", 4), (1.0, "contrast", 8)),
   ((0.8, "equalize", 8), (0.6, "equalize", 3)),
 )
-"""Sub-policies of two (probability, operation, level) each; the last five repeat earlier ones."""
+"""Sub-policies of two (probability, operation, level); the last five repeat earlier ones."""

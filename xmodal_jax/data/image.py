@@ -1,8 +1,8 @@
-"""Encoded images to uint8 pixels, on the host and by Pillow.
+"""Decodes and transforms images to uint8 pixels, on the host, with Pillow.
 
 The published systems resized with Pillow, whose antialiased fixed-point filters no other library
-reproduces; Pillow also releases the GIL while it decodes and resizes. Normalisation is left to the
-device: a batch travels as uint8.
+reproduces; Pillow also releases the GIL while it decodes and resizes. Batches are uint8; the model
+normalises them on the device.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 
 
 class DecodeError(Exception):
-  """The bytes are not a whole image."""
+  """The bytes are not an image, or it is truncated, damaged or too large."""
 
 
 def decode(source: bytes | np.ndarray | Image.Image) -> Image.Image:
   """Bytes of any format that Pillow reads, or pixels uint8 [H, W] or [H, W, 3 or 4], to an image.
 
-  The mode stays that of the file. EXIF rotation is left to `Transform`, for most of the published
-  systems do without.
+  Keeps the file's mode. EXIF orientation is left to `Transform`: most published systems ignore it.
+  Raises DecodeError.
   """
   if isinstance(source, Image.Image):
     return source
@@ -36,14 +36,14 @@ def decode(source: bytes | np.ndarray | Image.Image) -> Image.Image:
     return Image.fromarray(source)
   try:
     image = Image.open(io.BytesIO(source))
-    # Pillow itself only warns up to twice its bound; a warning per thread is no way to stop.
+    # Pillow only warns up to twice its bound.
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
       raise DecodeError(f"{image.width} x {image.height} pixels: a decompression bomb?")
-    image.load()  # opening reads the header only; a truncated file shows here
+    image.load()  # open() reads only the header; a truncated file raises here
   except DecodeError:
     raise
   except UnidentifiedImageError:
-    # Pillow's own message prints the BytesIO object.
+    # Pillow's message prints the BytesIO object.
     raise DecodeError(f"no known image format, first bytes {source[:8]!r}") from None
   except Exception as e:
     # Decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
@@ -54,18 +54,18 @@ def decode(source: bytes | np.ndarray | Image.Image) -> Image.Image:
 def load(
   source: bytes | np.ndarray | Image.Image, transform: Callable[[Image.Image], np.ndarray]
 ) -> np.ndarray:
-  """Decode and transform: uint8 [H, W, 3]. DecodeError for a file that is corrupt or too large."""
+  """Decodes and transforms to uint8 [H, W, 3]. Raises DecodeError."""
   return transform(decode(source))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-  """The image itself where it is RGB already; Pillow's own conversion would copy it."""
+  """Converts to RGB; an RGB image is returned as it is, where Pillow's conversion copies."""
   return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def upright(image: Image.Image) -> Image.Image:
-  """Turned and mirrored as its EXIF orientation says; itself where that is absent or unreadable."""
-  # Not ImageOps.exif_transpose, which also writes the other tags anew and fails on damaged ones.
+  """Applies the EXIF orientation; returns the image as it is if that is absent or unreadable."""
+  # ImageOps.exif_transpose also rewrites the other tags, and fails on damaged ones.
   try:
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
   except Exception:  # SyntaxError, struct.error and others, by the damage
@@ -91,20 +91,26 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """Resize, then crop the centre: image -> uint8 [crop, crop, 3]."""
+  """Resize, then crop the centre: image -> uint8 [crop, crop, 3].
+
+  Raises ValueError for a crop larger than the size. Example::
+
+    transform = Transform(size=256, crop=224, interpolation="bilinear")
+    pixels = load(pathlib.Path("cat.jpg").read_bytes(), transform)   # uint8 [224, 224, 3]
+  """
 
   size: int
-  """Length to resize to: of the shorter side, or with `exact` of both."""
+  """Length in pixels to resize to: of the shorter side, or with "exact" of both."""
   crop: int
-  """Side of the central square that is kept; equal to `size` where `exact` systems do not crop."""
+  """Side of the central square that is kept, at most `size`."""
   resize: Literal["shorter", "exact"] = "shorter"
-  """`exact` gives up the aspect ratio."""
+  """"exact" changes the aspect ratio."""
   interpolation: Interpolation = "bicubic"
   rgb_first: bool = True
-  """False: resize in the file's own mode, then convert, as CLIP does. It matters for palette
+  """False: resize in the file's mode, then convert to RGB, as CLIP does. This matters for palette
   images (nearest neighbour on indices) and RGBA (premultiplied alpha, then dropped)."""
   exif: bool = False
-  """Turn the image as its EXIF orientation says, before everything else."""
+  """Apply the EXIF orientation first."""
 
   def __post_init__(self):
     if not 0 < self.crop <= self.size:
@@ -136,7 +142,7 @@ class Transform:
 
 
 def clip_transform(size: int) -> Transform:
-  """CLIP's transform, in training and evaluation alike."""
+  """CLIP's transform, the same in training and evaluation."""
   return Transform(size, size, rgb_first=False)
 
 
@@ -149,8 +155,8 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
   """A random box (left, top, right, bottom): torchvision's RandomResizedCrop.
 
-  The share of the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. Ten tries to
-  fit, then the largest central box whose aspect ratio is allowed.
+  The fraction of the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. After ten
+  boxes that do not fit, the largest central box whose aspect ratio is in range.
   """
   for _ in range(10):
     area = width * height * rng.uniform(*scale)
@@ -175,7 +181,7 @@ def random_resized_crop(
   interpolation: Interpolation = "bicubic",
 ) -> Image.Image:
   """A random box of the image, resized to size x size."""
-  # Crop, then resize: with resize(box=...) the filter would see pixels outside the box.
+  # Crop, then resize: with resize(box=...) the filter would use pixels outside of the box.
   image = image.crop(crop_box(image.width, image.height, rng, scale, ratio))
   return image.resize((size, size), FILTERS[interpolation])
 
@@ -183,7 +189,7 @@ def random_resized_crop(
 def random_flip(
   image: Image.Image, rng: np.random.Generator, probability: float = 0.5
 ) -> Image.Image:
-  """Left and right exchanged with the given probability."""
+  """Flips left and right with the given probability."""
   if rng.random() < probability:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   return image

@@ -1,4 +1,4 @@
-"""The splits of several datasets as one, for training on more than one at a time."""
+"""Splits of several datasets joined into one, for training on all of them."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,15 @@ from xmodal_jax.data.records import Record, Split
 
 
 class Joined:
-  """Splits of several datasets after one another: what training reads in place of a `Split`.
+  """Splits of several datasets, concatenated; training reads it like a `Split`.
 
-  Records, and so images and captions, are numbered through. captions_per_record: int32 [N].
-  starts: int64 [n + 1], the number of each dataset's first record, and N. fingerprint: sha256 of
-  those of the splits, in their order.
+  Records are numbered from 0 to N - 1 over all datasets. captions_per_record: int32 [N]. starts:
+  int64 [n + 1], the number of the first record of each of the n datasets, and N. fingerprint:
+  sha256 of the fingerprints of the splits, in order.
   """
 
   def __init__(self, parts: Sequence[Split], names: Sequence[str]):
-    """names: of the datasets. Raises ValueError where only some of them have captions."""
+    """names: of the datasets. Raises ValueError if only some of them have captions."""
     self.parts, self.names = tuple(parts), tuple(names)
     self.name = f"{parts[0].name} of {' + '.join(names)}"
     self.starts = np.cumsum([0, *map(len, parts)])
@@ -29,12 +29,12 @@ class Joined:
       without = have.index(False)
       raise ValueError(
         f"dataset {names[without]} has no captions in split {parts[without].name!r}, and "
-        f"{names[have.index(True)]} has: datasets that are trained on together hold the same"
+        f"{names[have.index(True)]} has: either all datasets of a run have captions, or none"
       )
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """Of the labels. Raises ValueError where the datasets number their classes differently."""
+    """Names of the labels. Raises ValueError if the datasets have different ones."""
     for part, name in zip(self.parts, self.names, strict=True):
       if part.class_names != self.parts[0].class_names:
         raise ValueError(f"datasets {self.names[0]} and {name} have different classes")
@@ -44,14 +44,14 @@ class Joined:
     return int(self.starts[-1])
 
   def place(self, record: int) -> tuple[int, int]:
-    """Record -> (its dataset, its number there). Raises IndexError."""
+    """Record -> (index of its dataset, its number there). Raises IndexError."""
     if not 0 <= record < len(self):
       raise IndexError(f"record {record} of {len(self)} in split {self.name!r}")
     source = int(np.searchsorted(self.starts, record, side="right")) - 1
     return source, int(record - self.starts[source])
 
   def read(self, i: int) -> Record:
-    """Record i, checked. Raises BadRecordError, with the number that it has in its own dataset."""
+    """Record i, checked. Raises BadRecordError, with its number in its own dataset."""
     source, i = self.place(i)
     return self.parts[source].read(i)
 
@@ -60,7 +60,7 @@ class Joined:
 
 
 def sample_counts(split: Split | Joined, captions: order.Captions) -> list[int]:
-  """Samples of each dataset in an epoch; of the one, where the split is not joined."""
+  """Samples of an epoch of each dataset; one number for a split that is not joined."""
   if not isinstance(split, Joined):
     return [order.samples_per_epoch(split.captions_per_record, captions)]
   counts = []
@@ -75,6 +75,6 @@ def sample_counts(split: Split | Joined, captions: order.Captions) -> list[int]:
 def mixture(
   split: Split | Joined, captions: order.Captions, mix: order.Mix, batch_size: int, seed: int
 ) -> order.Mixture:
-  """Which batch of a split every step takes. Raises ValueError; see `order.Mixture`."""
+  """The `order.Mixture` of a split, which raises ValueError."""
   names = split.names if isinstance(split, Joined) else (split.name,)
   return order.Mixture(mix, sample_counts(split, captions), batch_size, seed, names)

@@ -1,9 +1,8 @@
 """The order of training samples as a pure function of (seed, epoch, position).
 
-Nothing is shuffled in memory and nothing has to be saved: position p of epoch e is sample
-`permute(p, n, seed, e)`, whatever came before, so resuming at any position costs nothing. Where
-several datasets are trained on together, `Mixture` says which of them, and which batch of it, each
-step takes.
+Position p of epoch e is sample `permute(p, n, seed, e)`. There is no shuffle buffer and no iterator
+state to save, so resuming at any position costs nothing. With several datasets, `Mixture` gives the
+dataset and the batch of each step.
 """
 
 import functools
@@ -17,22 +16,22 @@ Captions = Literal["all", "one", "none"]
 Mix = Literal["shuffle", "sequential", "debias"]
 MIXES = ("shuffle", "sequential", "debias")
 
-# What a random number is for. Each purpose has its own stream, so none repeats another's draws.
+# The purpose of a random number. Each has its own stream, so that draws are independent.
 _SHUFFLE, _CAPTION, _REPLACEMENT, _AUGMENT, _SOURCE, _PIECES = range(6)
 
 # With 4 rounds a Feistel network is a strong permutation when its halves are large (Luby and
-# Rackoff); halves here can be 2 or 3, where more rounds are needed and cost next to nothing.
+# Rackoff). Here a half can be as small as 2 or 3, which needs more rounds; they are cheap.
 _ROUNDS = 10
 
 
 def _seeds(stream: int, seed: int, epoch: int) -> np.random.SeedSequence:
-  """Words of fixed width, so that no two (stream, seed, epoch) spell the same sequence."""
+  """Words of fixed width, so that no two (stream, seed, epoch) give the same entropy."""
   seed, epoch = seed % 2**64, epoch % 2**64
   return np.random.SeedSequence([stream, seed % 2**32, seed >> 32, epoch % 2**32, epoch >> 32])
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-  """Every bit of the result depends on every bit of x. uint64 [...] -> uint64 [...].
+  """A hash of 64 bits: uint64 [...] -> uint64 [...].
 
   The finaliser of SplitMix64 (Steele, Lea, Flood 2014), variant 13 of Stafford.
   """
@@ -49,7 +48,11 @@ def _check(values: np.ndarray, n: int, what: str) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-  """Where each position of an epoch points: a permutation of range(n). int [...] -> int64 [...].
+  """The sample at each position of an epoch, a permutation of range(n). int [...] -> int64 [...].
+
+  Raises ValueError for positions outside of range(n). Example::
+
+    permute(np.arange(5), 5, seed=0, epoch=1)   # all of 0..4, in the order of epoch 1
 
   A Feistel network over pairs (left, right) of digits in base ceil(sqrt(n)) with addition in place
   of xor, restricted to range(n) by cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite
@@ -87,8 +90,11 @@ def caption_offsets(captions_per_record: np.ndarray) -> np.ndarray:
 
 
 def samples_per_epoch(captions_per_record: np.ndarray, captions: Captions) -> int:
-  """With "all" an epoch visits every caption once; with "one" every record, with one caption; with
-  "none" every record, for what is learned without captions."""
+  """Number of samples of an epoch.
+
+  "all": every caption is a sample. "one": every record, with one caption of it. "none": every
+  record, without captions. Raises ValueError for other values, and for records without a caption.
+  """
   if captions == "all":
     return int(np.sum(captions_per_record, dtype=np.int64))
   if captions == "none":
@@ -101,16 +107,16 @@ def samples_per_epoch(captions_per_record: np.ndarray, captions: Captions) -> in
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
-  """Only whole batches: what is left of an epoch is dropped, a different part in each epoch."""
+  """Whole batches of an epoch. The remainder is dropped; it differs from epoch to epoch."""
   if samples < batch_size:
     raise ValueError(f"a batch of {batch_size} is larger than the split's {samples} samples")
   return samples // batch_size
 
 
 def source_seed(seed: int, source: int) -> int:
-  """The seed of dataset `source` of several that are shuffled apart: `seed` itself for the first.
+  """The seed by which dataset number `source` is shuffled: `seed` itself for the first.
 
-  Without it, datasets of one size would be in the same order.
+  With a common seed, datasets of equal size would be in the same order.
   """
   if source == 0:
     return seed
@@ -119,11 +125,11 @@ def source_seed(seed: int, source: int) -> int:
 
 
 class Draws:
-  """Which dataset each step draws, with probability proportional to its number of samples.
+  """Draws a dataset for each step, with probability proportional to its number of samples.
 
-  The draws are numpy's `default_rng(seed).choice(n, p=sizes / sum)`, one after another. Nothing has
-  to be drawn in order all the same: a draw takes one 64-bit output of PCG64, which can be advanced.
-  Only the counts of whole blocks are kept. Thread-safe.
+  The draws are successive ones of NumPy's `default_rng(seed).choice(n, p=sizes / sum)`. A draw
+  takes one 64-bit output of PCG64, which can be advanced, so any block of draws can be made
+  directly; only the counts of whole blocks are kept. Thread-safe.
   """
 
   BLOCK = 2**16
@@ -131,16 +137,16 @@ class Draws:
   def __init__(self, sizes: Sequence[float], seed: int):
     sizes = np.asarray(sizes)
     self._p, self._seed, self._lock = sizes / sizes.sum(), seed % 2**64, threading.Lock()
-    self._before = [np.zeros(len(sizes), np.int64)]  # of each dataset, ahead of each block
+    self._before = [np.zeros(len(sizes), np.int64)]  # draws of each dataset before a block
     self._block = functools.lru_cache(maxsize=4)(self._draw)
 
   def _draw(self, block: int) -> np.ndarray:
-    """The datasets that the steps of a block draw, int64 [BLOCK]."""
+    """The draws of a block, int64 [BLOCK]."""
     bits = np.random.PCG64(self._seed).advance(block * self.BLOCK)
     return np.random.Generator(bits).choice(len(self._p), self.BLOCK, p=self._p)
 
   def __call__(self, step: int) -> tuple[int, int]:
-    """Step -> (the dataset that it draws, how many steps before it drew the same)."""
+    """Step -> (index of its dataset, number of earlier steps with the same dataset)."""
     block, i = divmod(step, self.BLOCK)
     with self._lock:
       while len(self._before) <= block:
@@ -152,25 +158,25 @@ class Draws:
 
 
 class Mixture:
-  """Which batch every step of a run takes from one dataset or several: a function of (seed, step).
+  """The batch that each step takes from one dataset or several, as a function of (seed, step).
 
-  "shuffle": the datasets are one, shuffled together. "sequential": in each epoch one after
-  another, each shuffled in itself. "debias": every batch is of one dataset, the one that `Draws`
-  says; a dataset that has no whole batch left begins an epoch of its own, in another order. An
-  epoch of the run is as many steps as there are whole batches in what is shuffled.
+  "shuffle": all datasets are shuffled together, as one pool. "sequential": each dataset is a pool
+  of its own, and an epoch goes through one after another. "debias": each dataset is a pool, and
+  each step draws one of them (`Draws`); a pool without a whole batch left starts its next epoch. An
+  epoch of the run has as many steps as all pools have whole batches.
   """
 
   def __init__(
     self, mix: Mix, sizes: Sequence[int], batch_size: int, seed: int, names: Sequence[str] = ()
   ):
-    """sizes: samples of each dataset; names: of the datasets, for errors.
+    """sizes: number of samples of each dataset. names: of the datasets, for messages.
 
-    Raises ValueError for an unknown mix, and where what is shuffled is smaller than a batch.
+    Raises ValueError for an unknown mix, and for a pool smaller than a batch.
     """
     if mix not in MIXES:
       raise ValueError(f"data.mix is {mix!r}; there are {', '.join(MIXES)}")
     self.mix, self._seed = mix, seed
-    self.sizes = [sum(sizes)] if mix == "shuffle" else list(sizes)  # of what is shuffled apart
+    self.sizes = [sum(sizes)] if mix == "shuffle" else list(sizes)  # of each pool
     for name, size in zip(names, self.sizes, strict=False):
       if size < batch_size and len(self.sizes) > 1:
         raise ValueError(
@@ -187,10 +193,8 @@ class Mixture:
     return int(self._ends[-1])
 
   def __call__(self, step: int) -> tuple[int, int, int]:
-    """Step -> (what is shuffled apart, its epoch, the batch in that epoch).
-
-    The first is 0 for "shuffle", else the index of a dataset.
-    """
+    """Step -> (pool, its epoch, batch in that epoch). The pool is 0 for "shuffle", else the index
+    of a dataset."""
     if self._draws is not None:
       source, batch = self._draws(step)
       return source, *divmod(batch, self._steps[source])
@@ -202,9 +206,9 @@ class Mixture:
 def locate(
   samples: np.ndarray, offsets: np.ndarray, captions: Captions, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Sample indices [B] -> (record, caption within the record), both int64 [B].
+  """Sample indices [B] -> (record, index of the caption within the record), both int64 [B].
 
-  offsets: `caption_offsets` [N + 1]. With "one" the caption is drawn per (seed, epoch, record).
+  offsets: `caption_offsets` [N + 1]. With "one" the caption is drawn by (seed, epoch, record).
   """
   if captions == "all":
     samples = _check(samples, int(offsets[-1]), "samples")
@@ -219,9 +223,9 @@ def locate(
 
 
 def replacement(position: int, attempt: int, n: int, seed: int, epoch: int) -> int:
-  """The sample that stands in for the one at `position` when it (or an earlier stand-in) is bad.
+  """The sample that replaces the one at `position` if it, or an earlier replacement, is bad.
 
-  A function of its arguments alone: a restarted run, and any number of threads, draw the same one.
+  A function of its arguments alone, so restarts and any number of threads draw the same one.
   """
   key = _seeds(_REPLACEMENT, seed, epoch).generate_state(1, np.uint64)
   x = _mix(_mix(key + np.uint64(position)) + np.uint64(attempt))
@@ -237,9 +241,6 @@ def generator(position: int, seed: int, epoch: int) -> np.random.Generator:
 
 
 def caption_keys(positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-  """What the corruption of the captions at these positions of an epoch draws from.
-
-  int [B] -> uint64 [B].
-  """
+  """Seeds of the caption corruption at these positions of an epoch: int [B] -> uint64 [B]."""
   key = _seeds(_PIECES, seed, epoch).generate_state(1, np.uint64)
   return _mix(_mix(np.asarray(positions, np.uint64)) + key)

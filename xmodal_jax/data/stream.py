@@ -1,7 +1,7 @@
-"""Batches as they leave tf.data, and the account of bad records that goes with them.
+"""The iterator over tf.data's batches, and the count of bad records behind it.
 
-Python functions never raise into tf.data, which would turn any error into one of its own: they hand
-over a flag (`Ledger.call`), and the consumer raises the error itself (`Stream`).
+A Python function that raises inside tf.data is reported as one of TensorFlow's errors. So functions
+return a flag instead (`Ledger.call`), and the consumer raises the original error (`Stream`).
 """
 
 import atexit
@@ -24,13 +24,13 @@ _NAMED = 5  # bad records whose names an error message lists
 
 
 class DataError(RuntimeError):
-  """The split cannot be used as it is."""
+  """Too many records of a split are bad, or it lacks what the model reads."""
 
 
 class Ledger:
-  """The distinct bad records of a split, and the error that ends the stream, if any. Thread-safe.
+  """Counts the distinct bad records of a split, and keeps the error that ends the stream, if any.
 
-  on_bad(record, reason) is called once per bad record, after it was logged.
+  on_bad(record, reason) is called once per bad record, after it was logged. Thread-safe.
   """
 
   def __init__(
@@ -46,9 +46,9 @@ class Ledger:
     self._lock = threading.Lock()
 
   def add(self, record: int, error: Exception, filename: str = "") -> None:
-    """Counts a record once. DataError if that makes them too many."""
+    """Counts a record once. Raises DataError if there are now too many."""
     reason = str(error)
-    if not isinstance(error, BadRecordError):  # whose text already names the record
+    if not isinstance(error, BadRecordError):  # its text already names the record
       reason = f"{self.named(record, filename)}: {reason}"
     with self._lock:
       if record in self.bad:
@@ -66,7 +66,7 @@ class Ledger:
       )
 
   def named(self, record: int, filename: str) -> str:
-    """What messages call a record."""
+    """The name of a record in messages."""
     split = self.split
     if not isinstance(split, mix_lib.Joined):
       return f"record {record} ({filename}) of split {split.name!r}"
@@ -75,10 +75,10 @@ class Ledger:
     return f"record {i} ({filename}) of {where}"
 
   def call(self, function: Callable, inputs: list, blanks: list) -> list:
-    """`function` as a tf.data op: tensors in, one tensor like each of `blanks` out, and a flag.
+    """`function` as a tf.data op: `inputs` -> tensors of the shapes of `blanks`, and a flag.
 
-    The flag is false, and the tensors are the blanks, if it raised (`failure` is then set) or if
-    the stream was closed.
+    If it raised (`failure` is then set) or the stream was closed, the flag is false and the tensors
+    are the blanks.
     """
 
     def guarded(*args):
@@ -101,9 +101,10 @@ _OPEN: "weakref.WeakSet[Stream]" = weakref.WeakSet()
 
 
 class Stream(Iterator[Batch]):
-  """The batches of a dataset without their flag `ok`; raises the failure at the first false one.
+  """Iterates over batches; where their flag `ok` is false, raises the ledger's failure.
 
-  It may be left at any time, by `close` or by dropping it, and read from any thread.
+  Batches are dicts of NumPy arrays without the flag. It may be read from any thread, and abandoned
+  at any time by `close` or by deleting it.
   """
 
   def __init__(self, dataset: tf.data.Dataset, ledger: Ledger):
@@ -124,8 +125,8 @@ class Stream(Iterator[Batch]):
       raise StopIteration
 
   def close(self) -> None:
-    """Ends the stream. What its threads have begun is finished, nothing further is read."""
-    self._ledger.closed = True  # first: it lets a `next` under way in another thread return
+    """Ends the stream. Its threads finish the samples they are reading and start no others."""
+    self._ledger.closed = True  # first: it lets a `next` in another thread return
     with self._lock:
       self._batches = None
 
@@ -136,6 +137,6 @@ class Stream(Iterator[Batch]):
 
 @atexit.register
 def _close_all() -> None:
-  # tf.data's threads would wait for ever for the lock of an interpreter that is gone.
+  # tf.data's threads would wait forever for the GIL of an interpreter that is shutting down.
   for stream in list(_OPEN):
     stream.close()
