@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from xmodal_jax import config as base
-from xmodal_jax.data import augment, auto_augment, inputs, order
+from xmodal_jax.data import augment, auto_augment, inputs, order, rand_augment
 from xmodal_jax.data import image as image_lib
 from xmodal_jax.models import zerovl
 
@@ -38,7 +38,7 @@ def array(image: Image.Image) -> np.ndarray:
 def recorded(monkeypatch, name: str) -> list[tuple]:
   """The arguments with which a function of the module is called; the image stays as it is."""
   calls = []
-  monkeypatch.setattr(augment, name, lambda im, *args: calls.append(args) or im)
+  monkeypatch.setattr(rand_augment, name, lambda im, *args: calls.append(args) or im)
   return calls
 
 
@@ -151,16 +151,16 @@ def test_frequencies_of_operations(monkeypatch):
   per_image = []
   for _ in range(n):
     before = len(calls)
-    augment.random_operations(noise(2, 2), rng, 2, 7)
+    rand_augment.random_operations(noise(2, 2), rng, 2, 7)
     per_image.append(len(calls) - before)
   # Two draws with replacement, each applied with probability 0.5: 0, 1 or 2 operations.
   for count, p in ((0, 0.25), (1, 0.5), (2, 0.25)):
     assert near(per_image.count(count), n, p)
   names = [c[0] for c in calls]
-  assert set(names) == set(augment.OPERATIONS) and len(augment.OPERATIONS) == 10
-  assert all(near(names.count(name), 2 * n, 0.05) for name in augment.OPERATIONS)
+  assert set(names) == set(rand_augment.OPERATIONS) and len(rand_augment.OPERATIONS) == 10
+  assert all(near(names.count(name), 2 * n, 0.05) for name in rand_augment.OPERATIONS)
   assert {c[1:3] for c in calls} == {(7, "corrected")}
-  for name in augment.OPERATIONS:
+  for name in rand_augment.OPERATIONS:
     negative = sum(c[3] for c in calls if c[0] == name)
     assert near(negative, names.count(name), 0.5) if name in WARPS else negative == 0
   pairs = [(a[0], b[0]) for a, b in zip(calls[::2], calls[1::2], strict=False)]
@@ -168,7 +168,7 @@ def test_frequencies_of_operations(monkeypatch):
 
   calls.clear()
   for _ in range(500):
-    augment.random_operations(noise(2, 2), rng, 3, 4, "original")
+    rand_augment.random_operations(noise(2, 2), rng, 3, 4, "original")
   assert near(len(calls), 1500, 0.5) and {c[1:] for c in calls} == {(4, "original", False)}
 
 
@@ -176,11 +176,11 @@ def test_autocontrast():
   """Corrected: the channel from 0 to 255. Original: past 255 unless the lowest value is 0."""
   x = np.stack([np.arange(50, 150), np.arange(100), np.full(100, 9)], -1).astype(np.uint8)[None]
   image = Image.fromarray(x)
-  got = array(augment.operation(image, "AutoContrast", 7))
+  got = array(rand_augment.operation(image, "AutoContrast", 7))
   for channel in range(2):
     np.testing.assert_array_equal(got[0, :, channel], np.arange(100) * 255 // 99)
   np.testing.assert_array_equal(got[..., 2], 9)
-  wrong = array(augment.operation(image, "AutoContrast", 7, "original"))
+  wrong = array(rand_augment.operation(image, "AutoContrast", 7, "original"))
   np.testing.assert_array_equal(wrong[..., 0], 255)
   assert abs(wrong[..., 1] - got[..., 1]).max() <= 1  # its floats may fall short of an integer
   np.testing.assert_array_equal(wrong[..., 2], 9)
@@ -198,8 +198,8 @@ def test_sharpness():
     factor = np.float32(0.18 * magnitude + 0.1)
     sharp = (smooth + factor * (x.astype(np.float32) - smooth)).astype(int)
     sharp[[0, -1]], sharp[:, [0, -1]] = x[[0, -1]], x[:, [0, -1]]
-    got = array(augment.operation(image, "Sharpness", magnitude))
-    wrong = array(augment.operation(image, "Sharpness", magnitude, "original"))
+    got = array(rand_augment.operation(image, "Sharpness", magnitude))
+    wrong = array(rand_augment.operation(image, "Sharpness", magnitude, "original"))
     if magnitude in (7, 10):
       assert sharp.min() < 0 and sharp.max() > 255
     # Both cut off, so that a float32 just below an integer makes a difference of one.
@@ -210,9 +210,9 @@ def test_sharpness():
 
 def test_brightness_and_equalize():
   image = noise()
-  got = array(augment.operation(image, "Brightness", 3))
+  got = array(rand_augment.operation(image, "Brightness", 3))
   np.testing.assert_array_equal(got, np.floor(np.minimum(array(image) * 0.64, 255)))
-  got = augment.operation(image, "Equalize", 3)
+  got = rand_augment.operation(image, "Equalize", 3)
   np.testing.assert_array_equal(np.asarray(got), np.asarray(ImageOps.equalize(image)))
 
 
@@ -251,29 +251,29 @@ def test_warps(name, negative):
     "Rotate": (shift @ turn @ np.linalg.inv(shift))[:2],
   }[name]
   image = Image.fromarray(x.astype(np.uint8))
-  got = array(augment.operation(image, name, 4, negative=negative))
+  got = array(rand_augment.operation(image, name, 4, negative=negative))
   want = slow_warp(x, forward)
   error = abs(got - want)
   # 5 levels per pixel inside; at the edge up to 128 levels per pixel.
   inside = slow_warp(np.full(x.shape, 255.0), forward)[..., 0] == 255
   assert inside.mean() > 0.6 and (~inside).any()
   assert error[inside].max() < 0.9 and error.max() < 5
-  again = augment.operation(image, name, 4, "original", negative)
+  again = rand_augment.operation(image, name, 4, "original", negative)
   np.testing.assert_array_equal(np.asarray(again), got)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (1, 30), (300, 2)])
-@pytest.mark.parametrize("name", list(augment.OPERATIONS))
+@pytest.mark.parametrize("name", list(rand_augment.OPERATIONS))
 def test_images_of_any_size(name, size):
   for magnitude in (0, 10):
-    got = augment.operation(noise(*size), name, magnitude)
+    got = rand_augment.operation(noise(*size), name, magnitude)
     assert got.size == size and got.mode == "RGB"
 
 
 def test_rotation_is_counter_clockwise():
-  x = np.full((31, 31, 3), augment.FILL, np.uint8)
+  x = np.full((31, 31, 3), rand_augment.FILL, np.uint8)
   x[15, 25:] = 255  # at three o'clock
-  got = array(augment.operation(Image.fromarray(x), "Rotate", 10))[..., 0]
+  got = array(rand_augment.operation(Image.fromarray(x), "Rotate", 10))[..., 0]
   rows, columns = np.nonzero(got > 200)
   assert rows.max() < 15 and columns.min() > 15  # up, on the right
 
@@ -428,8 +428,9 @@ def test_order_and_frequencies(monkeypatch):
   """Crop, jitter 0.8, grey, blur, flip, RandAugment; every step sees what the one before left."""
   seen = []
   step = lambda name: lambda im, *args, **kw: seen.append((name, *args[1:], kw)) or im
-  for name in ("color_jitter", "random_grayscale", "random_blur", "random_operations"):
+  for name in ("color_jitter", "random_grayscale", "random_blur"):
     monkeypatch.setattr(augment, name, step(name))
+  monkeypatch.setattr(rand_augment, "random_operations", step("random_operations"))
   for name in ("random_resized_crop", "random_flip"):
     monkeypatch.setattr(image_lib, name, step(name))
   made, rng, jitters, n = build(), np.random.default_rng(0), 0, 2000
@@ -455,7 +456,7 @@ def test_order_and_frequencies(monkeypatch):
 def test_auto_augment_and_erasing_come_last(monkeypatch):
   seen = []
   step = lambda name: lambda im, *args, **kw: seen.append(name) or im
-  monkeypatch.setattr(augment, "random_operations", step("random"))
+  monkeypatch.setattr(rand_augment, "random_operations", step("random"))
   monkeypatch.setattr(auto_augment, "imagenet_policy", step("auto"))
   monkeypatch.setattr(augment, "random_erase", step("erase"))
   statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}

@@ -1,4 +1,11 @@
-"""Captions to token ids: the tokenizers by name, and CLIP's byte pair encoding."""
+"""Captions to token ids: the tokenizers by name, and CLIP's byte pair encoding.
+
+Example::
+
+  tokenizer = make_tokenizer("clip_bpe")
+  ids, mask = tokenizer(["a cat on a mat"], length=77)   # int32 [1, 77], bool [1, 77]
+  tokenizer.decode(ids[0][mask[0]][1:-1])                # "a cat on a mat "
+"""
 
 import gzip
 import html
@@ -15,7 +22,10 @@ import regex
 
 
 class Tokenizer(Protocol):
-  """What the pipeline and the models need to know of a tokenizer."""
+  """The interface that the pipeline and the models use.
+
+  A tokenizer may also have `graph` and `corrupt`, see `wordpiece.BertTokenizer`.
+  """
 
   vocab_size: int
   pad_id: int
@@ -23,27 +33,27 @@ class Tokenizer(Protocol):
   def __call__(
     self, texts: Sequence[str], length: int, truncate: bool = True
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 [B, length] and bool [B, length], true where an id is a token and not padding."""
+    """Captions [B] -> ids int32 [B, length], mask bool [B, length] that is false on padding."""
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 _SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-# What a lower-case text of printable ASCII splits into; the standard library knows these classes.
+# Pieces of lower-case printable ASCII, with the faster `re` of the standard library.
 _PIECES_ASCII = re.compile(_SPLIT + r"|[a-z]+|[0-9]|[^\sa-z0-9]+")
-# Any text: letters and numbers by their Unicode category, which only `regex` knows.
+# Pieces of any text: letters and numbers by Unicode category, which only `regex` supports.
 _PIECES = regex.compile(_SPLIT + r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 _SPACE = regex.compile(r"\s+")
-# Printable ASCII but for the ampersand, which may begin an HTML entity.
+# Printable ASCII without the ampersand, which may begin an HTML entity.
 _PLAIN = re.compile(r"[ -%'-~]*")
 
 _CACHE_WORDS, _CACHE_CHARS = 2**16, 64
-"""Words kept with their ids: all of COCO's (30 thousand) fit; a web crawl's may not, and then the
-cache starts over. Longer words are rarely met twice."""
+"""Size of the cache of words, which is cleared when full (COCO has 30 thousand different words), and
+the length of its longest word."""
 
 
 def clean(text: str) -> str:
-  """Repaired (ftfy), HTML-unescaped twice, white space collapsed, lower-case."""
+  """CLIP's clean-up: ftfy, HTML-unescaping twice, collapsed white space, lower case."""
   text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
   return _SPACE.sub(" ", text).strip().lower()
 
@@ -51,7 +61,7 @@ def clean(text: str) -> str:
 def byte_symbols() -> dict[int, str]:
   """A printable character for each byte, in the order of the vocabulary.
 
-  Printable Latin-1 stands for itself, the other 68 bytes for U+0100 and on.
+  Printable Latin-1 maps to itself, the other 68 bytes to U+0100 and following.
   """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [b for b in range(256) if b not in set(printable)]
@@ -61,15 +71,15 @@ def byte_symbols() -> dict[int, str]:
 def read_merges(path: str | Path | None = None, max_merges: int | None = None) -> list[tuple]:
   """Pairs of symbols in order of rank from a merge file, plain or gzip; None: the published one.
 
-  The first line is a header. The published file lists more merges than the published vocabulary
-  has, hence the default bound.
+  The first line is a header. max_merges: None for 49152 - 256 - 2, as in the published vocabulary;
+  the published file lists more. Raises ValueError for a line that is not two symbols.
   """
   folder = importlib.resources.files("xmodal_jax") / "vocab"
   source = Path(path) if path else folder / "clip_bpe_simple_vocab_16e6.txt.gz"
   data = source.read_bytes()
   lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")[1:]
   lines = lines[: 49152 - 256 - 2 if max_merges is None else max_merges]
-  # The original counts the empty line after a final newline as a merge; that is never meant.
+  # The original counts the empty line after a final newline as a merge.
   while lines and not lines[-1].strip():
     lines.pop()
   merges = [tuple(line.split()) for line in lines]
@@ -79,7 +89,7 @@ def read_merges(path: str | Path | None = None, max_merges: int | None = None) -
 
 
 class ClipTokenizer:
-  """CLIP's tokenizer. Rows are [start] ids [end], padded with 0, which is also a real symbol.
+  """CLIP's tokenizer. Rows are [start] ids [end], padded with 0, which is also the id of "!".
 
   path, max_merges: see `read_merges`.
   """
@@ -99,10 +109,10 @@ class ClipTokenizer:
     self._words: dict[str, list[int]] = {}
 
   def encode(self, text: str) -> list[int]:
-    """Ids of the text alone, without start, end and padding."""
+    """Ids of the text, without start, end and padding."""
     if _PLAIN.fullmatch(text):
-      # Nothing that clean() could change but case and spaces, and every pattern class is ASCII.
-      # A piece never holds a space, so a text is its words, and words come again and again.
+      # clean() changes only case and spaces here, and no piece contains a space: words can be
+      # encoded one by one, and cached.
       cache, ids = self._words, []
       for word in text.lower().split():
         known = cache.get(word)
@@ -111,7 +121,7 @@ class ClipTokenizer:
     return self._encode_any(text)
 
   def _encode_any(self, text: str) -> list[int]:
-    """`encode` for every text; the definition that the path for plain text must equal."""
+    """`encode` without the fast path for plain text, which must give the same ids."""
     return [i for piece in _PIECES.findall(clean(text)) for i in self._piece(piece)]
 
   def _word(self, word: str) -> list[int]:
@@ -123,7 +133,7 @@ class ClipTokenizer:
     return ids
 
   def _piece(self, piece: str) -> list[int]:
-    """Merge the pair of lowest rank, everywhere, until no pair has a rank."""
+    """Byte pair encoding: merges all pairs of the lowest rank until no pair has a rank."""
     if piece in (START, END):
       return [self._id[piece]]
     symbols = [self._bytes[b] for b in piece.encode()]
@@ -145,7 +155,7 @@ class ClipTokenizer:
     return [self._id[symbol] for symbol in symbols]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of the ids; words end in a space. Bytes that are not UTF-8 become U+FFFD."""
+    """Ids -> text, with a space after each word. Bytes that are not UTF-8 become U+FFFD."""
     text = "".join(self._symbols[i] for i in ids).replace("</w>", " ")
     back = {symbol: byte for byte, symbol in self._bytes.items()} | {" ": 32}
     return bytes(back[c] for c in text).decode(errors="replace")
@@ -155,8 +165,8 @@ class ClipTokenizer:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Captions [B] -> ids int32 [B, length], mask bool [B, length].
 
-    A caption that is too long keeps its first ids and the end token in the last place; without
-    `truncate` it is an error.
+    A caption that is too long keeps its first ids, with the end token in the last place; without
+    `truncate` it raises ValueError.
     """
     out = np.full((len(texts), length), self.pad_id, np.int32)
     lengths = np.empty(len(texts), np.int32)
@@ -172,7 +182,7 @@ class ClipTokenizer:
 
 
 def _bert(**options) -> Tokenizer:
-  from xmodal_jax.data import wordpiece  # here, because it imports TensorFlow
+  from xmodal_jax.data import wordpiece  # late, because it imports TensorFlow
 
   return wordpiece.BertTokenizer(**options)
 
@@ -183,20 +193,21 @@ OPTIONS = {
   "clip_bpe": {"max_merges": 0},
   "bert": {"lowercase": True, "clean": "none", "max_words": 0, "corrupt": 0.0},
 }
-"""What each tokenizer takes beside a file, with the values that stand for its own defaults."""
+"""The options of each tokenizer, keys of `config.text`, with their defaults."""
 
 
 def make_tokenizer(name: str, **options) -> Tokenizer:
-  """The tokenizer of that name, built with the options."""
+  """Builds a tokenizer: "clip_bpe" or "bert". Raises ValueError for another name."""
   if name not in TOKENIZERS:
     raise ValueError(f"no tokenizer {name!r}; there are {sorted(TOKENIZERS)}")
   return TOKENIZERS[name](**options)
 
 
 def tokenizer_from(section: Mapping[str, Any]) -> Tokenizer:
-  """The tokenizer that the `text` section of a config describes.
+  """Builds the tokenizer of a config's `text` section.
 
-  ValueError for one that does not exist, or an option set that only another tokenizer takes.
+  Raises ValueError for a tokenizer or a vocabulary file that does not exist, and for an option that
+  is set though only another tokenizer has it.
   """
   name, chosen = section["tokenizer"], {}
   for owner, options in OPTIONS.items():

@@ -1,9 +1,15 @@
 """BERT's WordPiece and the caption clean-up of ALBEF, as TensorFlow ops inside the input graph.
 
-Splitting into words is written out below, character class by character class; only the greedy
-match against the vocabulary is TensorFlow Text's. Its whole BERT tokenizers split differently from
-the published models' one: control characters separate words, the limit of a word is 100 bytes
-where it should be 100 characters, and special tokens fall apart at their brackets.
+Only the greedy match against the vocabulary is TensorFlow Text's; the split into words is written
+here. TensorFlow Text's BERT tokenizers split differently from those of the published models:
+control characters separate words, a word is limited to 100 bytes instead of 100 characters, and
+special tokens are split at their brackets.
+
+Example::
+
+  tokenizer = BertTokenizer()
+  ids, mask = tokenizer(["a cat on a mat"], length=32)   # int32 [1, 32], bool [1, 32]
+  tokenizer.pieces(ids[0][mask[0]])                      # ["[CLS]", "a", "cat", ..., "[SEP]"]
 """
 
 import importlib.resources
@@ -20,28 +26,29 @@ from xmodal_jax.data import corrupt as corrupt_lib
 CLEAN_UPS = ("none", "albef")
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""Tokens that a caption may spell out. All but the last must be in the vocabulary."""
+"""Special tokens, also recognised in captions. All but the last must be in the vocabulary."""
 
-_WORD_CHARS = 100  # a longer word is unknown
+_WORD_CHARS = 100  # a longer word becomes [UNK]
 
-# Whatever is dropped: control characters but for tab and line ends, formatting, private use.
+# Dropped characters: control characters except tab and line ends, formatting, private use.
 _DROPPED = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x7F-\x9F\x{FFFD}\p{Cf}\p{Co}]"
-_MARK = "\x01"  # holds the place of what is dropped until special tokens have been found
-# A word of its own each: punctuation, with all symbols of ASCII, and Chinese characters.
+_MARK = "\x01"  # placeholder of a dropped character until special tokens have been found
+# Characters that are words of their own: punctuation, all ASCII symbols, Chinese characters.
 _ALONE = (
   r"([!-/:-@\[-`{-~\p{P}\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}"
   r"\x{2A700}-\x{2B81F}\x{2B920}-\x{2CEAF}\x{2F800}-\x{2FA1F}])"
 )
-# A special token in a caption becomes its name between two of these: private use, so no caption
-# has them, and neither space nor punctuation, so the word is found whole in the vocabulary.
+# A special token in a caption is written as its name between these two. They are of private use, so
+# no caption contains them after the dropping, and neither space nor punctuation, so the word stays
+# whole and is found in the vocabulary.
 _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
 
 
 def pre_caption(text: str, max_words: int = 0) -> str:
   """ALBEF's clean-up of a caption: lower-case, without most punctuation, cut after max_words.
 
-  max_words 0: all. Kept as published: a single tab or line end inside is no space, and "<b>" stays.
-  `pre_caption_ops` does the same to tensors.
+  max_words 0: all. As published, a single tab or line end inside is not a space, and "<b>" stays.
+  `pre_caption_ops` is the same for tensors.
   """
   text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
   text = re.sub(r"[-/]", " ", text).replace("<person>", "person")
@@ -52,8 +59,8 @@ def pre_caption(text: str, max_words: int = 0) -> str:
 def pre_caption_ops(texts: tf.Tensor, max_words: int = 0) -> tf.Tensor:
   """`pre_caption` of strings [B] -> strings [B].
 
-  Texts must hold no NUL, where TensorFlow's lower-casing would end them. Letters that Unicode
-  gained after TensorFlow's tables were made, such as U+A7C0, stay upper-case.
+  Texts must not contain NUL, at which TensorFlow's lower-casing stops. Letters that are newer than
+  TensorFlow's Unicode tables, such as U+A7C0, stay upper-case.
   """
   replace = tf.strings.regex_replace
   texts = replace(tf.strings.lower(texts, encoding="utf-8"), r"[,.'!?\"()*#:;~]", "")
@@ -67,15 +74,15 @@ def pre_caption_ops(texts: tf.Tensor, max_words: int = 0) -> tf.Tensor:
 
 
 def read_vocab(path: str | Path | None = None) -> list[str]:
-  """Word pieces in order of id from a file of one per line; None: that of BERT base uncased.
+  """Word pieces in order of id from a file with one per line; None: that of BERT base uncased.
 
-  ValueError naming the file if it is empty or not UTF-8, a line is empty or comes twice, or a
-  special token other than [MASK] is missing.
+  Raises ValueError, naming the file, if it is empty or not UTF-8, if a line is empty or repeated,
+  or if a special token other than [MASK] is missing.
   """
   folder = importlib.resources.files("xmodal_jax") / "vocab"
   source = Path(path) if path else folder / "bert_base_uncased_vocab.txt"
   try:
-    # Not splitlines(): the Chinese vocabulary has U+2028, which is a line end to that, as a piece.
+    # Not splitlines(), which splits at U+2028, a piece of the Chinese vocabulary.
     pieces = source.read_bytes().decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
   except UnicodeDecodeError as e:
     raise ValueError(f"{source}: a vocabulary is UTF-8 text, one word piece per line: {e}") from e
@@ -100,17 +107,21 @@ def read_vocab(path: str | Path | None = None) -> list[str]:
 class BertTokenizer:
   """BERT's tokenizer. Rows are [CLS] ids [SEP], padded with the id of [PAD].
 
-  path: see `read_vocab`. lowercase: lower-case and without accents; False keeps both.
-  clean: "albef" applies `pre_caption` with max_words first. corrupt: the share of word pieces that
-  `corrupted` changes, for whoever trains; nothing else takes notice of it. ValueError for options
-  that do not go together, and for corrupt where the vocabulary has no [MASK].
+  Ids equal those of `transformers.BertTokenizerFast`, including special tokens written in a caption
+  ("[MASK]", in capitals), which the clean-up's lower-casing removes. As there, and unlike in
+  Python, a final capital sigma becomes the medial one. Some characters that are new in Unicode, or
+  have changed category, since version 9 (2016) differ: recent scripts, U+166D, U+1734, U+1885 and
+  U+1886. No BERT vocabulary has them, so only the number of [UNK] of a word can differ.
 
-  Ids are those of `transformers.BertTokenizerFast`, special tokens spelt out in a caption
-  ("[MASK]", in capitals) included; the clean-up's lower-casing comes first and undoes these. A
-  final capital sigma becomes the medial one, as there and unlike Python's. What differs are some
-  characters that entered Unicode, or changed category there, since version 9 (2016), which the
-  tables of `tokenizers` do not know: of recent scripts, and U+166D, U+1734, U+1885 and U+1886.
-  BERT's vocabularies have none of them, so what can differ is how many [UNK] stand for a word.
+  Args:
+    path: see `read_vocab`.
+    lowercase: convert to lower case and strip accents.
+    clean: "albef" applies `pre_caption` with max_words first.
+    corrupt: share of word pieces that `corrupted` changes; used in training only.
+
+  Raises:
+    ValueError: for options that do not go together, and for corrupt with a vocabulary that has no
+      [MASK].
   """
 
   def __init__(
@@ -129,7 +140,7 @@ class BertTokenizer:
     if not 0 <= corrupt <= 1:
       raise ValueError(f"corrupt is {corrupt!r}; expected a share of word pieces, from 0 to 1")
     if corrupt and clean != "none":
-      # The caption is tokenised twice, and this clean-up undoes special tokens.
+      # The corrupted caption is tokenised again, and the clean-up would remove its [MASK].
       raise ValueError(f"corrupt {corrupt} with clean {clean!r}: set one of them to its default")
     self._vocab = read_vocab(path)
     self.vocab_size = len(self._vocab)
@@ -157,48 +168,48 @@ class BertTokenizer:
     self._compiled: dict[tuple[int, bool], tf.types.experimental.PolymorphicFunction] = {}
 
   def _inside(self, special: str) -> str:
-    """The word that stands for a special token between finding it and looking it up."""
+    """The word by which a special token is represented after it was found in a caption."""
     name = special[1:-1]
     return _OPEN + (name.lower() if self._lowercase else name) + _CLOSE
 
   def _words(self, texts: tf.Tensor) -> tf.RaggedTensor:
     """Strings [B] -> words [B, W]."""
     replace = tf.strings.regex_replace
-    texts = replace(texts, r"\x00", _MARK)  # dropped either way; some ops end a string at NUL
+    texts = replace(texts, r"\x00", _MARK)  # dropped later; some ops end a string at NUL
     if self._clean == "albef":
       texts = pre_caption_ops(texts, self._max_words)
-    # Special tokens are looked for in the caption as it was written, so "[MA\u200bSK]" is none.
+    # Special tokens are searched in the caption as written: "[MA\u200bSK]" is not one.
     texts = replace(texts, _DROPPED, _MARK)
     texts = replace(texts, self._special, rf" {_OPEN}\1{_CLOSE} ")
     texts = replace(replace(texts, _MARK, ""), r"\p{Z}", " ")
     if self._lowercase:
       texts = replace(tf_text.normalize_utf8(texts, "NFD"), r"\p{Mn}", "")
-      # Before lower(), which would tell final from medial sigma.
+      # Before lower(), which distinguishes final and medial sigma.
       texts = tf.strings.lower(replace(texts, "Σ", "σ"), encoding="utf-8")
     words = tf.strings.split(replace(texts, _ALONE, r" \1 "))
     long = tf.strings.length(words.flat_values, unit="UTF8_CHAR") > _WORD_CHARS
     return words.with_flat_values(tf.where(long, self._unknown, words.flat_values))
 
   def _ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
-    """Strings [B] -> int32 ids [B, W] without start, end and padding."""
+    """Strings [B] -> ids int32 [B, W] without [CLS], [SEP] and padding."""
     return self._wordpiece.tokenize(self._words(texts)).merge_dims(1, 2)
 
   def corrupted(self, texts: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
-    """Captions [B] as ZeroVL corrupts them in training -> UTF-8 strings [B] for `graph`.
+    """ZeroVL's corruption of training captions [B] -> UTF-8 strings [B], to pass to `graph`.
 
     keys: uint64 [B], see `order.caption_keys`. A word of more than three pieces loses its end even
-    where nothing is changed, see `corrupt.Corruption`. Only for a tokenizer with `corrupt` above 0.
+    if nothing is changed, see `corrupt.Corruption`. Requires `corrupt` above 0.
     """
     return self._corruption(self._ids(texts), keys)
 
   def graph(
     self, texts: tf.Tensor, length: int, truncate: bool = True
   ) -> tuple[tf.Tensor, tf.Tensor]:
-    """UTF-8 strings [B] -> int32 ids [B, length], bool mask [B, length], by TensorFlow ops alone.
+    """UTF-8 strings [B] -> ids int32 [B, length], mask bool [B, length], in TensorFlow ops only.
 
-    A caption that is too long keeps its first ids and [SEP] in the last place. Without `truncate`
-    its row of the mask is false throughout, which no other row's is: a graph can raise no error
-    that is fit to read, so the caller looks for such rows. ValueError for a length below 2.
+    A caption that is too long keeps its first ids, with [SEP] in the last place. Without `truncate`
+    its row of the mask is false everywhere, which marks the error for the caller: an error raised
+    inside the graph would not be readable. Raises ValueError for a length below 2.
     """
     if length < 2:
       raise ValueError(f"length {length} has no room for [CLS] and [SEP]")
@@ -219,9 +230,9 @@ class BertTokenizer:
   def __call__(
     self, texts: Sequence[str], length: int, truncate: bool = True
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Captions [B] -> ids int32 [B, length], mask bool [B, length]: those of `graph`.
+    """Captions [B] -> ids int32 [B, length], mask bool [B, length], see `graph`.
 
-    Without `truncate`, ValueError for a caption that is too long.
+    Without `truncate`, raises ValueError for a caption that is too long.
     """
     key = (length, truncate)
     if key not in self._compiled:
@@ -237,9 +248,9 @@ class BertTokenizer:
     return ids, mask
 
   def encode(self, text: str) -> list[int]:
-    """Ids of the text alone, without [CLS], [SEP] and padding."""
+    """Ids of the text, without [CLS], [SEP] and padding."""
     return self._ids(tf.constant([text.encode()])).values.numpy().tolist()
 
   def pieces(self, ids: Sequence[int]) -> list[str]:
-    """The word piece of each id, as it stands in the vocabulary."""
+    """Ids -> word pieces."""
     return [self._vocab[i] for i in ids]
