@@ -308,7 +308,7 @@ def test_pairs_without_split_or_id(tmp_path):
     ([*PAIRS, ("1.jpg", "x", 11, "test")], (), "pairs.csv:6: image 1.jpg has split 'test', but"),
     ([*PAIRS, ("1.jpg", "x", 13, "val")], (), "pairs.csv:6: image 1.jpg has id '13', but"),
     ([("1.jpg", "x", "one", "val")], (), "has the id 'one', expected an integer"),
-    (PAIRS, ("--val_fraction", "0.1"), "column 'split' says the split, so leave out"),
+    (PAIRS, ("--val_fraction", "0.1"), "column 'split' gives the split, so leave out"),
     (PAIRS, ("--val_fraction", "1.5"), "val_fraction 1.5"),
     ([("1.jpg", "x", 0)], ("--val_fraction", "1e-9"), "split 'val' is empty"),
     ([("1.jpg", "x", 0, "a-b")], (), "split 'a-b': a name is"),

@@ -201,7 +201,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
   (tmp_path / "in" / "00002_stats.json").write_text("{}")
   assert "00002_stats.json: no counts 'count' and 'successes'" in fails(capsys, *args)
   (tmp_path / "in" / "00002.tar").unlink()
-  assert "1 shards are not there though their statistics are" in fails(capsys, *args)
+  assert "1 shards are missing though their statistics exist" in fails(capsys, *args)
   tar(tmp_path / "json" / "0.tar", {"7.jpg": b"", "7.json": b"[]"})
   message = fails(capsys, "img2dataset", "--val", tmp_path / "json", *out)
   assert f"{tmp_path / 'json' / '0.tar'}: 7.json or 7.txt is not what img2dataset writes" in message

@@ -52,7 +52,7 @@ def test_csv(tmp_path):
 def test_csv_of_one_file(tmp_path, caplog):
   with caplog.at_level("INFO"):
     run(*csv_set(tmp_path, train=None), "--valid_split", "test")
-  assert "train_anno.csv is not there" in caplog.text
+  assert "train_anno.csv does not exist" in caplog.text
   assert len(records.open_split(tmp_path / "out", "test")) == 3
   with pytest.raises(records.DatasetError, match="no split 'val'"):
     records.open_split(tmp_path / "out", "val")

@@ -199,7 +199,7 @@ def _write(args: argparse.Namespace) -> epath.Path | None:
   )
 
 
-def _regions(args: argparse.Namespace) -> regions.Joined:
+def _regions(args: argparse.Namespace) -> regions.RegionDataset:
   images = args.images or ""
   if epath.Path(args.annotations).is_dir():
     splits = sources.read_coco(args.annotations, images, args.dev_captions)
@@ -207,11 +207,11 @@ def _regions(args: argparse.Namespace) -> regions.Joined:
     raise builder.DatasetError(f"--dev_captions is of id lists, and {args.annotations} is a file")
   else:
     splits = sources.read_karpathy(args.annotations, images, args.captions_per_image)
-  return regions.Joined(
+  return regions.RegionDataset(
     splits,
     detections.open_reader(args.features, args.boxes),
     sizes=detections.read_sizes(args.sizes) if args.sizes else None,
-    images=bool(args.images),
+    read_images=bool(args.images),
     key=args.key,
     dtype=args.dtype,
   )

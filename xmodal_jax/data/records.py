@@ -1,7 +1,7 @@
 """Random access to the images and captions of TFRecord datasets that TFDS can read.
 
-`open_split` opens datasets of `builder` (tools/prepare_data.py), `open_tfds` those of TFDS itself;
-both read any record by its number from any thread, by the offset index of `tfrecord`.
+`open_split` opens datasets written by tools/prepare_data.py, `open_tfds` those prepared by TFDS.
+Both read any record by its number, from any thread, through the offset index of `tfrecord`.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from xmodal_jax.data.tfrecord import DatasetError
 
 _KEPT_FDS = 512  # below the usual limit of 1024 per process; further shards are opened per read
 
-# The names of a field in the datasets of `builder` and in those that TFDS itself writes.
+# The names of a field in datasets of `preparing.builder` and in those of TFDS.
 _FIELDS = {
   "image": ("image",),
   "image_id": ("image_id", "image/id"),
@@ -39,7 +39,7 @@ _FIELDS = {
 
 
 class BadRecordError(Exception):
-  """One record that cannot be read; the records around it can."""
+  """One record that cannot be read; the others can."""
 
   def __init__(self, split: str, index: int, shard: str, reason: str):
     super().__init__(split, index, shard, reason)
@@ -51,22 +51,22 @@ class BadRecordError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One image with its captions. image: encoded bytes as stored, empty where only regions are."""
+  """One image with its captions."""
 
-  image: bytes
-  image_id: int  # of the annotation file, may exceed 32 bits; -1 where there is none
+  image: bytes  # encoded as stored; empty in a dataset of regions alone
+  image_id: int  # of the annotation file, may exceed 32 bits; -1: none
   filename: str
   captions: tuple[str, ...]
-  caption_ids: tuple[int, ...]  # of the annotation file; empty where there are none
+  caption_ids: tuple[int, ...]  # of the annotation file; empty: none
   regions: np.ndarray | None = None  # float32 [R, F]
   boxes: np.ndarray | None = None  # float32 [R, 4], x1 y1 x2 y2 in pixels of the image
-  size: tuple[int, int] | None = None  # width and height of that image, where it has boxes
-  label: int = -1  # position in Split.class_names; -1 where there is none
+  size: tuple[int, int] | None = None  # width and height of the image, if it has boxes
+  label: int = -1  # index in Split.class_names; -1: none
 
 
 @functools.cache
 def _example_class() -> type:
-  # Deferred: the import is TensorFlow's (2 s). The parser is C (upb): 3 us for a record of 50 kB.
+  # Late, because it imports TensorFlow (2 s). The parser is in C (upb): 3 us for 50 kB.
   from tensorflow.core.example import example_pb2
 
   return example_pb2.Example
@@ -79,7 +79,7 @@ def _features(payload: bytes) -> dict:
 
 
 def count_captions(payload: bytes) -> tuple[int, Sequence[int]]:
-  """A serialised example -> (captions in it, their places in the split's order or nothing)."""
+  """A serialised example -> (number of captions, their positions in the split's order if any)."""
   f = _features(payload)
   places = f["caption_positions"].int64_list.value if "caption_positions" in f else ()
   return len(f["captions"].bytes_list.value) if "captions" in f else 0, places
@@ -88,8 +88,10 @@ def count_captions(payload: bytes) -> tuple[int, Sequence[int]]:
 def parse(
   payload: bytes, region_dim: int | None = None, region_dtype: npt.DTypeLike = np.float32
 ) -> Record:
-  """A serialised tf.train.Example -> Record. region_dim: F of regions; region_dtype: as stored.
-  Raises on any damage."""
+  """A serialised tf.train.Example -> Record. Raises an exception of any type if it is damaged.
+
+  region_dim: F. region_dtype: of the features as stored.
+  """
   f = _features(payload)
   ints = lambda name: tuple(f[name].int64_list.value) if name in f else ()
   texts = lambda name: tuple(v.decode() for v in f[name].bytes_list.value) if name in f else ()
@@ -119,7 +121,7 @@ def parse(
 
 
 class _Files:
-  """Positioned reads from a list of files, from any number of threads at once."""
+  """Reads at given offsets from a list of files. Thread-safe."""
 
   def __init__(self, paths: list[epath.Path]):
     self._paths = [os.fspath(p) for p in paths]
@@ -128,7 +130,7 @@ class _Files:
 
   def read(self, i: int, offset: int, size: int) -> bytes:
     path = self._paths[i]
-    if "://" in path:  # a file object has one position for all threads, so each read has its own
+    if "://" in path:  # threads cannot share a file object's position, so each read opens one
       import tensorflow as tf
 
       with tf.io.gfile.GFile(path, "rb") as f:
@@ -149,12 +151,12 @@ class _Files:
 
 
 class Split:
-  """A split, or several after one another: `len` images, each read by its number.
+  """A split, or several concatenated: `len` records of an image each, read by number.
 
   captions_per_record: int32 [N].
-  class_names: what the labels of the records stand for; empty where there are no labels.
-  region_dim: width of the features of the regions; None where there are none.
-  fingerprint: sha256 of shard names and sizes and of the extents and crcs of all records.
+  class_names: of the labels of the records; empty without labels.
+  region_dim: number of features of a region; None without regions.
+  fingerprint: sha256 of shard names and sizes and of the offsets and crcs of all records.
   """
 
   def __init__(
@@ -166,14 +168,17 @@ class Split:
     class_names: Sequence[str] = (),
     region_dtype: npt.DTypeLike = np.float32,
   ):
-    """parts: for each split joined, its shards and the number of records of each. max_captions:
-    of every image only the first so many count. region_dtype: of the features as stored."""
+    """parts: for each split to concatenate, its shards with their numbers of records.
+    max_captions: uses only the first captions of an image. region_dtype: of the features as stored.
+
+    Raises DatasetError if a shard is missing or damaged.
+    """
     self.name, self.region_dim, self._max_captions = name, region_dim, max_captions
     self._region_dtype = np.dtype(region_dtype).newbyteorder("<")
     self.class_names: tuple[str, ...] = tuple(class_names)
     shards = [(epath.Path(path), n) for part in parts for path, n in part]
     load = lambda shard: tfrecord.load_index(*shard, count_captions)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote indices arrive together
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote indices load in parallel
       self._indices = list(pool.map(load, shards))
     self._paths = [path for path, _ in shards]
     self._part_sizes = [len(part) for part in parts]
@@ -191,10 +196,10 @@ class Split:
 
   @functools.cached_property
   def caption_positions(self) -> np.ndarray:
-    """int64 [C], record after record: the place of each caption in the order of the source's list.
+    """int64 [C], record after record: the position of each caption in the source's own list.
 
-    0..C-1 unless the source lists captions of one image apart from one another. Splits that are
-    joined follow one another here too.
+    0..C-1 unless the captions of an image are not adjacent in that list. Those of concatenated
+    splits are concatenated.
     """
     if self._max_captions:
       return np.arange(self.captions_per_record.sum())
@@ -219,7 +224,7 @@ class Split:
     shard = bisect.bisect_right(self._starts, i) - 1
     index, j = self._indices[shard], int(i) - self._starts[shard]
     offset, length = int(index.offsets[j]), int(index.lengths[j])
-    # Outside the try: a lost disk is no bad record.
+    # Outside of the try: an error of the disk is not a bad record.
     data = self._files.read(shard, offset, tfrecord.OVERHEAD + length)
     try:
       payload = tfrecord.unframe(data, length, int(index.crcs[j]))
@@ -271,16 +276,29 @@ def _open(builder, split: str, max_captions: int | None = None) -> Split:
   regions, label = (dict(info.features).get(name) for name in ("regions", "label"))
   region_dim = regions.shape[-1] if regions is not None else None
   region_dtype = regions.np_dtype if regions is not None else np.float32
-  # A label of another kind, say a plain number, has no names; numbered classes have their numbers.
+  # Only a ClassLabel has names; they are numbers if the dataset gives none.
   names = label.names if getattr(label, "num_classes", None) else ()
   return Split(split, parts, region_dim, max_captions, names, region_dtype)
 
 
 def open_split(data_dir: epath.PathLike, split: str) -> Split:
-  """Opens a split of a dataset written by `builder` or by TFDS.
+  """Opens a split of a dataset on disk, written by tools/prepare_data.py or by TFDS.
 
-  data_dir: a local or gs:// folder that `tfds.builder_from_directory` can read, or one with exactly
-  one such folder (name/version) below it. split: a name, or several joined as "train+restval".
+  Example::
+
+    split = open_split("data/flickr30k", "test")
+    print(len(split), split.captions_per_record.sum())
+    record = split.read(0)
+    image = PIL.Image.open(io.BytesIO(record.image))
+    print(record.filename, record.captions)
+
+  Args:
+    data_dir: a local or gs:// folder that `tfds.builder_from_directory` can read, or one with
+      exactly one such folder (name/version) below it.
+    split: a name, or several to concatenate, like "train+restval".
+
+  Raises:
+    DatasetError: if there is no such dataset or split, or its files are damaged.
   """
   import tensorflow_datasets as tfds
 
@@ -293,10 +311,10 @@ def open_tfds(
   data_dir: epath.PathLike | None = None,
   max_captions: int | None = None,
 ) -> Split:
-  """Opens a split of a dataset that TFDS itself has prepared, e.g. "coco_captions".
+  """Opens a split of a dataset that TFDS has prepared, e.g. "coco_captions".
 
-  max_captions: of every image only the first so many count; the COCO protocol has five, and some
-  images have six or seven. TFDS stores records in an order of its own.
+  max_captions: uses only the first captions of an image. The COCO protocol has five, and some
+  images have six or seven. TFDS shuffles the records. Raises DatasetError as `open_split`.
   """
   import tensorflow_datasets as tfds
 

@@ -48,8 +48,8 @@ _SPACE = regex.compile(r"\s+")
 _PLAIN = re.compile(r"[ -%'-~]*")
 
 _CACHE_WORDS, _CACHE_CHARS = 2**16, 64
-"""Size of the cache of words, which is cleared when full (COCO has 30 thousand different words), and
-the length of its longest word."""
+"""Number of words in the cache, which is cleared when full (COCO has 30 thousand different words),
+and the length of the longest word that it keeps."""
 
 
 def clean(text: str) -> str:

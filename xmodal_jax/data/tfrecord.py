@@ -1,23 +1,23 @@
-"""TFRecord framing, and the offset index of a shard that gives random access to its records.
+"""The TFRecord format, and the offset index of a shard, which gives random access to its records.
 
 A TFRecord file is a sequence of
 
     uint64 length | uint32 masked crc32c of length | payload | uint32 masked crc32c of payload
 
-all little-endian. Beside each shard lies `<shard>.index`, a NumPy npz archive of
+all little-endian. The index of a shard is the file `<shard>.index`, a NumPy npz archive of
 
     format       int64  []    1
-    shard_bytes  int64  []    size of the shard this index belongs to
-    offsets      uint64 [n]   where record i begins (its length field)
+    shard_bytes  int64  []    size of the shard in bytes
+    offsets      uint64 [n]   offset of record i (of its length field)
     lengths      uint64 [n]   bytes of record i's payload
     crcs         uint32 [n]   the masked crc32c of the payload
-    captions     int32  [n]   captions of record i
-    positions    int64  [c]   optional: place of each caption in its split's own order, by record
+    captions     int32  [n]   number of captions of record i
+    positions    int64  [c]   optional: position of each caption in the split's own list, by record
 
-The index is written with the shard by `builder`. For datasets written by others it is made on the
-first opening, beside the shard or, where that folder is read-only, under `~/.cache/xmodal_jax`.
-Since extents come from the index and not from the chain of length fields, a damaged byte anywhere
-in a shard costs exactly the record that holds it.
+`preparing.builder` writes the index with the shard. For other datasets it is made when the dataset
+is first opened, in the shard's folder or, if that is read-only, in `~/.cache/xmodal_jax`. Records
+are located by the index and not by the chain of length fields, so a damaged byte in a shard makes
+only its own record unreadable.
 """
 
 import dataclasses
@@ -38,17 +38,17 @@ HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 OVERHEAD = HEADER.size + FOOTER.size
 _FORMAT = 1
 
-# payload -> (captions in it, their places in the split's order or nothing)
+# payload -> (number of captions, their positions in the split's order if any)
 CountCaptions = Callable[[bytes], tuple[int, Sequence[int]]]
 
 
 class DatasetError(ValueError):
-  """A dataset that cannot be opened as asked; the message has the file and the remedy."""
+  """A dataset cannot be opened or written; the message has the file and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-  """Where the records of one shard are; the arrays are described in the module's docstring."""
+  """The index of a shard; the arrays are described in the module's docstring."""
 
   shard_bytes: int
   offsets: np.ndarray
@@ -76,7 +76,7 @@ class ShardIndex:
     return cls(**{**arrays, "shard_bytes": int(arrays["shard_bytes"])})
 
   def covers(self) -> bool:
-    """True if the records lie one after another and fill the shard."""
+    """True if the records are contiguous and fill the shard."""
     ends = np.cumsum(self.lengths + np.uint64(OVERHEAD), dtype=np.uint64)
     starts = np.concatenate([np.zeros(1, np.uint64), ends])
     same = len(self) == len(self.lengths) == len(self.crcs) == len(self.captions)
@@ -84,7 +84,7 @@ class ShardIndex:
 
 
 class IndexBuilder:
-  """Collects the index of a shard while its records are written or walked."""
+  """Builds the index of a shard while its records are written or scanned."""
 
   def __init__(self):
     self.size, self._rows, self._positions = 0, [], []
@@ -111,19 +111,19 @@ class IndexBuilder:
 
 
 def masked_crc(data: bytes) -> int:
-  """The crc32c of TFRecord files: rotated and offset, so that a crc of crcs stays a good check."""
+  """The crc32c of TFRecord files, masked by a rotation and an offset."""
   crc = google_crc32c.value(data)
   return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def frame(payload: bytes) -> tuple[bytes, int]:
-  """A payload -> (its bytes in a TFRecord file, its masked crc)."""
+  """Payload -> (bytes of its record in a TFRecord file, its masked crc)."""
   length, crc = struct.pack("<Q", len(payload)), masked_crc(payload)
   return b"".join((length, FOOTER.pack(masked_crc(length)), payload, FOOTER.pack(crc))), crc
 
 
 def unframe(data: bytes, length: int, crc: int) -> bytes:
-  """A record's bytes, with the length and crc of the index, -> payload. ValueError if damaged."""
+  """Bytes of a record -> payload. Raises ValueError unless the index's length and crc match."""
   if len(data) != OVERHEAD + length:
     raise ValueError(f"{len(data)} bytes could be read of {OVERHEAD + length}")
   stored, length_crc = HEADER.unpack_from(data)
@@ -136,7 +136,7 @@ def unframe(data: bytes, length: int, crc: int) -> bytes:
 
 
 def index_shard(path: epath.PathLike, count: CountCaptions) -> ShardIndex:
-  """Makes the index of a shard by walking its records from the first to the last byte."""
+  """Makes the index of a shard by reading all of its records. Raises DatasetError if damaged."""
   path, index = epath.Path(path), IndexBuilder()
   size = path.stat().length
   with path.open("rb") as f:
@@ -153,7 +153,7 @@ def index_shard(path: epath.PathLike, count: CountCaptions) -> ShardIndex:
       body = f.read(length + FOOTER.size)
       try:
         captions, positions = count(body[:length])
-      except Exception as e:  # protobuf's; a count of 1 lets reading meet the record and report it
+      except Exception as e:  # of protobuf; with a count of 1 the record is read, and reported
         logging.warning("%s does not parse: %s", where, e)
         captions, positions = 1, ()
       index.add(length, FOOTER.unpack_from(body, length)[0], captions, positions)
@@ -166,14 +166,14 @@ def index_path(shard: epath.PathLike) -> epath.Path:
 
 
 def cached_index_path(shard: epath.PathLike) -> epath.Path:
-  """Where the index of a shard in a read-only folder lies."""
+  """Path of the index of a shard in a read-only folder."""
   base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   key = hashlib.sha256(os.fspath(epath.Path(shard)).encode()).hexdigest()[:16]
   return epath.Path(base) / "xmodal_jax" / "index" / f"{key}-{epath.Path(shard).name}.index"
 
 
 def write_atomic(path: epath.PathLike, data: bytes) -> None:
-  """Writes a file that is whole or absent, also when several processes write it at once."""
+  """Writes a file atomically, also if several processes write it at once."""
   path = epath.Path(path)
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
   temporary.write_bytes(data)
@@ -181,7 +181,10 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
 
 
 def load_index(shard: epath.PathLike, records: int, count: CountCaptions) -> ShardIndex:
-  """The index of a shard that holds `records` records, made and kept if there is none yet."""
+  """Loads the index of a shard of `records` records, or makes and stores it if there is none.
+
+  Raises DatasetError if shard and index do not fit together, or one of them is damaged.
+  """
   shard = epath.Path(shard)
   places = index_path(shard), cached_index_path(shard)
   if not shard.exists():
@@ -190,7 +193,7 @@ def load_index(shard: epath.PathLike, records: int, count: CountCaptions) -> Sha
     try:
       index = ShardIndex.from_bytes(place.read_bytes())
     except Exception as e:  # zip, npy and key errors alike
-      raise DatasetError(f"{place}: no readable index ({e}); delete it, it is made anew") from e
+      raise DatasetError(f"{place}: no readable index ({e}); delete it, it is made again") from e
   else:
     index, place = index_shard(shard, count), places[0]
     _store(index, *places)
@@ -198,10 +201,10 @@ def load_index(shard: epath.PathLike, records: int, count: CountCaptions) -> Sha
   if index.shard_bytes != size:
     raise DatasetError(
       f"{shard} has {size} bytes, expected {index.shard_bytes} by its index {place}: copy the "
-      "shard again if it was cut; if it was written anew, delete the index, which is made again"
+      "shard again if it was cut; if it was rewritten, delete the index, which is made again"
     )
   if not index.covers():
-    raise DatasetError(f"{place}: extents do not fill {shard}; delete it, it is made anew")
+    raise DatasetError(f"{place}: the records do not fill {shard}; delete it, it is made again")
   if len(index) != records:
     raise DatasetError(
       f"{shard} holds {len(index)} records, but dataset_info.json beside it counts {records}: "

@@ -1,5 +1,4 @@
-"""Images with captions on their way into a dataset: whether their files are there and decode,
-and the examples that `builder.write_dataset` takes."""
+"""Annotated images: what the readers of sources return, and the examples that `builder` writes."""
 
 import concurrent.futures
 import dataclasses
@@ -15,10 +14,11 @@ from xmodal_jax.data.tfrecord import DatasetError
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatedImage:
-  """An image file and its captions; positions: their places in the split's list, if it has one.
+  """An image file with its captions or its label.
 
-  position: of the image in the annotations' list, where they number images so and not by
-  COCO's ids. size: width and height, where the annotations say it.
+  caption_positions: of the captions in the split's own list, if it has one. position: of the image
+  in the list of annotations, if these number images so and not by COCO's ids. size: width and
+  height, if the annotations have them.
   """
 
   filename: str
@@ -36,7 +36,7 @@ Splits = dict[str, list[AnnotatedImage]]
 
 
 def examples(images: Iterable[AnnotatedImage]) -> Iterator[Example]:
-  """Images -> examples of `builder`, reading each file as it comes."""
+  """Images -> examples of `builder`. Reads one file at a time."""
   return map(example, images)
 
 
@@ -45,7 +45,7 @@ def example(image: AnnotatedImage) -> Example:
 
 
 def fields(image: AnnotatedImage) -> dict:
-  """What an example holds beside the image itself."""
+  """The fields of an example without the image itself."""
   optional = ("caption_ids", "caption_positions", "label")
   given = {name: getattr(image, name) for name in optional}
   return {
@@ -57,9 +57,10 @@ def fields(image: AnnotatedImage) -> dict:
 
 
 def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> Splits:
-  """The splits, having checked that every image file exists and, if asked, decodes.
+  """Checks that every image file exists and, with `decode`, that it decodes; returns the splits.
 
-  Failures are listed in an error; up to max_missing files that do not exist are left out instead.
+  Up to max_missing files that do not exist are left out of the splits returned. Raises
+  DatasetError, listing the first images, for more of them and for those that do not decode.
   """
   missing = _faults(splits, lambda p: None if p.path.exists() else "")
   if len(missing) > max_missing:
@@ -78,7 +79,7 @@ def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> 
 
 
 def _renumbered(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
-  """Images of which some were left out, with caption positions 0..C-1 in the order they had."""
+  """Renumbers caption positions to 0..C-1, keeping their order, after images were left out."""
   if any(p.caption_positions is None for p in images):
     return images
   kept = sorted(i for p in images for i in p.caption_positions)
@@ -91,11 +92,13 @@ Faults = list[tuple[AnnotatedImage, str]]
 
 
 def _faults(splits: Splits, fault: Callable[[AnnotatedImage], str | None]) -> Faults:
-  """What `fault` says of the images of which it says something."""
+  """The images for which `fault` is not None, with its result."""
   images = [p for split in splits.values() for p in split]
-  # By the hundred: a task per image of a set of millions would fill the memory.
+  # In groups: one task for each of millions of images would fill the memory.
   parts = [images[i : i + 100] for i in range(0, len(images), 100)]
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # threads for folders far away
+  with concurrent.futures.ThreadPoolExecutor(
+    16
+  ) as pool:  # threads hide the latency of remote folders
     found = pool.map(lambda part: [(p, fault(p)) for p in part], parts)
     return [(p, f) for part in found for p, f in part if f is not None]
 
@@ -111,12 +114,12 @@ def _fail(splits: Splits, faults: Faults, what: str, remedy: str) -> None:
 
 
 def decode_error(data: bytes) -> str | None:
-  """Why an image does not decode, in brackets; None if it does."""
+  """The error of decoding an image, in brackets; None if it decodes."""
   from PIL import Image
 
   try:
     with Image.open(io.BytesIO(data)) as image:
       image.load()
-  except Exception as e:  # Pillow raises what its decoders raise
+  except Exception as e:  # Pillow's decoders raise errors of many types
     return f"({e})"
   return None

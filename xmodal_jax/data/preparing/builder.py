@@ -2,8 +2,8 @@
 
 A dataset is a folder NAME/VERSION of shards `NAME-SPLIT.tfrecord-00000-of-00001`, one `.index` per
 shard (`tfrecord`), dataset_info.json and features.json for `tfds.builder_from_directory`, and
-source.json: what it was made of, with counts and checksums. Images are stored as the bytes that
-came, never encoded again, and in the order that came.
+source.json with its origin, counts and checksums. Image files are stored unchanged, in the order of
+the source.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 # One image: image (encoded bytes), image_id, filename, captions [C], caption_ids [C],
-# caption_positions [C] (may be left out: enumerated), label (optional); and all of regions [R, F],
-# boxes [R, 4] in pixels, image_width and image_height, or none of them.
+# caption_positions [C] (both are enumerated if absent), label (optional); and either all of regions
+# [R, F], boxes [R, 4] in pixels, image_width and image_height, or none of them.
 Example = Mapping[str, Any]
 
 
 class OutputExistsError(DatasetError):
-  """The dataset is there already."""
+  """The dataset exists already."""
 
 
 def features(
@@ -46,11 +46,11 @@ def features(
   positions: bool = True,
   region_dtype: npt.DTypeLike = np.float32,
 ):
-  """The feature spec of a dataset. region_dim: F of regions, None without regions and boxes.
+  """The feature spec of a dataset, a tfds.features.FeaturesDict.
 
-  region_dtype: that the features of regions are stored in; boxes are float32 always.
-  class_names: what labels 0, 1, ... stand for, all different; empty without labels. positions:
-  False for captions whose order in the split is that of the records.
+  region_dim: F; None without regions and boxes. class_names: of labels 0, 1, ..., all different;
+  empty without labels. positions: False if the captions are in the order of the records.
+  region_dtype: stored dtype of region features; boxes are always float32.
   """
   import tensorflow_datasets as tfds
 
@@ -64,23 +64,28 @@ def features(
     spec["caption_positions"] = tfds.features.Sequence(np.int64)
   if images:
     spec["image"] = tfds.features.Image()
-  if (
-    region_dim is not None
-  ):  # as one string each: a list of 36 x 2048 floats parses in milliseconds
-    array = lambda width, dtype: tfds.features.Tensor(
-      shape=(None, width), dtype=np.dtype(dtype).type, encoding=tfds.features.Encoding.BYTES
-    )
-    spec |= {"regions": array(region_dim, region_dtype), "boxes": array(4, np.float32)}
+  if region_dim is not None:
+    spec |= {"regions": _array(region_dim, region_dtype), "boxes": _array(4, np.float32)}
     spec |= {"image_width": np.int64, "image_height": np.int64}
   if class_names:
     spec["label"] = tfds.features.ClassLabel(names=class_names)
   return tfds.features.FeaturesDict(spec)
 
 
+def _array(width: int, dtype: npt.DTypeLike):
+  """The feature of an array [R, width], stored as one string: a list of floats parses slowly."""
+  import tensorflow_datasets as tfds
+
+  return tfds.features.Tensor(
+    shape=(None, width), dtype=np.dtype(dtype).type, encoding=tfds.features.Encoding.BYTES
+  )
+
+
 def encode(example: Example) -> bytes:
   """An example -> a serialised tf.train.Example. Equal examples give equal bytes.
 
-  Regions that are float16 are stored so, others as float32.
+  Region features of float16 are stored as such, others as float32. Raises DatasetError unless each
+  caption has one id and one position.
   """
   from tensorflow.core.example import example_pb2
 
@@ -111,7 +116,7 @@ def encode(example: Example) -> bytes:
 
 
 def dataset_dir(out_dir: epath.PathLike, name: str, version: str) -> epath.Path:
-  """Where `write_dataset` puts a dataset."""
+  """The folder of a dataset. Raises DatasetError for a bad name or version."""
   if not _NAME.fullmatch(name) or not _VERSION.fullmatch(version):
     raise DatasetError(
       f"dataset {name!r}, version {version!r}: a name is lower-case letters, digits and "
@@ -121,7 +126,7 @@ def dataset_dir(out_dir: epath.PathLike, name: str, version: str) -> epath.Path:
 
 
 def check_absent(out_dir: epath.PathLike, name: str, version: str, overwrite: bool) -> None:
-  """Raises OutputExistsError if the dataset is there already and may not be replaced."""
+  """Raises OutputExistsError if the dataset exists and `overwrite` is false."""
   path = dataset_dir(out_dir, name, version)
   if path.exists() and not overwrite:
     raise OutputExistsError(f"{path} exists; pass --overwrite to replace it, or another --name")
@@ -144,9 +149,19 @@ def write_dataset(
 ) -> epath.Path:
   """Writes a dataset and returns its folder, out_dir/name/version.
 
-  sources: JSON that says what it is made of, kept in source.json. region_dim, images,
-  class_names, region_dtype: which of the optional fields the examples have, as in `features`. The
-  folder appears whole, at the end, or not at all.
+  The folder is published at the end, complete; after an error nothing is left.
+
+  Args:
+    splits: split -> its examples.
+    sources: JSON about the origin of the dataset, stored in source.json.
+    region_dim, images, class_names, region_dtype: the optional fields of the examples, see
+      `features`.
+    shard_bytes: size from which a new shard is started.
+    overwrite: replace an existing dataset.
+
+  Raises:
+    DatasetError: for bad names, an empty split, or examples with different fields.
+    OutputExistsError: if the dataset exists and `overwrite` is false.
   """
   final = dataset_dir(out_dir, name, version)
   with publishing(final, splits, overwrite) as folder:
@@ -163,11 +178,10 @@ def write_dataset(
 def publishing(
   final: epath.Path, splits: Iterable[str], overwrite: bool = False
 ) -> Iterator[epath.Path]:
-  """The folder that a dataset is written into and that becomes `final`, of `dataset_dir`, at the
-  end. After an error nothing of it is left.
+  """A temporary folder that is renamed to `final`, of `dataset_dir`, at the end.
 
-  DatasetError if a split cannot be named so, OutputExistsError if `final` is there already and may
-  not be replaced.
+  It is removed after an error. Raises DatasetError for a bad name of a split, OutputExistsError if
+  `final` exists and `overwrite` is false.
   """
   check_absent(final.parent.parent, final.parent.name, final.name, overwrite)
   for split in splits:
@@ -185,7 +199,7 @@ def publishing(
 
 
 def shard_prefix(final: epath.Path, split: str) -> str:
-  """What the names of a split's shards begin with."""
+  """First part of the names of a split's shards."""
   return f"{final.parent.name}-{split}.tfrecord"
 
 
@@ -195,7 +209,7 @@ def shard_name(prefix: str, i: int, of: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ShardCounts:
-  """What the metadata of a dataset say of one shard. bytes: of the payloads."""
+  """Counts of one shard for the dataset's metadata. bytes: of the payloads."""
 
   records: int
   captions: int
@@ -214,7 +228,7 @@ def _write_split(
   if first is None:
     raise DatasetError(f"split {split!r} is empty: no image of the source belongs to it")
   numbered = itertools.chain([first], numbered)
-  # A shard's name has the number of shards, which is known only at the end.
+  # The number of shards, a part of their names, is known only at the end.
   shard = lambda i, of: folder / shard_name(prefix, i, of)
   for i in itertools.count():
     index = write_records(shard(i, 0), numbered, shard_bytes)
@@ -233,9 +247,9 @@ def _write_split(
 def write_records(
   path: epath.PathLike, examples: Iterator[Example], shard_bytes: int | None = None
 ) -> tfrecord.ShardIndex:
-  """Writes examples to one file until it has shard_bytes, and returns the index of what it holds.
+  """Writes examples to one file until it has shard_bytes, and returns the index of the file.
 
-  Takes from the iterator only what it writes.
+  Takes no more examples from the iterator than it writes.
   """
   builder = tfrecord.IndexBuilder()
   with epath.Path(path).open("wb") as f:
@@ -251,8 +265,7 @@ def write_records(
 
 
 def _numbered(examples: Iterable[Example], spec, split: str) -> Iterator[Example]:
-  """Adds caption ids and positions where there are none, checks that all fields are there, and
-  gives regions the type of the spec."""
+  """Adds missing caption ids and positions, checks the fields, and casts regions to the spec."""
   count, fields = 0, set(spec)
   for example in examples:
     places = range(count, count + len(example["captions"]))
@@ -265,11 +278,11 @@ def _numbered(examples: Iterable[Example], spec, split: str) -> Iterator[Example
 
 
 def checked(example: Example, fields: set[str], split: str) -> Example:
-  """The example; DatasetError if its fields are not those of the dataset."""
+  """Returns the example. Raises DatasetError if its fields are not those of the dataset."""
   if set(example) != fields:
     raise DatasetError(
       f"image {example.get('filename')!r} of split {split!r} has the fields {sorted(example)}, "
-      f"the dataset {sorted(fields)}: all images of a dataset have the same"
+      f"the dataset {sorted(fields)}: all images of a dataset must have the same"
     )
   return example
 
@@ -282,10 +295,10 @@ def write_metadata(
   spec,
   sources: Mapping[str, Any],
 ) -> None:
-  """Writes what TFDS reads, and source.json, into the folder that becomes `final`.
+  """Writes TFDS's metadata and source.json into the folder that becomes `final`.
 
-  written: the shards of each split in the order of their numbers. spec: of `features`. sources:
-  JSON, kept in source.json beside the counts.
+  written: counts of the shards of each split, in order. spec: of `features`. sources: JSON, stored
+  in source.json with the counts.
   """
   import tensorflow_datasets as tfds
 
@@ -340,6 +353,6 @@ def _publish(temporary: epath.Path, final: epath.Path, overwrite: bool) -> None:
     except OSError as e:
       if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
         raise
-      raise OutputExistsError(f"{final} was written meanwhile by another process") from e
+      raise OutputExistsError(f"{final} was written by another process in the meantime") from e
   if old is not None:
     old.rmtree()

@@ -1,17 +1,18 @@
-"""Readers of the files that a detector left on disk: features and boxes of regions of images.
+"""Readers of a detector's output files: features and boxes of the regions of images.
 
-What `open_reader` reads, R regions of F numbers for each image, boxes x1 y1 x2 y2 in pixels:
+`open_reader` reads these layouts. R: regions of an image, F: features of a region; boxes are
+x1 y1 x2 y2 in pixels.
 
   folder       bu_att/ID.npz (array `feat` [R, F]) or bu_att/ID.npy, and bu_box/ID.npy [R, 4]; the
-               features may lie in the folder itself, the boxes in another one
+               features may be in the folder itself, the boxes in another one
   tables       of bottom-up attention, a line per image, tab-separated and without a header:
                image_id, image_w, image_h, num_boxes, boxes, features; the last two are base64 of
                little-endian float32
-  .h5, .hdf5   `image_features` [N, R, F] with `image_bb` [N, R, 4]; or, for differing R,
+  .h5, .hdf5   `image_features` [N, R, F] with `image_bb` [N, R, 4]; or, for varying R,
                [T, F] with [T, 4] and `pos_boxes` [N, 2], the first and last + 1 row of an image.
-               Ids are `image_id` [N], or lie beside FILE.h5 in FILE_imgid2idx.pkl, {id: row}
+               Ids are `image_id` [N], or in a file FILE_imgid2idx.pkl, {id: row}
 
-Pickles are read by `torch_files.pickles`, which runs nothing in them.
+Pickles are read by `torch_files.pickles`, which executes no code of them.
 """
 
 import base64
@@ -37,23 +38,23 @@ _COLUMNS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 
 @dataclasses.dataclass(frozen=True)
 class Detected:
-  """What the files say of one image. features: [R, F]; boxes: [R, 4]; neither is checked yet."""
+  """The regions of one image as stored, unchecked. features: [R, F]; boxes: [R, 4]."""
 
   features: np.ndarray
   boxes: np.ndarray
-  size: Size | None = None  # where the file says it
+  size: Size | None = None  # if the file has it
 
 
 class Reader(Protocol):
-  """ids: of the images that there are features of."""
+  """Random access to a detector's output. ids: of the images with features."""
 
   ids: frozenset[str]
 
   def where(self, key: str) -> str:
-    """The file of an image, for messages, whether it is there or not."""
+    """The file of an image, for messages; it need not exist."""
 
   def read(self, key: str) -> Detected:
-    """Raises DatasetError, naming the file, if it does not hold what its layout says."""
+    """The regions of an image. Raises DatasetError, naming the file, if it is damaged."""
 
 
 def _array(path: epath.Path, name: str | None = None) -> np.ndarray:
@@ -73,7 +74,7 @@ def _array(path: epath.Path, name: str | None = None) -> np.ndarray:
 
 
 class Folder:
-  """Files named by the images' ids."""
+  """The layout `folder`: files named by the images' ids."""
 
   def __init__(self, root: epath.PathLike, boxes: epath.PathLike | None = None):
     root = epath.Path(root)
@@ -89,7 +90,7 @@ class Folder:
     if not self._boxes.is_dir():
       raise DatasetError(
         f"{self._boxes}: no such folder of boxes; expected ID.npy [R, 4] in pixels for every "
-        "image there, or in the folder given with --boxes"
+        "image in it, or in the folder given with --boxes"
       )
     self.ids = frozenset(self._files)
 
@@ -101,7 +102,7 @@ class Folder:
 
 
 class Table:
-  """One or more files of lines, of which a first pass notes the places: they may be very large."""
+  """The layout `tables`. A first pass records the offset of each line: files may be very large."""
 
   def __init__(self, paths: Iterable[epath.PathLike]):
     self._places: dict[str, tuple[epath.Path, int, int, int]] = {}  # file, line, offset, length
@@ -127,7 +128,7 @@ class Table:
         f"{', '.join(_COLUMNS)}; or is --features of another layout?"
       )
     key = line[: line.index(b"\t")].decode("utf-8", "replace")
-    # The parts of the published tables overlap; only a contradiction is an error.
+    # The parts of the published tables overlap; only lines that differ are an error.
     if (known := self._places.setdefault(key, place)) != place and self._line(known) != line:
       raise DatasetError(
         f"{path}:{number}: image_id {key} is also in {known[0]}:{known[1]}, with other contents; "
@@ -160,7 +161,7 @@ class Table:
 
 
 class Hdf5:
-  """One file of arrays over all images."""
+  """The layout of .h5 files: arrays over all images."""
 
   def __init__(self, path: epath.PathLike):
     self._path = path = epath.Path(path)
@@ -216,15 +217,15 @@ class Hdf5:
 
 
 def open_reader(paths: Sequence[epath.PathLike], boxes: epath.PathLike | None = None) -> Reader:
-  """A folder, one or more tables, or an HDF5 file. boxes: another folder than that of the layout.
+  """Opens a folder, one or more tables, or an HDF5 file. boxes: folder of boxes, if not bu_box.
 
-  Raises DatasetError, naming the file, for what is none of them.
+  Raises DatasetError, naming the file, for anything else.
   """
   first = epath.Path(paths[0])
   if not first.exists():
     raise DatasetError(f"{first}: no such file or folder; check --features")
   if boxes and not first.is_dir():
-    raise DatasetError(f"{boxes}: only a folder of features has its boxes apart; drop --boxes")
+    raise DatasetError(f"{boxes}: only a folder of features has separate boxes; drop --boxes")
   tables = not first.is_dir() and first.suffix not in (".h5", ".hdf5")
   if tables:
     return Table(paths)
@@ -242,7 +243,7 @@ def _unpickled(path: epath.Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Widths and heights, by the keys of images or by their place in the list of annotations."""
+  """Widths and heights by keys of images, or by positions in the list of annotations."""
 
   by_key: Mapping[str, Size]
   by_position: bool
@@ -252,8 +253,8 @@ class Sizes:
 
 
 def read_sizes(file: epath.PathLike) -> Sizes:
-  """A .pkl or .json with a list of [width, height] in the order of the annotations, a .json of
-  {id: [width, height]}, or a .csv or .tsv with the columns id, width and height.
+  """Reads sizes of images: a .pkl or .json with a list of [width, height] in the order of the
+  annotations, a .json of {id: [width, height]}, or a .csv or .tsv with columns id, width, height.
 
   Raises DatasetError, naming the entry, for anything else.
   """

@@ -1,4 +1,4 @@
-"""Readers of datasets that come as one folder: ZeroVL's csv files, and a folder per class."""
+"""Readers of datasets that are one folder: ZeroVL's csv files, and a folder per class."""
 
 import logging
 import re
@@ -17,9 +17,11 @@ _CSV_COLUMNS = ("image", "image_id", "caption", "caption_id")
 def read_csv(root: epath.PathLike, valid_split: str = "val") -> Splits:
   """ZeroVL's layout: train_anno.csv of images in train/, valid_anno.csv of images in valid/.
 
-  A row per caption, with columns image, image_id, caption and caption_id. The rows of an image
-  make one, at the place of the first, and each caption keeps its place in the file. One of the
-  files may be absent. valid_split: what the split of valid_anno.csv is called here.
+  Each row is a caption, with columns image, image_id, caption and caption_id. Rows of the same
+  image become one image, in the place of the first row; captions keep their positions in the file.
+  One of the files may be absent. valid_split: name of the split of valid_anno.csv.
+
+  Raises DatasetError, naming file and line.
   """
   root, splits = epath.Path(root), {}
   if valid_split == "train":
@@ -29,7 +31,7 @@ def read_csv(root: epath.PathLike, valid_split: str = "val") -> Splits:
     if file.exists():
       splits[valid_split if part == "valid" else part] = _csv_images(file, root / part)
     else:
-      logging.info("%s is not there: no split of it", file)
+      logging.info("%s does not exist: no split of it", file)
   if not splits:
     raise DatasetError(f"{root}: neither {' nor '.join(CSV_FILES.values())} in it; check --root")
   return splits
@@ -51,12 +53,12 @@ def _csv_images(file: epath.Path, images: epath.Path) -> list[AnnotatedImage]:
     if entry["id"] != image_id:
       raise DatasetError(
         f"{where}: image {name} has image_id {image_id}, but {entry['id']} at {entry['where']}; "
-        "all rows of an image have the same"
+        "all rows of an image must have the same"
       )
     if other is not entry:
       raise DatasetError(
         f"{where}: image_id {image_id} is of image {name}, but of {owner[image_id]} at "
-        f"{other['where']}; each image has its own"
+        f"{other['where']}; each image must have its own"
       )
     entry["captions"].append((row["caption"], caption_id, position))
   if not found:
@@ -83,49 +85,65 @@ TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tif
 def read_folders(
   root: epath.PathLike, names: epath.PathLike | None = None
 ) -> tuple[Splits, tuple[str, ...]]:
-  """Images of root/train/CLASS/ and, if it is there, root/val/CLASS/; -> splits, class names.
+  """Images of root/train/CLASS/ and, if it exists, root/val/CLASS/; -> (splits, class names).
 
-  Label i is the i-th folder of train/ in alphabetical order, by code points. Images may lie in
-  folders inside, and are ordered by their paths; ids count from 0 over both splits. Files of other
-  types and folders whose name begins with a dot are left out and reported. names: a file with a
-  line `folder<TAB>readable name` for each class; without it the names are those of the folders.
+  Label i is the i-th folder of train/, sorted by code points. Images may be in subfolders and are
+  sorted by path; ids count from 0 over both splits. Files of other types and folders whose name
+  begins with a dot are left out and logged. names: a file with a line `folder<TAB>readable name`
+  for each class; None: the names of the folders.
+
+  Raises DatasetError, naming the folder or line.
   """
   root = epath.Path(root)
   if not (root / "train").is_dir():
     raise DatasetError(f"{root / 'train'}: no such folder; expected train/CLASS/ below --root")
   classes = _classes(root / "train")
   labels = {folder: label for label, folder in enumerate(classes)}
-  if not (root / "val").is_dir():
-    logging.info("%s is not there: no split 'val'", root / "val")
-    parts = {"train": classes}
+  parts = {"train": classes}
+  if (root / "val").is_dir():
+    parts["val"] = _val_classes(root, classes)
   else:
-    given = _classes(root / "val")
-    parts = {"train": classes, "val": given}
-    if unknown := [folder for folder in given if folder not in labels]:
-      raise DatasetError(
-        f"{root / 'val' / unknown[0]}: no such class in {root / 'train'} ({len(unknown)} such "
-        "folders); the classes are those of train/"
-      )
-    if absent := [folder for folder in classes if folder not in given]:
-      logging.info("%s has no images of %d classes, first %s", root / "val", len(absent), absent[0])
+    logging.info("%s does not exist: no split 'val'", root / "val")
   splits: Splits = {}
-  for part, present in parts.items():
-    images = splits[part] = []
-    others: list[epath.Path] = []
-    for folder in present:
-      before, first = len(images), sum(map(len, splits.values()))
-      for i, path in enumerate(_files(root / part / folder, others)):
-        name = str(path.relative_to(root / part))
-        images.append(AnnotatedImage(name, path, first + i, (), label=labels[folder]))
-      if len(images) == before:
-        raise DatasetError(
-          f"{root / part / folder}: no image in it, expected files of {', '.join(TYPES)}; "
-          "add some or remove the folder"
-        )
-    if others:
-      text = "%s: left out %d files of other types, first %s"
-      logging.info(text, root / part, len(others), others[0])
+  for part, folders in parts.items():
+    first = sum(map(len, splits.values()))
+    splits[part] = _labelled(root / part, folders, labels, first)
   return splits, _names(classes, names)
+
+
+def _val_classes(root: epath.Path, classes: list[str]) -> list[str]:
+  """The folders of val/, which must be among the classes of train/."""
+  found = _classes(root / "val")
+  if unknown := [folder for folder in found if folder not in classes]:
+    raise DatasetError(
+      f"{root / 'val' / unknown[0]}: no such class in {root / 'train'} ({len(unknown)} such "
+      "folders); the classes are those of train/"
+    )
+  if absent := [folder for folder in classes if folder not in found]:
+    logging.info("%s has no images of %d classes, first %s", root / "val", len(absent), absent[0])
+  return found
+
+
+def _labelled(
+  root: epath.Path, folders: list[str], labels: Mapping[str, int], first: int
+) -> list[AnnotatedImage]:
+  """The images of root/FOLDER for each folder, with ids from `first`."""
+  images: list[AnnotatedImage] = []
+  others: list[epath.Path] = []
+  for folder in folders:
+    paths = list(_files(root / folder, others))
+    if not paths:
+      raise DatasetError(
+        f"{root / folder}: no image in it, expected files of {', '.join(TYPES)}; "
+        "add some or remove the folder"
+      )
+    for path in paths:
+      name, image_id = str(path.relative_to(root)), first + len(images)
+      images.append(AnnotatedImage(name, path, image_id, (), label=labels[folder]))
+  if others:
+    text = "%s: left out %d files of other types, first %s"
+    logging.info(text, root, len(others), others[0])
+  return images
 
 
 def _classes(folder: epath.Path) -> list[str]:
@@ -138,10 +156,10 @@ def _classes(folder: epath.Path) -> list[str]:
 
 
 def _files(folder: epath.Path, others: list[epath.Path]) -> Iterator[epath.Path]:
-  """Images at any depth in the order of their paths; what is no image is added to `others`."""
+  """Images at any depth, sorted by path; other files are appended to `others`."""
   for path in sorted(folder.iterdir(), key=lambda p: p.name):
-    # Hidden files may be called .jpg and be none. The type comes first: asking whether it is a
-    # folder costs a call to the disk.
+    # Hidden .jpg files may be something else. The suffix is checked first: is_dir() costs a call to
+    # the disk.
     hidden = path.name.startswith(".")
     if path.suffix.lower() in TYPES and not hidden:
       yield path
@@ -161,13 +179,13 @@ def _names(classes: list[str], file: epath.PathLike | None) -> tuple[str, ...]:
       "'folder<TAB>readable name' for each"
     )
   if extra := len(given) - len(classes):
-    logging.info("%s: %d lines are of folders that are not there", file, extra)
+    logging.info("%s: %d lines are of folders that do not exist", file, extra)
   owner: dict[str, str] = {}
   for folder in classes:
     if (first := owner.setdefault(given[folder], folder)) != folder:
       raise DatasetError(
-        f"{file}: classes {first!r} and {folder!r} are both called {given[folder]!r}; give each a "
-        "name of its own"
+        f"{file}: classes {first!r} and {folder!r} are both called {given[folder]!r}; give each "
+        "its own name"
       )
   return tuple(given[folder] for folder in classes)
 

@@ -1,13 +1,13 @@
-"""Reader of what img2dataset writes: shards of images from the web, with captions.
+"""Reader of img2dataset's output: shards of images from the web, with captions.
 
-Three of its output formats:
+Supports three of its output formats:
 
   webdataset  00000.tar with members KEY.jpg (or png, webp), KEY.txt, KEY.json
   files       a folder 00000/ with the same files
   parquet     00000.parquet with columns key, jpg, caption, status
 
-Beside a tar or folder lie 00000_stats.json and 00000.parquet, which alone tell of the images that
-could not be fetched.
+With a tar or folder come 00000_stats.json and 00000.parquet, the only record of images that could
+not be downloaded.
 """
 
 import collections
@@ -29,18 +29,18 @@ from xmodal_jax.data.tfrecord import DatasetError
 
 TYPES = ("jpg", "jpeg", "png", "webp")
 
-# Why a pair is left out.
-FAILED = "failed"  # img2dataset could not fetch or resize the image
+# Reasons for which a pair is left out.
+FAILED = "failed"  # img2dataset could not download or resize the image
 WITHOUT_CAPTION = "without caption"
-BROKEN = "broken"  # does not decode; only looked for if asked
-LOST = "lost"  # a success by img2dataset's own count, but not in the shard
-# Not pairs but shards: nothing beside them tells of failures.
+BROKEN = "broken"  # does not decode; checked with check_images only
+LOST = "lost"  # a success in img2dataset's statistics, but not in the shard
+# Counts shards, not pairs: those without a file of statistics.
 UNRECORDED = "shards without a record of failures"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """A pair as it was found. image: None, status other than "success" or None: it failed."""
+  """A pair as stored. It failed if image is None, or status neither "success" nor None."""
 
   key: str
   image: bytes | None
@@ -50,7 +50,7 @@ class Sample:
 
 
 def find_shards(folder: epath.PathLike) -> list[str]:
-  """The shards in an output folder of img2dataset, by name; DatasetError if there are none."""
+  """The shards in an output folder of img2dataset, sorted. Raises DatasetError without any."""
   folder = epath.Path(folder)
   if not folder.is_dir():
     raise DatasetError(f"{folder}: no such folder; expected an output folder of img2dataset")
@@ -67,7 +67,7 @@ def find_shards(folder: epath.PathLike) -> list[str]:
   stats = [p.name.removesuffix("_stats.json") for p in paths if p.name.endswith("_stats.json")]
   if lost := [stem for stem in stats if stem not in known]:
     raise DatasetError(
-      f"{folder}: {len(lost)} shards are not there though their statistics are, first "
+      f"{folder}: {len(lost)} shards are missing though their statistics exist, first "
       f"{lost[0]}_stats.json; copy the shards too, or remove the statistics"
     )
   return [str(p) for p in shards]
@@ -76,11 +76,11 @@ def find_shards(folder: epath.PathLike) -> list[str]:
 def read(
   shard: str, left_out: collections.Counter, check_images: bool = False
 ) -> Iterator[Example]:
-  """The pairs of a shard of `find_shards`, as a reader of `shards`: one sample at a time.
+  """The pairs of a shard, as a `shards.Reader`: one sample at a time.
 
-  image_id, which is also the id of the caption, is the key where that is a number, which is unique
-  within a run of img2dataset; else 63 bits of a hash of shard and key. Unlike a position in the
-  list of shards, neither changes when shards are added, left out or put in another order.
+  image_id, also the id of the caption, is the key if that is a number (unique within a run of
+  img2dataset), else 63 bits of a hash of shard and key. Neither depends on which other shards are
+  read, or on their order. Raises DatasetError, naming the shard, if it is damaged.
   """
   path, found, failed = epath.Path(shard), 0, 0
   samples = {".tar": _tar_samples, ".parquet": _parquet_samples}.get(path.suffix, _folder_samples)
@@ -121,7 +121,7 @@ def _image_id(stem: str, key: str) -> int:
 
 
 def _sample(where: str, key: str, parts: Mapping[str, bytes]) -> Sample:
-  """parts: what a tar or a folder has of a key, by suffix."""
+  """parts: contents of a key's files, by suffix."""
   try:
     about = json.loads(parts.get("json", b"{}"))
     caption = parts["txt"].decode() if "txt" in parts else about.get("caption")
@@ -129,7 +129,7 @@ def _sample(where: str, key: str, parts: Mapping[str, bytes]) -> Sample:
   except (ValueError, AttributeError) as e:
     raise DatasetError(
       f"{where}: {key}.json or {key}.txt is not what img2dataset writes, a JSON object and UTF-8 "
-      f"text ({e}); fetch the shard again"
+      f"text ({e}); download the shard again"
     ) from e
   suffix = next((s for s in TYPES if s in parts), "")
   caption = caption if isinstance(caption, str) else None
@@ -137,7 +137,7 @@ def _sample(where: str, key: str, parts: Mapping[str, bytes]) -> Sample:
 
 
 class _Member(tarfile.TarInfo):
-  """Refuses a damaged header in the middle, which tarfile takes for the end of the archive."""
+  """Raises for a damaged header, which tarfile would take for the end of the archive."""
 
   @classmethod
   def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -152,7 +152,7 @@ class _Member(tarfile.TarInfo):
 def _tar_samples(path: epath.Path) -> Iterator[Sample]:
   key, parts = None, {}
   try:
-    # As a stream, front to back, whatever lies far away.
+    # As a stream, from start to end: remote files are not seekable.
     with path.open("rb") as f, tarfile.open(fileobj=f, mode="r|", tarinfo=_Member) as archive:
       for member in archive:
         if not member.isfile():
@@ -191,7 +191,7 @@ def _parquet_samples(path: epath.Path) -> Iterator[Sample]:
     if suffix is None or "key" not in names:
       raise DatasetError(
         f"{path}: has the columns {names}, expected key and one of {TYPES}; if these are addresses "
-        "to fetch, run img2dataset on them first"
+        "to download, run img2dataset on them first"
       )
     text = "caption" if "caption" in names else "txt"
     wanted = [c for c in ("key", suffix, text, "status") if c in names]
@@ -201,7 +201,7 @@ def _parquet_samples(path: epath.Path) -> Iterator[Sample]:
 
 
 def _seekable(path: epath.Path) -> IO[bytes]:
-  # TensorFlow's file objects lack what pyarrow asks of one, so a shard far away comes as a whole.
+  # pyarrow cannot use TensorFlow's file objects, so remote shards are read whole.
   return io.BytesIO(path.read_bytes()) if "://" in os.fspath(path) else path.open("rb")
 
 
@@ -216,13 +216,13 @@ def _parquet(path: epath.Path) -> Iterator[Any]:
     with _seekable(path) as f, parquet.ParquetFile(f) as file:
       yield file
   except (pyarrow.ArrowException, OSError) as e:
-    if isinstance(e, OSError) and e.errno is not None:  # of the disk or network, not of the content
+    if isinstance(e, OSError) and e.errno is not None:  # of the disk or network
       raise
     raise DatasetError(f"{path}: damaged or cut short ({e}); copy the shard again") from e
 
 
 def _recorded(path: epath.Path) -> tuple[int, int] | None:
-  """(pairs tried, successes) by the files beside a tar or folder; None if they do not tell."""
+  """(pairs tried, successes) by the statistics of a tar or folder; None without them."""
   stats = path.with_name(f"{path.stem}_stats.json")
   if stats.exists():
     try:
@@ -230,7 +230,7 @@ def _recorded(path: epath.Path) -> tuple[int, int] | None:
       return int(counts["count"]), int(counts["successes"])
     except (ValueError, KeyError, TypeError) as e:
       raise DatasetError(
-        f"{stats}: no counts 'count' and 'successes' ({e!r}); remove the file or fetch it again"
+        f"{stats}: no counts 'count' and 'successes' ({e!r}); remove the file or copy it again"
       ) from e
   table = path.with_name(f"{path.stem}.parquet")
   if not table.exists():

@@ -1,4 +1,4 @@
-"""Regions joined to the captions of their images, and checked before a dataset is written."""
+"""Joins region features to the captions of their images, and checks them."""
 
 import collections
 import dataclasses
@@ -15,14 +15,17 @@ from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits, fields
 from xmodal_jax.data.preparing.builder import Example
 from xmodal_jax.data.tfrecord import DatasetError
 
-_NAMED = 5  # images that a report names of each kind
+_NAMED = 5  # images that a report names for each kind of fault
 
 Key = Literal["auto", "id", "stem"]
 
 
 def key_of(image: AnnotatedImage, key: Key) -> str:
-  """What a detector's files call an image: "id", of the annotations; "stem", of its file name;
-  "auto", its place in the annotations' list where they number images so (Flickr30K), else id."""
+  """The name of an image in a detector's files.
+
+  "id": its id in the annotations. "stem": its file name without suffix. "auto": its position in the
+  list of annotations if these number images so (Flickr30K), else its id.
+  """
   if key == "stem":
     return epath.Path(image.filename).stem
   number = image.image_id if key == "id" or image.position is None else image.position
@@ -30,7 +33,7 @@ def key_of(image: AnnotatedImage, key: Key) -> str:
 
 
 class Report:
-  """What was found and how often: figures, errors and warnings, with the first images of each."""
+  """Counts, errors and warnings, with the first images of each kind."""
 
   def __init__(self):
     self.images: dict[str, int] = {}  # of each split
@@ -60,7 +63,7 @@ class Report:
     out = f"{sum(self.images.values())} images ({splits}), {self.captions} captions"
     if self.records:
       kinds = ", ".join(f"{kind} x {n}" for kind, n in self.kinds.items())
-      out += f"\n{self.records} read: {self.regions} regions, {self.fewest} to {self.most} of a "
+      out += f"\n{self.records} read: {self.regions} regions, {self.fewest} to {self.most} of an "
       out += f"image; features of {kinds}"
     out += f"\nwarnings:{self._listed(self.warnings) or ' none'}"
     return f"{out}\nerrors:{self._listed(self.errors) or ' none'}"
@@ -76,13 +79,14 @@ class Report:
 class _Item:
   image: AnnotatedImage
   key: str
-  size: detections.Size | None  # None: as the detector's file says
+  size: detections.Size | None  # None: that of the detector's file
 
 
-class Joined:
-  """Images with captions, and the regions of each.
+class RegionDataset:
+  """Images with captions and regions.
 
-  Joining finds what is missing; `examples` and `check` read the features. `report` has it all.
+  The constructor finds missing images, `examples` and `check` read the features. All faults are
+  added to `report`.
   """
 
   def __init__(
@@ -91,19 +95,21 @@ class Joined:
     reader: detections.Reader,
     *,
     sizes: detections.Sizes | None = None,
-    images: bool = False,
+    read_images: bool = False,
     key: Key = "auto",
     dtype: npt.DTypeLike = np.float32,
   ):
-    """sizes: of the images; else those of the annotations, of the detector's files, or, with
-    images, of the image files. dtype: that features will be stored in."""
-    self._reader, self._images, self._dtype = reader, images, np.dtype(dtype)
+    """sizes: of the images; None: those of the annotations, of the detector's files, or, with
+    read_images, of the image files. dtype: stored dtype of the features."""
+    self._reader, self._read_images, self._dtype = reader, read_images, np.dtype(dtype)
     self.report, self._width, used = Report(), None, set()
     self._items: dict[str, list[_Item]] = {}
     for split, images in splits.items():
       self.report.images[split] = len(images)
-      self.report.captions += sum(len(p.captions) for p in images)
-      self._items[split] = [self._item(p, key_of(p, key), split, sizes, used) for p in images]
+      self.report.captions += sum(len(image.captions) for image in images)
+      self._items[split] = [
+        self._item(image, key_of(image, key), split, sizes, used) for image in images
+      ]
     unused = reader.ids - used
     for name in sorted(unused)[:_NAMED]:
       self.report.add("ids without captions, left out", name, warning=True)
@@ -131,7 +137,7 @@ class Joined:
 
   @property
   def region_dim(self) -> int:
-    """Width of the features, of the first image: all others must have it too."""
+    """F, the number of features of a region: that of the first image, which all others must have."""
     self.report.check()
     if self._width is None:
       item = next(item for items in self._items.values() for item in items)
@@ -143,7 +149,7 @@ class Joined:
     return self._width
 
   def check(self) -> Report:
-    """Reads all features, whatever is wrong with them, and returns the report."""
+    """Reads all features, without stopping at errors, and returns the report."""
     for items in self._items.values():
       for item in items:
         if item.key in self._reader.ids:
@@ -154,7 +160,7 @@ class Joined:
     return self.report
 
   def examples(self, split: str) -> Iterator[Example]:
-    """Examples of `builder`. Raises DatasetError, naming file and id, at the first bad image."""
+    """Examples for `builder`. Raises DatasetError, naming file and id, at the first bad image."""
     self.report.check()
     for item in self._items[split]:
       detected, size = self._read(item)
@@ -164,10 +170,10 @@ class Joined:
       yield example | {"image_width": size[0], "image_height": size[1]}
 
   def _read(self, item: _Item) -> tuple[detections.Detected, detections.Size | None]:
-    """The regions of an image and its size; what is wrong with them goes into the report."""
+    """The regions of an image and its size. Adds their faults to the report."""
     detected = self._reader.read(item.key)
     size, name = item.size or detected.size, f"{self._reader.where(item.key)}, id {item.key}"
-    if not size and self._images:
+    if not size and self._read_images:
       size = _image_size(item.image.path)
     faults = _faults(detected, size, self._width, self._dtype)
     if size and detected.size and size != detected.size:
@@ -187,9 +193,9 @@ class Joined:
 def _faults(
   found: detections.Detected, size: detections.Size | None, width: int | None, dtype: np.dtype
 ) -> list[tuple[str, str, bool]]:
-  """(kind, detail, whether it is a warning) of what is wrong with the regions of an image.
+  """(kind, detail, whether it is a warning) of each fault of an image's regions.
 
-  width: that the features must have; None: any.
+  width: expected number of features; None: any.
   """
   features, boxes = found.features, found.boxes
   wrong = features.ndim != 2 or features.dtype.kind != "f" or not features.size
@@ -220,7 +226,7 @@ def _faults(
     out.append(("boxes out of order", detail, False))
   if boxes.max() <= 1 and min(size) > 1:
     out.append(("boxes in parts of the image", "expected pixels", False))
-  # How far each box reaches over an edge.
+  # Pixels by which each box exceeds an edge.
   beyond = np.maximum(-boxes[:, :2], boxes[:, 2:] - np.array(size)).max(1)
   if (far := beyond.max()) > 0:
     row = beyond.argmax()
@@ -236,5 +242,5 @@ def _image_size(path: epath.Path) -> detections.Size:
   try:
     with path.open("rb") as f, Image.open(f) as image:
       return image.size
-  except OSError as e:  # of Pillow too
+  except OSError as e:  # also Pillow's
     raise DatasetError(f"{path}: no image to take the size from ({e}); check --images") from e

@@ -1,10 +1,10 @@
 """The embedded `shapes` dataset: rendered scenes of coloured shapes with paraphrased captions.
 
-A scene has 2 or 3 objects, each of one of 8 colours, 5 shapes and 2 sizes in one of 9 places, no
-two in the same place. All scenes of all splits differ. Each has five captions of different wordings
-and with objects in differing order; some leave out sizes, or give relations in place of places.
-Beside the image stand regions as a detector would give them, its objects first and after them
-some of background, with features of their pixels. Everything is a function of the seed.
+A scene has 2 or 3 objects of 8 colours, 5 shapes and 2 sizes, in different cells of a 3 x 3 grid.
+All scenes of all splits differ. Each scene has five captions with different wordings and orders of
+the objects; some omit sizes, or give relations instead of places. It also has regions like those of
+a detector, with features of their pixels: first its objects, then some background. Everything is a
+function of the seed.
 """
 
 import io
@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw
 
 from xmodal_jax.data.preparing import builder
 
-NAME, VERSION = "shapes", "1.1.0"  # another version for other contents: see `ensure`
+NAME, VERSION = "shapes", "1.1.0"  # to be changed with the contents, see `ensure`
 SIZES = {"train": 4000, "val": 500, "test": 500}  # images of each split
 WIDTH = 96
-_CELL, _SCALE = WIDTH // 3, 2  # drawn at twice the size and averaged: cheap smooth edges
-_CROP = 8  # a region's pixels are seen at 8 x 8
+_CELL, _SCALE = WIDTH // 3, 2  # drawn at twice the size and averaged, for smooth edges
+_CROP = 8  # a region's pixels are resized to 8 x 8
 REGION_DIM = 3 * _CROP * _CROP + 6 + 7
-_BACKGROUND = (2, 4)  # fewest and most regions without an object
+_BACKGROUND = (2, 4)  # least and largest number of regions without an object
 MAX_REGIONS = 3 + _BACKGROUND[1]
 
 COLOURS = {
@@ -54,7 +54,7 @@ Scene = tuple[Object, ...]
 
 
 def scenes(seed: int, count: int) -> list[Scene]:
-  """`count` differing scenes; the objects of each are in the order of their cells."""
+  """`count` different scenes; their objects are in the order of the cells."""
   rng, seen = np.random.default_rng(seed), {}
   pick = lambda words: list(words)[int(rng.random() * len(words))]
   while len(seen) < count:
@@ -65,7 +65,7 @@ def scenes(seed: int, count: int) -> list[Scene]:
 
 
 def _outline(shape: str, turn: float) -> np.ndarray:
-  """Corners of a polygon about the origin, [N, 2], of about equal area for all shapes."""
+  """Corners [N, 2] of a polygon around the origin; all shapes have about the same area."""
   if shape == "cross":
     a, b = 1.0, 0.36
     xy = [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b)]
@@ -87,7 +87,7 @@ def _outline(shape: str, turn: float) -> np.ndarray:
 def render(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
   """A scene -> (RGB image of 96 x 96, boxes float32 [R, 4] as x1 y1 x2 y2)."""
   uniform = lambda low, high, *shape: low + (high - low) * rng.random(shape)
-  # The background is a light grey, tinted a little, and darker towards one side.
+  # The background is a slightly tinted light grey, darker towards one side.
   base = uniform(150, 225) + uniform(-8, 8, 3)
   slope, angle = uniform(0, 24), uniform(0, 2 * math.pi)
   axis = np.linspace(-0.5, 0.5, WIDTH)
@@ -108,14 +108,14 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, np.ndar
       points = centre + radius * _outline(shape, turn)
       low, high = points.min(0), points.max(0)
       draw.polygon([tuple(p) for p in points * _SCALE], fill=fill)
-    # A detector's box is not exact.
+    # As a detector's box, it is not exact.
     box = np.concatenate([low, high]) + uniform(-1, 1, 4)
     boxes.append(np.clip(box, 0, WIDTH))
   return image.reduce(_SCALE), np.array(boxes, np.float32)
 
 
 def background_boxes(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-  """Boxes float32 [N, 4], N from 2 to 4, in different cells that hold no object: false alarms."""
+  """Boxes float32 [N, 4], N from 2 to 4, in different cells without objects: false positives."""
   empty = np.setdiff1d(np.arange(9), [item[3] for item in scene])
   count = rng.integers(_BACKGROUND[0], _BACKGROUND[1], endpoint=True)
   cells = rng.permutation(empty)[:count]
@@ -128,8 +128,8 @@ def background_boxes(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def region_features(image: Image.Image, boxes: np.ndarray) -> np.ndarray:
   """RGB image, boxes [R, 4] -> float32 [R, REGION_DIM].
 
-  Per box its pixels at 8 x 8 in [-1, 1], mean and deviation of each channel, and where and how
-  large it is: x1 y1 x2 y2 w h and area, as parts of the image.
+  For each box: its pixels at 8 x 8 in [-1, 1], mean and standard deviation of each channel, and
+  x1 y1 x2 y2 w h and area as fractions of the image.
   """
   out = []
   for box in boxes:
@@ -218,7 +218,7 @@ def _places_first(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _from_anchor(scene: Scene, rng: np.random.Generator) -> str:
-  """One object with its place, the others by their relation to it."""
+  """One object with its place, the others with their relations to it."""
   anchor, *others = _shuffled(scene, rng)
   parts = [f"{_article(_noun(o, rng))} {_relation(o[3], anchor[3], rng)} it" for o in others]
   text = " and ".join(parts)
@@ -226,7 +226,7 @@ def _from_anchor(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _related(scene: Scene, rng: np.random.Generator) -> str:
-  """No sizes; the first object by its relation to the second, all but the first by place."""
+  """No sizes; the first object with its relation to the second, the others with their places."""
   first, *others = _shuffled(scene, rng)
   nouns = [f"the {_noun(o, rng, size=False)} {_place(o[3], rng)}" for o in others]
   noun = _noun(first, rng, size=False)
@@ -249,9 +249,11 @@ def _example(scene: Scene, seed: int, index: int, split: str) -> builder.Example
   rng = np.random.default_rng((seed, index))
   image, boxes = render(scene, rng)
   data = io.BytesIO()
-  image.save(data, "JPEG", quality=95, subsampling=0)  # small objects live by their colours
+  image.save(
+    data, "JPEG", quality=95, subsampling=0
+  )  # no subsampling: it blurs the colours of small objects
   texts = captions(scene, rng)
-  # From a generator of their own: the images and captions are what they were without them.
+  # From a separate generator, so that images and captions are as in version 1.0.0 without regions.
   boxes = np.concatenate([boxes, background_boxes(scene, np.random.default_rng((seed, index, 1)))])
   return {
     "image": data.getvalue(),
@@ -290,10 +292,10 @@ def write(
 
 
 def ensure(data_dir: epath.PathLike) -> epath.Path:
-  """The folder of the dataset under data_dir, rendered first (10 s) if it is not there.
+  """The folder of the dataset in data_dir, rendered first (10 s) if it does not exist.
 
-  One of an earlier version stays beside it, unread.
-  Several processes may call it at once: each renders, one's folder stays, all get that one.
+  Folders of earlier versions are left alone. Several processes may call it at the same time: each
+  renders the dataset, the first to finish publishes it, and all return that folder.
   """
   path = builder.dataset_dir(data_dir, NAME, VERSION)
   if not (path / "dataset_info.json").exists():

@@ -1,8 +1,8 @@
-"""Writes datasets of many source shards, one output shard from each, here or on Beam's workers.
+"""Writes datasets of many source shards, one output shard from each, locally or with Apache Beam.
 
-`builder.write_dataset` takes images one after another; this takes source shards, none of which
-knows of the others, so that any number of workers can write them. What comes out is the same kind
-of dataset. Captions are in the order of the records, for which no positions are stored.
+`builder.write_dataset` writes one sequence of images. Here source shards are independent of each
+other, so any number of workers can write them. The dataset has the same format; captions are in the
+order of the records, and no positions are stored.
 """
 
 import collections
@@ -26,14 +26,14 @@ from xmodal_jax.data import tfrecord
 from xmodal_jax.data.preparing import builder
 from xmodal_jax.data.tfrecord import DatasetError
 
-# (path of a source shard, where it counts what it leaves out, by reason) -> examples with caption
-# ids and without positions. Sent to workers, so a function of a module or a partial of one.
+# (path of a source shard, counter of left out pairs by reason) -> examples with caption ids and
+# without positions. Must be picklable: a function of a module or a partial of one.
 Reader = Callable[[str, collections.Counter], Iterator[builder.Example]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One source shard: the number-th of its split."""
+  """One source shard. number: its index in its split."""
 
   split: str
   number: int
@@ -42,7 +42,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-  """Where Apache Beam runs. runner: the name of a runner as Beam has it. options: its flags."""
+  """runner: the name of an Apache Beam runner. options: its flags."""
 
   runner: str
   options: Sequence[str] = ()
@@ -60,13 +60,18 @@ def write_dataset(
   beam: Beam | None = None,
   overwrite: bool = False,
 ) -> epath.Path:
-  """Writes a dataset and returns its folder, out_dir/name/version, as `builder.write_dataset`.
+  """Writes a dataset and returns its folder, out_dir/name/version, like `builder.write_dataset`.
 
-  sources: for each split the paths of its source shards, whose order is that of the output shards;
-  one of which no image is left has none. origin: JSON for source.json, which also gets what each
-  source gave and left out. beam: None for a loop in this process; the output is the same.
+  Args:
+    sources: split -> paths of its source shards, in the order of the output shards; a source
+      without any usable image gives no output shard.
+    read: reads one source shard.
+    origin: JSON for source.json, to which the counts of each source are added.
+    beam: None: write one shard after another in this process. The output is the same.
 
-  DatasetError for sources that cannot be read, before anything is published.
+  Raises:
+    DatasetError: for sources that cannot be read; nothing is published then.
+    OutputExistsError: if the dataset exists and `overwrite` is false.
   """
   final = builder.dataset_dir(out_dir, name, version)
   with builder.publishing(final, sources, overwrite) as folder:
@@ -85,9 +90,10 @@ def write_dataset(
 
 
 def write_shard(job: Job, *, folder: str, fields: frozenset[str], read: Reader) -> dict[str, Any]:
-  """Writes the shard of one source into `folder`, its index and last a report, which it returns.
+  """Writes the shard of one source into `folder`, then its index and a report, which it returns.
 
-  Each file is whole or absent. May be run again, or twice at once: all runs write the same bytes.
+  Files are written atomically, and all runs write the same bytes: it may be repeated, or run twice
+  at the same time.
   """
   path, left_out = _shard(folder, job), collections.Counter()
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -105,7 +111,7 @@ def write_shard(job: Job, *, folder: str, fields: frozenset[str], read: Reader) 
 
 
 def _write_shard_or_say_why(job: Job, **where) -> None:
-  """`write_shard`, with a DatasetError in place of the report: another attempt will not mend it."""
+  """`write_shard`, with a DatasetError written as the report: retries would not help."""
   try:
     write_shard(job, **where)
   except DatasetError as e:
@@ -114,7 +120,7 @@ def _write_shard_or_say_why(job: Job, **where) -> None:
 
 
 def _shard(folder: epath.PathLike, job: Job) -> epath.Path:
-  """A shard before it has its final number."""
+  """Path of a job's shard before the shards are numbered."""
   return epath.Path(folder) / builder.shard_name(f"{job.split}.tfrecord", job.number, 0)
 
 
@@ -141,8 +147,7 @@ def _run_beam(task: Callable[[Job], None], jobs: Sequence[Job], where: Beam) -> 
     raise DatasetError(
       f"no Apache Beam ({e}), which --beam_runner needs; `pip install xmodal_jax[beam]`"
     ) from e
-  # Beam's DirectRunner first tries another runner, a program that it fetches from the network; the
-  # one it falls back on is this.
+  # Beam's DirectRunner first tries a runner that it downloads, then falls back to FnApiRunner.
   local = where.runner.lower() in ("directrunner", "direct")
   with (
     _importable_in_children(),
@@ -150,13 +155,13 @@ def _run_beam(task: Callable[[Job], None], jobs: Sequence[Job], where: Beam) -> 
       runner=FnApiRunner() if local else where.runner, options=PipelineOptions([*where.options])
     ) as pipeline,
   ):
-    # One after another on a worker: a worker holds one shard's samples, however many there are.
+    # A worker processes one shard after another.
     _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(task)
 
 
 @contextlib.contextmanager
 def _importable_in_children() -> Iterator[None]:
-  """Python processes started meanwhile find this package as this one did, installed or not."""
+  """Lets child processes import this package even if it is not installed."""
   root = pathlib.Path(importlib.util.find_spec("xmodal_jax").origin).parents[1]
   before = os.environ.get("PYTHONPATH")
   os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *([before] if before else [])])
@@ -170,18 +175,20 @@ def _importable_in_children() -> Iterator[None]:
 
 
 def _each(function: Callable, items: Iterable) -> list:
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # threads for folders far away
+  with concurrent.futures.ThreadPoolExecutor(
+    16
+  ) as pool:  # threads hide the latency of remote folders
     return list(pool.map(function, items))
 
 
 def _reports(folder: epath.Path, jobs: Sequence[Job]) -> list[dict]:
-  """The report of each job; DatasetError with the sources that could not be read."""
+  """The report of each job. Raises DatasetError, naming the sources that could not be read."""
 
   def load(job: Job) -> dict:
     path = _report(_shard(folder, job))
     if not path.exists():
-      return {"error": f"{job.source}: no worker has written its shard into {folder}; can all of "
-              "them write there? Choose an --out that they share, like gs://"}  # fmt: skip
+      return {"error": f"{job.source}: no worker has written its shard into {folder}; choose an "
+              "--out that all workers can write to, like gs://"}  # fmt: skip
     return json.loads(path.read_text())
 
   reports = _each(load, jobs)
@@ -198,7 +205,7 @@ def _reports(folder: epath.Path, jobs: Sequence[Job]) -> list[dict]:
 def _number(
   folder: epath.Path, final: epath.Path, jobs: Sequence[Job], reports: Sequence[dict]
 ) -> dict[str, list[builder.ShardCounts]]:
-  """Numbers the shards of each split that have records, and removes all other files."""
+  """Gives the non-empty shards of each split their final names, and removes all other files."""
   kept: dict[str, list[builder.ShardCounts]] = {}
   files: dict[str, list[epath.Path]] = {}
   for job, report in zip(jobs, reports, strict=True):
@@ -216,7 +223,7 @@ def _number(
       moves += [(path, new), (tfrecord.index_path(path), tfrecord.index_path(new))]
   _each(lambda move: move[0].rename(move[1]), moves)
   done = {new.name for _, new in moves}
-  # Reports, and what workers left that were killed.
+  # Reports, and temporary files of killed workers.
   _each(
     lambda path: path.unlink(missing_ok=True), [p for p in folder.iterdir() if p.name not in done]
   )
@@ -224,7 +231,7 @@ def _number(
 
 
 def _summary(split: str, jobs: Sequence[Job], reports: Sequence[dict]) -> dict[str, Any]:
-  """What the sources of a split gave and left out, also for the log."""
+  """Counts of a split for source.json, which are also logged."""
   own = [(j, r) for j, r in zip(jobs, reports, strict=True) if j.split == split]
   left_out: collections.Counter = sum(
     (collections.Counter(r["left_out"]) for _, r in own), collections.Counter()

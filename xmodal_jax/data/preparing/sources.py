@@ -1,10 +1,12 @@
 """Readers of the annotation files that image-text datasets come in.
 
-Each returns {split: [AnnotatedImage]} in the order of its file, having checked what it read.
+Each returns {split: [AnnotatedImage]} in the order of its file. All raise DatasetError for files
+that are not as documented.
 """
 
 import collections
 import csv
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -46,7 +48,7 @@ def _json(path: epath.Path) -> dict | list:
 
 
 def _size(item: dict) -> tuple[int, int] | None:
-  """Of an entry of an image that may have a width and a height."""
+  """(width, height) of an image's entry, if it has them."""
   size = item.get("width"), item.get("height")
   return size if all(type(side) is int and side > 0 for side in size) else None
 
@@ -62,8 +64,8 @@ def read_karpathy(
 ) -> Splits:
   """Karpathy's dataset_*.json (plain or .gz) with all its splits.
 
-  The image is images/filename, else images/filepath/filename. captions_per_image: the first so
-  many of each image, 5 as in the COCO protocol; None for all.
+  The image is images/filename, else images/filepath/filename. captions_per_image: number of
+  captions to use, the first ones; 5 as in the COCO protocol, None for all.
   """
   file, images = epath.Path(annotations), epath.Path(images)
   if captions_per_image is not None and captions_per_image < 1:
@@ -109,39 +111,25 @@ def read_coco(
 ) -> Splits:
   """The layout of VSE++: captions_{train,val}2014.json and coco_{train,restval,dev,test}_ids.npy.
 
-  annotations: the folder of these files. One image for all captions of an image, in the order of
-  the first of them in the id list; each caption keeps its place in the list. dev becomes "val".
-  The image is images/file_name, else images/train2014/file_name or images/val2014/file_name, by
-  the annotation file that has it. dev_captions: only so many captions of dev count; None for all.
+  annotations: the folder of these files. All captions of an image make one AnnotatedImage, in the
+  place of the first of them in the id list; captions keep their positions in the list. dev becomes
+  "val". The image is images/file_name, else images/train2014/file_name or images/val2014/file_name,
+  by the annotation file that has it. dev_captions: number of captions of dev to use; None for all.
+
+  Raises DatasetError, naming file and entry.
   """
   folder, images = epath.Path(annotations), epath.Path(images)
   if dev_captions is not None and dev_captions < 1:
     raise DatasetError(f"dev_captions {dev_captions}: expected 1 or more, or all")
-  layout = (
-    "COCO's {'images': [{'id', 'file_name'}], 'annotations': [{'id', 'image_id', 'caption'}]}"
-  )
-  names, paths, captions, sizes = {}, {}, {}, {}
+  found: dict[int, AnnotatedImage] = {}  # by image id, without captions
+  captions: dict[int, tuple[int, str]] = {}  # by caption id: image id, text
   for part in ("train2014", "val2014"):
-    file, apart = folder / f"captions_{part}.json", images / part
-    locate = functools.partial(_flat_or_in, images, apart if apart.is_dir() else None)
-    data = _json(file)
-    _keys(f"{file}", data, ("images", "annotations"), layout)
-    for i, item in enumerate(data["images"]):
-      _keys(f"{file}: images[{i}]", item, ("id", "file_name"), layout)
-      names[item["id"]], sizes[item["id"]] = item["file_name"], _size(item)
-      paths[item["id"]] = locate(item["file_name"])
-    for i, item in enumerate(data["annotations"]):
-      _keys(f"{file}: annotations[{i}]", item, ("id", "image_id", "caption"), layout)
-      if item["image_id"] not in names:
-        raise DatasetError(
-          f"{file}: annotations[{i}] is of image {item['image_id']}, not in 'images'"
-        )
-      captions[item["id"]] = item["image_id"], item["caption"]
+    _read_coco_part(folder / f"captions_{part}.json", images, images / part, found, captions)
   splits, owner = {}, {}
   for stem, split in (("train", "train"), ("restval", "restval"), ("dev", "val"), ("test", "test")):
     file = folder / f"coco_{stem}_ids.npy"
-    places = collections.defaultdict(list)  # image -> positions of its captions
     ids = _id_list(file, captions)[: dev_captions if stem == "dev" else None]
+    places = collections.defaultdict(list)  # image id -> positions of its captions
     for position, caption in enumerate(ids):
       places[captions[caption][0]].append(position)
     if twice := [i for i in places if owner.setdefault(i, split) != split]:
@@ -150,28 +138,53 @@ def read_coco(
         "images); the id lists must not share images"
       )
     splits[split] = [
-      AnnotatedImage(
-        names[image],
-        paths[image],
-        int(image),
-        tuple(captions[ids[p]][1] for p in positions),
-        tuple(ids[p] for p in positions),
-        tuple(positions),
-        size=sizes[image],
+      dataclasses.replace(
+        found[image],
+        captions=tuple(captions[ids[p]][1] for p in positions),
+        caption_ids=tuple(ids[p] for p in positions),
+        caption_positions=tuple(positions),
       )
       for image, positions in places.items()
     ]
   return splits
 
 
-def _flat_or_in(images: epath.Path, apart: epath.Path | None, name: str) -> epath.Path:
-  """images/name, or apart/name where that folder exists and the former does not."""
+def _read_coco_part(
+  file: epath.Path,
+  images: epath.Path,
+  subfolder: epath.Path,
+  found: dict[int, AnnotatedImage],
+  captions: dict[int, tuple[int, str]],
+) -> None:
+  """Adds the images and captions of one captions_*.json to `found` and `captions`."""
+  layout = (
+    "COCO's {'images': [{'id', 'file_name'}], 'annotations': [{'id', 'image_id', 'caption'}]}"
+  )
+  subfolder = subfolder if subfolder.is_dir() else None
+  data = _json(file)
+  _keys(f"{file}", data, ("images", "annotations"), layout)
+  for i, item in enumerate(data["images"]):
+    _keys(f"{file}: images[{i}]", item, ("id", "file_name"), layout)
+    name, image_id = item["file_name"], item["id"]
+    path = _flat_or_in(images, subfolder, name)
+    found[image_id] = AnnotatedImage(name, path, int(image_id), (), size=_size(item))
+  for i, item in enumerate(data["annotations"]):
+    _keys(f"{file}: annotations[{i}]", item, ("id", "image_id", "caption"), layout)
+    if item["image_id"] not in found:
+      raise DatasetError(
+        f"{file}: annotations[{i}] is of image {item['image_id']}, not in 'images'"
+      )
+    captions[item["id"]] = item["image_id"], item["caption"]
+
+
+def _flat_or_in(images: epath.Path, subfolder: epath.Path | None, name: str) -> epath.Path:
+  """images/name, or subfolder/name if there is that folder and images/name does not exist."""
   path = images / name
-  return path if apart is None or path.exists() else apart / name
+  return path if subfolder is None or path.exists() else subfolder / name
 
 
 def _id_list(file: epath.Path, captions: dict) -> list[int]:
-  """file: an npy of caption ids [C], of which each is a key of `captions`."""
+  """The caption ids [C] of an .npy file; each must be a key of `captions`."""
   remedy = "expected an integer array [C] of distinct caption ids; take the file of the release"
   if not file.exists():
     raise DatasetError(f"{file}: no such file; {remedy}")
@@ -206,8 +219,9 @@ def read_pairs(
 ) -> Splits:
   """A .csv, .tsv or .jsonl file (or .gz of one) with a row per caption.
 
-  Rows of one image are put together. id_column and split_column may be absent: then ids count
-  from 0, and a split is "train", or drawn by a hash of the image's path by the two fractions.
+  Rows of the same image become one image. id_column and split_column may be absent: then ids count
+  from 0, and the split is "train", or is drawn by a hash of the image's path, with the two
+  fractions. Raises DatasetError, naming file and line.
   """
   file, images = epath.Path(table), epath.Path(images)
   if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
@@ -225,7 +239,7 @@ def read_pairs(
       )
     if row.get(split_column) and val_fraction + test_fraction:
       raise DatasetError(
-        f"{where}: column {split_column!r} says the split, so leave out --val_fraction and "
+        f"{where}: column {split_column!r} gives the split, so leave out --val_fraction and "
         "--test_fraction, or name another --split_column"
       )
     name = row[image_column]
@@ -240,6 +254,16 @@ def read_pairs(
     entry["captions"].append(row[caption_column])
   if not found:
     raise DatasetError(f"{file}: no rows; expected a row per caption after a line of column names")
+  splits = _pair_splits(file, images, found)
+  if val_fraction + test_fraction:
+    # Includes splits without an image, for which the builder raises.
+    asked = ["train"] + ["val"] * bool(val_fraction) + ["test"] * bool(test_fraction)
+    return {split: splits.get(split, []) for split in asked}
+  return splits
+
+
+def _pair_splits(file: epath.Path, images: epath.Path, found: Mapping[str, dict]) -> Splits:
+  """found: name -> dict of split, id (or None) and captions, in the order of the ids."""
   splits = collections.defaultdict(list)
   for i, (name, entry) in enumerate(found.items()):
     try:
@@ -247,55 +271,35 @@ def read_pairs(
     except ValueError as e:
       raise DatasetError(
         f"{file}: image {name} has the id {entry['id']!r}, expected an integer; name another "
-        "--id_column, or a column that is not there to count from 0"
+        "--id_column, or a column that does not exist to count from 0"
       ) from e
-    splits[entry["split"]].append(
-      AnnotatedImage(name, images / name, image_id, tuple(entry["captions"]))
-    )
-  asked = ["train"] + ["val"] * bool(val_fraction) + ["test"] * bool(test_fraction)
-  if val_fraction + test_fraction:
-    splits = {s: splits[s] for s in asked}  # an empty one is then an error when it is written
+    image = AnnotatedImage(name, images / name, image_id, tuple(entry["captions"]))
+    splits[entry["split"]].append(image)
   return dict(splits)
 
 
 def read_albef(files: Mapping[str, Sequence[tuple[epath.PathLike, epath.PathLike]]]) -> Splits:
-  """ALBEF's lists of {"image": path, "caption": str or [str]}, one after another in each split.
+  """ALBEF's lists of {"image": path, "caption": str or [str]}, concatenated within each split.
 
-  files: split -> (json file, folder that its paths start from); a path from the root stands for
-  itself. Records of the same full path are one image, with the captions of all of them, at the
-  place of the first. Ids count from 0 over all splits; other keys are ignored.
+  files: split -> (json file, root folder of its paths); absolute paths are used as they are.
+  Records with the same full path become one image with all their captions, in the place of the
+  first. Ids count from 0 over all splits; other keys are ignored. Raises DatasetError, naming file
+  and record.
   """
-  layout = 'ALBEF\'s, [{"image": path, "caption": text or list of texts}]'
   splits, owner = {}, {}
   for split, parts in files.items():
     found: dict[str, tuple[str, epath.Path, list[str]]] = {}
     records = 0
     for file, root in parts:
-      file, root = epath.Path(file), epath.Path(root)
-      if not file.exists():
-        raise DatasetError(f"{file}: no such file; check --{split}")
-      data = _json(file)
-      if not isinstance(data, list) or not data:
-        raise DatasetError(f"{file}: not a list of records; expected {layout}")
-      for i, item in enumerate(data):
-        where = f"{file}: record {i} (counted from 0)"
-        _keys(where, item, ("image", "caption"), layout)
-        name, captions = item["image"], item["caption"]
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(name, str) or not name:
-          raise DatasetError(f"{where}: image {name!r} is not a path; expected {layout}")
-        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-          raise DatasetError(f"{where} ({name}): caption is {captions!r:.80}; expected {layout}")
-        if not captions:
-          raise DatasetError(f"{where} ({name}) has no captions; add some or take it out")
-        path = root / name
+      for where, name, captions in _albef_records(epath.Path(file), split):
+        path = epath.Path(root) / name
         key = os.path.normpath(path)  # "a/../b" is "b"
         if owner.setdefault(key, split) != split:
           raise DatasetError(
             f"{where}: image {path} is also in split {owner[key]!r}; splits must not share images"
           )
         found.setdefault(key, (name, path, []))[2].extend(captions)
-      records += len(data)
+        records += 1
     merged = records - len(found)
     text = "%s: %d records, %d merged into earlier ones of their image"
     logging.info(text, split, records, merged)
@@ -307,13 +311,35 @@ def read_albef(files: Mapping[str, Sequence[tuple[epath.PathLike, epath.PathLike
   return splits
 
 
+def _albef_records(file: epath.Path, split: str) -> Iterator[tuple[str, str, list[str]]]:
+  """(file and record, for messages; path of the image; captions) of each record of a list."""
+  layout = 'ALBEF\'s, [{"image": path, "caption": text or list of texts}]'
+  if not file.exists():
+    raise DatasetError(f"{file}: no such file; check --{split}")
+  data = _json(file)
+  if not isinstance(data, list) or not data:
+    raise DatasetError(f"{file}: not a list of records; expected {layout}")
+  for i, item in enumerate(data):
+    where = f"{file}: record {i} (counted from 0)"
+    _keys(where, item, ("image", "caption"), layout)
+    name, captions = item["image"], item["caption"]
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(name, str) or not name:
+      raise DatasetError(f"{where}: image {name!r} is not a path; expected {layout}")
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+      raise DatasetError(f"{where} ({name}): caption is {captions!r:.80}; expected {layout}")
+    if not captions:
+      raise DatasetError(f"{where} ({name}) has no captions; add some or take it out")
+    yield where, name, captions
+
+
 def _drawn_split(name: str, val: float, test: float) -> str:
   u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
   return "val" if u < val else "test" if u < val + test else "train"
 
 
 def rows(file: epath.Path) -> Iterator[tuple[str, dict]]:
-  """The rows of a .csv, .tsv or .jsonl file: (file and line, for messages; the row)."""
+  """(file and line, for messages; the row) of each row of a .csv, .tsv or .jsonl file."""
   kind = file.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
   if kind not in ("csv", "tsv", "jsonl"):
     raise DatasetError(f"{file}: expected a file .csv, .tsv or .jsonl (or .gz of one)")
@@ -329,7 +355,7 @@ def rows(file: epath.Path) -> Iterator[tuple[str, dict]]:
           raise DatasetError(f"{file}:{i}: expected a JSON object, got {line[:40]!r}")
         yield f"{file}:{i}", row
     return
-  # A .tsv quotes nothing as a rule: a caption may begin with a quotation mark.
+  # A .tsv usually has no quoting: a caption may begin with a quotation mark.
   form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
   reader = csv.DictReader(io.StringIO(text, newline=""), **form)
   for row in reader:
