@@ -137,7 +137,7 @@ class RegionDataset:
 
   @property
   def region_dim(self) -> int:
-    """F, the number of features of a region: that of the first image, which all others must have."""
+    """F, the number of features of a region; the first image determines it."""
     self.report.check()
     if self._width is None:
       item = next(item for items in self._items.values() for item in items)
