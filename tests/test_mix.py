@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 import subprocess
 import sys
 
+import child_process
 import jax
 import numpy as np
 import pytest
@@ -96,10 +96,10 @@ def test_every_debiased_batch_is_of_one_data_set(three_sets):
 
 READER = """
 import hashlib, sys
-sys.path[:0] = {path!r}
+sys.path.insert(0, {tests!r})
 import numpy as np
 import test_mix
-from xmodal_jax import inputs
+from xmodal_jax.data import inputs
 for batch in inputs.from_config(test_mix.config({folders!r})).train(0):
   print(test_mix.digest(batch), flush=True)
 """
@@ -113,8 +113,8 @@ def digest(batch) -> str:
 
 
 def test_killed_and_started_again(two_sets):
-  code = READER.format(path=[str(ROOT), str(ROOT / "tests")], folders=two_sets)
-  env = os.environ | {"JAX_PLATFORMS": "cpu"}
+  code = READER.format(tests=str(ROOT / "tests"), folders=two_sets)
+  env = child_process.environment(JAX_PLATFORMS="cpu")
   process = subprocess.Popen(
     [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True
   )

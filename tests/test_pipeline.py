@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import child_process
 import numpy as np
 import pytest
 from PIL import Image
@@ -250,10 +251,10 @@ def test_leaving_a_stream_does_not_hang(end):
 )
 def test_the_interpreter_exits_with_streams_open(reader):
   """Also with one that another thread, such as a prefetcher's, is reading."""
-  here = pathlib.Path(__file__).parent
+  tests = str(pathlib.Path(__file__).parent)
   code = f"""if True:
     import sys, threading, time
-    sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]
+    sys.path.insert(0, {tests!r})
     import test_pipeline as t
     s = t.stream(t.FakeSplit(delay=0.1))
     next(s)
@@ -261,8 +262,9 @@ def test_the_interpreter_exits_with_streams_open(reader):
     time.sleep(0.2)
     sys.exit(3)
   """
-  # Two seconds of imports; a hang is for ever.
-  assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 3
+  # Imports take two seconds; a deadlock never ends.
+  command, env = [sys.executable, "-c", code], child_process.environment()
+  assert subprocess.run(command, env=env, timeout=120).returncode == 3
 
 
 def test_a_closed_stream_stays_closed():

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import child_process
 import numpy as np
 import pytest
 from test_configs import ROOT, get_config
@@ -17,7 +18,8 @@ def test_coco_photographs(shared_data, tmp_path):
   source = shared_data / "coco_mini"
   command = [sys.executable, "tools/prepare_data.py", "karpathy", "--out", tmp_path]
   command += ["--annotations", source / "dataset_coco_mini.json", "--images", source / "images"]
-  subprocess.run(list(map(str, [*command, "--name", "coco_mini"])), cwd=ROOT, check=True)
+  command = [str(c) for c in (*command, "--name", "coco_mini")]
+  subprocess.run(command, cwd=ROOT, env=child_process.environment(), check=True)
   c = get_config("coco_ft", "tiny")
   c.data.dir, c.data.train = str(tmp_path / "coco_mini"), "train+restval"
   c.model.image.depth = c.model.text.depth = 1

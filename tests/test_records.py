@@ -1,6 +1,5 @@
 """Random access, its index, and what damage costs."""
 
-import functools
 import io
 import json
 import os
@@ -8,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import child_process
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,9 +73,9 @@ def test_equal_examples_give_equal_bytes():
   given = {"image_id": 1, "filename": "f", "captions": ["a"], "caption_ids": [2]}
   given |= {"image": b"i", "caption_positions": [0]}
   code = f"from xmodal_jax.data.preparing import builder; print(builder.encode({given}).hex())"
-  root = pathlib.Path(__file__).parents[1]
-  run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
-  assert run([sys.executable, "-c", code]).stdout.strip() == builder.encode(given).hex()
+  command, env = [sys.executable, "-c", code], child_process.environment()
+  done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == builder.encode(given).hex()
 
 
 def test_tfds_reads_the_same(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import unicodedata
 
+import child_process
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -255,7 +256,8 @@ def test_config(tmp_path):
 
 def test_text_alone_does_not_import_tensorflow():
   code = "import sys, xmodal_jax.data.text; sys.exit('tensorflow' in sys.modules)"
-  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+  command, env = [sys.executable, "-c", code], child_process.environment()
+  assert subprocess.run(command, env=env).returncode == 0
 
 
 def check_texts(batch, split, tokenizer):
