@@ -1,4 +1,4 @@
-"""A small dataset of labelled images, and parameters that tell them apart untrained."""
+"""A small dataset of labelled images, and random parameters that distinguish them."""
 
 import functools
 import io
@@ -12,11 +12,11 @@ from xmodal_jax.data.preparing import builder, shapes
 
 NAMES = ("circle", "cross", "square", "star", "triangle")
 COLOURS = ("red", "yellow", "green", "blue", "purple")
-COUNT = {"train": 70, "val": 21}  # no multiple of any batch below
+COUNT = {"train": 70, "val": 21}  # not multiples of the batch sizes
 
 
 def encoded_image(i: int, label: int) -> bytes:
-  """One large shape in the middle; its colour goes with its class: they are easy to tell."""
+  """One large shape in the middle, whose colour depends on the class: easy to classify."""
   scene = ((COLOURS[label], NAMES[label], "large", 4),)
   data = io.BytesIO()
   shapes.render(scene, np.random.default_rng(i))[0].save(data, "PNG")
@@ -24,7 +24,7 @@ def encoded_image(i: int, label: int) -> bytes:
 
 
 def write(folder: pathlib.Path, names=NAMES, count=COUNT, last=None) -> str:
-  """last: the label of the last training image, in place of its own."""
+  """last: replaces the label of the last training image."""
 
   def examples(split, first):
     for i in range(first, first + count[split]):
@@ -44,7 +44,7 @@ def write(folder: pathlib.Path, names=NAMES, count=COUNT, last=None) -> str:
 
 
 def weights(built, seed=0):
-  """Parameters and statistics drawn on the host, such that what is made of images differs."""
+  """Random parameters and statistics, drawn on the host, with which embeddings of images differ."""
   rng = np.random.default_rng(seed)
 
   def draw(path, v):

@@ -1,4 +1,4 @@
-"""Random changes of training images: what each does, how often, and from which generator."""
+"""Augmentation: results, frequencies and generators of each operation."""
 
 import colorsys
 import math
@@ -36,19 +36,19 @@ def array(image: Image.Image) -> np.ndarray:
 
 
 def recorded(monkeypatch, name: str) -> list[tuple]:
-  """The arguments with which a function of the module is called; the image stays as it is."""
+  """Replaces a function by one that returns the image and records its arguments."""
   calls = []
   monkeypatch.setattr(rand_augment, name, lambda im, *args: calls.append(args) or im)
   return calls
 
 
 def near(count: int, n: int, p: float) -> bool:
-  """Within four standard deviations of a binomial."""
+  """Within four standard deviations of the binomial distribution."""
   return abs(count - n * p) < 4 * math.sqrt(n * p * (1 - p))
 
 
 def uniform(values: np.ndarray, low: float, high: float) -> bool:
-  """Kolmogorov's test at a level of about 1e-4, for 1000 values and more."""
+  """Kolmogorov's test at a level of about 1e-4, for at least 1000 values."""
   u = (np.sort(values) - low) / (high - low)
   steps = np.arange(len(u) + 1) / len(u)
   assert u[0] >= 0 and u[-1] <= 1
@@ -60,7 +60,7 @@ def uniform(values: np.ndarray, low: float, high: float) -> bool:
 
 @pytest.mark.parametrize("which", range(3))
 def test_jitter_of_tone(which):
-  """Each is the mixture of the image with black, with its mean grey, with its own grey."""
+  """Blends with black, with the mean grey, with the image in grey."""
   image, strengths = noise(), np.eye(4)[which] * 0.4
   x = array(image)
   luma = array(image.convert("L"))[..., None]
@@ -71,11 +71,11 @@ def test_jitter_of_tone(which):
     rng.permutation(4)
     factor = rng.uniform(0.6, 1.4)
     want = np.clip(other + factor * (x - other), 0, 255)
-    assert abs(got - want).max() < 1.01  # cut off to integers
+    assert abs(got - want).max() < 1.01  # truncated to integers
 
 
 def test_factors_of_jitter(monkeypatch):
-  """Uniform in [max(0, 1 - s), 1 + s], hue in [-h, h], in all 24 orders alike."""
+  """Uniform in [max(0, 1 - s), 1 + s], hue in [-h, h]; all 24 orders are equally likely."""
   factors, orders, current = [[], [], [], []], [], []
 
   def enhancer(i):
@@ -106,7 +106,7 @@ def test_jitter_of_nothing_draws_no_change():
 
 
 def test_hue():
-  """The hue turns by the share of the circle, to the steps of 8-bit HSV; saturation stays."""
+  """The hue is rotated by steps of 8-bit HSV; saturation and value are unchanged."""
   colours = np.array([[[200, 40, 40], [40, 200, 40], [40, 40, 200], [90, 90, 90]]], np.uint8)
   for turn in (1 / 3, -0.1, 0.5):
     got = array(augment.turn_hue(Image.fromarray(colours), turn))[0]
@@ -115,7 +115,7 @@ def test_hue():
       want = np.array(colorsys.hsv_to_rgb((h + turn) % 1, s, v)) * 255
       assert abs(after - want).max() < 6
   image = noise()
-  for turn, steps in ((0.1, 25), (-0.1, -25), (0.0999, 25), (-0.5, -127)):  # cut off towards zero
+  for turn, steps in ((0.1, 25), (-0.1, -25), (0.0999, 25), (-0.5, -127)):  # truncated towards zero
     hue, saturation, value = image.convert("HSV").split()
     hue = Image.fromarray((np.asarray(hue).astype(int) + steps).astype(np.uint8))
     want = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
@@ -145,7 +145,7 @@ def test_grayscale_and_blur(monkeypatch):
 
 
 def test_frequencies_of_operations(monkeypatch):
-  """Each of the ten one time in ten, applied half of the time, warps to either side alike."""
+  """Each of the ten operations is equally likely, applied and negated with probability 0.5."""
   calls = recorded(monkeypatch, "operation")
   rng, n = np.random.default_rng(0), 6000
   per_image = []
@@ -182,12 +182,12 @@ def test_autocontrast():
   np.testing.assert_array_equal(got[..., 2], 9)
   wrong = array(rand_augment.operation(image, "AutoContrast", 7, "original"))
   np.testing.assert_array_equal(wrong[..., 0], 255)
-  assert abs(wrong[..., 1] - got[..., 1]).max() <= 1  # its floats may fall short of an integer
+  assert abs(wrong[..., 1] - got[..., 1]).max() <= 1  # floats may be just below an integer
   np.testing.assert_array_equal(wrong[..., 2], 9)
 
 
 def test_sharpness():
-  """Corrected is the original before its values wrapped round."""
+  """Corrected is the original without the overflow."""
   image = noise()
   x = array(image)
   total = sum(
@@ -202,7 +202,7 @@ def test_sharpness():
     wrong = array(rand_augment.operation(image, "Sharpness", magnitude, "original"))
     if magnitude in (7, 10):
       assert sharp.min() < 0 and sharp.max() > 255
-    # Both cut off, so that a float32 just below an integer makes a difference of one.
+    # Both truncate, so a float32 just below an integer differs by one.
     error = abs(got - np.clip(sharp, 0, 255))
     assert error.max() <= 1 and error.mean() < 0.01
     np.testing.assert_array_equal(wrong, sharp % 256)
@@ -217,7 +217,7 @@ def test_brightness_and_equalize():
 
 
 def slow_warp(x: np.ndarray, forward: np.ndarray) -> np.ndarray:
-  """Bilinear in float64, point by point, without rounded coordinates."""
+  """Bilinear in float64, with exact coordinates."""
   height, width, _ = x.shape
   inverse = np.linalg.inv(np.vstack([forward, [0, 0, 1]]))
   out = np.empty(x.shape)
@@ -235,7 +235,7 @@ def slow_warp(x: np.ndarray, forward: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", WARPS)
 @pytest.mark.parametrize("negative", [False, True])
 def test_warps(name, negative):
-  """Against float64 arithmetic. A smooth image: a coordinate is off by up to 1/32 pixel."""
+  """Against float64 arithmetic, on a smooth image: coordinates are rounded to 1/32 pixel."""
   width, height = 37, 24
   i, j = np.mgrid[:height, :width]
   x = np.stack([4 * i + 2 * j, 255 - 5 * i, 40 + 5 * j], -1).clip(0, 255)
@@ -282,7 +282,7 @@ def test_rotation_is_counter_clockwise():
 
 
 def test_frequencies_of_the_policy(monkeypatch):
-  """Each sub-policy one time in 25, its operations as often as it says, to either side alike."""
+  """Each of the 25 sub-policies is equally likely; operations have their probabilities."""
   calls = []
   monkeypatch.setattr(auto_augment, "operation", lambda im, *args: calls.append(args) or im)
   assert len(auto_augment.POLICY) == 25
@@ -313,7 +313,7 @@ def test_policy_on_images_of_any_size(name, size):
 
 
 def test_erased_area_and_aspect():
-  """Of one box: area and logarithm of the aspect as drawn, anywhere in the image."""
+  """One box: area, log of the aspect ratio and position have the documented distributions."""
   side, n, rng = 200, 3000, np.random.default_rng(0)
   blank = np.zeros((side, side, 3), np.float32)
   areas, aspects, places = [], [], []
@@ -326,7 +326,7 @@ def test_erased_area_and_aspect():
     aspects.append(math.log(h / w))
     places.append([rows[0] / (side - h), columns[0] / (side - w)])
   assert not blank.any()
-  # Every aspect fits a box of this area; rounding to whole pixels goes a little past the bounds.
+  # Every aspect ratio fits a box of this area; rounding to pixels slightly exceeds the bounds.
   fit, bound = np.array(areas) < 0.25, math.log(1 / 0.3)
   assert uniform(np.clip(np.array(areas)[fit], 0.02, 0.25), 0.02, 0.25)
   assert uniform(np.clip(np.array(aspects)[fit], -bound, bound), -bound, bound)
@@ -339,10 +339,10 @@ def test_erasing_is_as_frequent_as_asked():
   erase = lambda p, count: augment.random_erase(blank, rng, p, "const", count, (9, 9, 9))
   changed = [g for g in (erase(0.3, (1, 1)) for _ in range(n)) if g is not blank]
   assert near(len(changed), n, 0.3) and all((g == 9).any() for g in changed)
-  # Five boxes share the area of one, and overlap a little.
+  # Five boxes have the total area of one, and overlap a little.
   areas = [(erase(1.0, (5, 5)) == 9).mean() for _ in range(400)]
   assert 0.12 < np.mean(areas) < (0.02 + 1 / 3) / 2 and max(areas) < 1 / 3
-  # No box is as high or as wide as the image, be it ever so small.
+  # No box is as high or as wide as the image, not even in tiny images.
   few = np.zeros((3, 3, 3), np.uint8)
   tiny = [augment.random_erase(few, rng, 1.0, "const", mean=(9, 9, 9))[..., 0] for _ in range(400)]
   assert {int(np.count_nonzero(t)) for t in tiny} == {0, 1, 2, 4}
@@ -350,7 +350,7 @@ def test_erasing_is_as_frequent_as_asked():
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_erased_to_what_normalises_to_noise(mode):
-  """On the device, a pixel of a box is one standard normal draw, or 0; the rest is as it was."""
+  """Normalised, erased pixels are standard normal draws or 0; the others are unchanged."""
   mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
   image, values = Image.new("RGB", (64, 64), (255, 0, 255)), []
   options = {"erase": 1.0, "erase_mode": mode, "erase_count": (2, 3), "mean": mean, "std": std}
@@ -393,8 +393,8 @@ def test_the_sample_alone_decides(crop):
   draw = lambda *at: made(image, order.generator(*at))
   first = draw(3, 1, 2)
   assert first.dtype == np.uint8 and first.shape == (SIZE, SIZE, 3)
-  np.random.seed(0)  # noqa: NPY002 - neither this generator
-  draw(4, 1, 2)  # nor another sample has a part in it
+  np.random.seed(0)  # noqa: NPY002 - neither the global generator
+  draw(4, 1, 2)  # nor other samples have an influence
   np.testing.assert_array_equal(draw(3, 1, 2), first)
   np.testing.assert_array_equal(build(crop=crop)(image, order.generator(3, 1, 2)), first)
   others = [draw(p, s, e) for p, s, e in ((2, 1, 2), (3, 0, 2), (3, 1, 0), (9, 9, 9))]
@@ -425,7 +425,7 @@ def test_exif_comes_first():
 
 
 def test_order_and_frequencies(monkeypatch):
-  """Crop, jitter 0.8, grey, blur, flip, RandAugment; every step sees what the one before left."""
+  """Crop, jitter 0.8, grey, blur, flip, RandAugment, each on the output of the one before."""
   seen = []
   step = lambda name: lambda im, *args, **kw: seen.append((name, *args[1:], kw)) or im
   for name in ("color_jitter", "random_grayscale", "random_blur"):

@@ -1,4 +1,4 @@
-"""Corruption of captions: how often, from which draws, and what is written from the rest."""
+"""Corruption of captions: frequencies, random numbers and the resulting strings."""
 
 import math
 
@@ -28,7 +28,7 @@ def ragged(ids: list[list[int]]) -> tf.RaggedTensor:
 
 
 def split_mix(key: int, count: int) -> list[int]:
-  """Numbers of java.util.SplittableRandom, in Python's integers."""
+  """java.util.SplittableRandom in Python integers."""
   out = []
   for _ in range(count):
     key = (key + 0x9E3779B97F4A7C15) & MASK_64
@@ -39,7 +39,7 @@ def split_mix(key: int, count: int) -> list[int]:
 
 
 def test_draws():
-  """Of a caption's key alone: neither its place in the batch nor its neighbours matter."""
+  """A function of the caption's key alone, not of its place in the batch or its neighbours."""
   assert split_mix(0, 1) == [0xE220A8397B1DCDAF]  # published
   lengths = [3, 0, 5, 1]
   keys = np.array([7, 1, 2**64 - 5, 0], np.uint64)
@@ -52,7 +52,7 @@ def test_draws():
 
 
 def test_keys():
-  """A key for each (seed, epoch, position), and not those of another purpose."""
+  """Keys differ by (seed, epoch, position), and from those of other purposes."""
   made = [
     order.caption_keys(np.arange(50), seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))
   ]
@@ -62,7 +62,7 @@ def test_keys():
 
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_frequencies(share):
-  """Half of the share masked, a tenth replaced by anything, the rest deleted: within 3 sigma."""
+  """Half of the share is masked, a tenth replaced, the rest deleted: within 3 sigma."""
   n, width = 20000, 10
   cat = VOCAB.index("cat")
   keys = tf.constant(order.caption_keys(np.arange(n), 5, 6))
@@ -83,7 +83,7 @@ def test_frequencies(share):
 
 
 def slow(ids: list[int]) -> str:
-  """`rebuild` as one would write it for a caption."""
+  """`rebuild` in plain Python, for one caption."""
   words, i = [], 0
   while i < len(ids):
     piece = VOCAB[ids[i]]
@@ -106,7 +106,7 @@ def test_rebuild():
 
 
 def test_nothing_to_corrupt():
-  """Words are cut after three pieces all the same."""
+  """Words are cut after three pieces even so."""
   tokenizer = wordpiece.BertTokenizer(corrupt=1e-12)
   texts = ["", "A Man's café, skateboarding!", "antidisestablishmentarianism [MASK]ed"]
   keys = tf.constant(np.arange(3), tf.uint64)
@@ -121,7 +121,7 @@ def take(n, tokenizer, **kw):
 
 
 def test_batches():
-  """Training alone corrupts; threads, processes and restarts make no difference, epochs do."""
+  """Only training corrupts, independently of threads, processes and restarts, but not of epochs."""
   tokenizer, plain = wordpiece.BertTokenizer(corrupt=0.2), wordpiece.BertTokenizer()
   whole, clean = take(12, tokenizer), take(12, plain)
   pairs = zip(whole, clean, strict=True)
@@ -145,7 +145,7 @@ def test_batches():
 
 
 def test_too_long():
-  """The length counts after corruption, and the caption that the error quotes is that one."""
+  """The length is checked after corruption, and the error quotes the corrupted caption."""
   tokenizer = wordpiece.BertTokenizer(corrupt=1e-12)
   with pytest.raises(ValueError, match="caption of 6 tokens does not fit 5: 'number"):
     split = test_pipeline.FakeSplit(n=8)

@@ -26,7 +26,9 @@ def test_damaged_files_are_decode_errors(form):
 
 def test_decompression_bomb(monkeypatch):
   data = encoded(0)
-  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 139)  # 14 x 10 is one more; Pillow only warns
+  monkeypatch.setattr(
+    Image, "MAX_IMAGE_PIXELS", 139
+  )  # 14 x 10 is one pixel more; Pillow only warns
   with pytest.raises(image_lib.DecodeError, match="14 x 10"), pytest.warns(Warning):
     image_lib.load(data, TRANSFORM)
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # beyond twice the bound Pillow raises
@@ -74,7 +76,7 @@ def test_random_boxes():
   share, aspect = w * h / 30000, w / h
   assert share.min() > 0.19 and share.max() < 0.91 and 0.3 < np.median(share) < 0.55
   assert aspect.min() > 0.73 and aspect.max() < 1.36
-  # Boxes of up to half the area fit whatever their aspect ratio, so none of those is refused.
+  # Boxes of up to half the area fit with any aspect ratio, so none is rejected.
   assert abs(np.log(aspect[share < 0.5]).mean()) < 0.02
   assert (left == 0).any() and (right == 200).any() and (top == 0).any() and (bottom == 150).any()
 
@@ -99,7 +101,7 @@ def with_exif(pixels: np.ndarray, orientation: int, form: str) -> bytes:
 
 @pytest.mark.parametrize("orientation", range(10))
 def test_exif_rotation(orientation):
-  """A JPEG that says how it is to be turned: by Transform(exif=True) and by no other."""
+  """Only Transform(exif=True) applies the EXIF orientation of a JPEG."""
   pixels = np.zeros((16, 32, 3), np.uint8)
   pixels[:8, :16] = 255  # the left upper corner
   turned = {
@@ -130,9 +132,9 @@ def test_damaged_exif():
   )
   head = data[data.index(b"EXIF") + 8 :].removeprefix(b"Exif\0\0")[:4]
   assert head in (b"MM\0*", b"II*\0")
-  # A header that cannot be read turns nothing.
+  # An unreadable header is ignored.
   np.testing.assert_array_equal(image_lib.load(data.replace(head, b"ZZZZ"), transform), plain)
-  # The damaged tag of the description leaves the orientation alone.
+  # A damaged description tag does not affect the orientation.
   start, order = data.index(head), "big" if head[:1] == b"M" else "little"
   tags = data[start:].replace((0x010E).to_bytes(2, order), (0x0100).to_bytes(2, order), 1)
   got = image_lib.load(data[:start] + tags, transform)

@@ -1,4 +1,4 @@
-"""Training on several datasets: whose each batch is, and that restarts and processes agree."""
+"""Training on several datasets: the dataset of each batch, restarts and processes."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ def two_sets(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module", params=["rendered", "photographs"])
 def three_sets(request, two_sets, tmp_path_factory) -> list[str]:
-  """Folders of datasets of 50, 30 and 35 images; the third of renderings or of photographs."""
+  """Folders of datasets of 50, 30 and 35 images; the third is rendered or of photographs."""
   folder = tmp_path_factory.mktemp("third")
   if request.param == "rendered":
     return [*two_sets, write_shapes(folder, 3, 35)]
@@ -85,7 +85,7 @@ def test_every_debiased_batch_is_of_one_data_set(three_sets):
     assert b["dataset"].dtype == np.int32 and b["dataset"].shape == (BATCH,)
     (source,) = set(b["dataset"].tolist())
     assert source == mix.mixture(split, "all", "debias", BATCH, 5)(step)[0]
-    # The rows are what their ids say, read from that dataset itself.
+    # Rows equal the records of that dataset that their ids name.
     own = records.open_split(three_sets[source], "train")
     for row, (i, caption) in enumerate(zip(b["image_id"], b["caption_id"], strict=True)):
       record = own.read(int(i - split.starts[source]))
@@ -171,7 +171,10 @@ def test_a_bad_record_is_replaced_inside_its_data_set(case, mode):
   for b in batches:
     np.testing.assert_array_equal(b["dataset"], b["image_id"] >= 13)
   assert not {15, 20} & set(join(batches)["image_id"].tolist())
-  assert {record for record, _ in seen} == {15, 20}  # numbered through; named as in their own
+  assert {record for record, _ in seen} == {
+    15,
+    20,
+  }  # numbered over both datasets; named by number in their own
   reasons = " ".join(why for _, why in sorted(seen))
   assert "record 2 of split 'fake' in shard: crc differs" in reasons
   assert "record 7 (7.png) of split 'fake' of dataset small: OSError" in reasons
@@ -277,7 +280,7 @@ def test_config_names_the_data_sets(two_sets, monkeypatch):
     for folders in (two_sets, two_sets[::-1], [a])
     for mode in ("shuffle", "debias")
   }
-  assert len(prints) == 5  # one dataset has the same whatever the mix
+  assert len(prints) == 5  # one dataset has the same for every mix
   assert records.open_split(a, "train").fingerprint in prints
 
   several = config(two_sets, data__eval_dir="")
@@ -297,7 +300,7 @@ def test_config_names_the_data_sets(two_sets, monkeypatch):
 def test_an_epoch_of_a_run_is_the_sum_of_whole_batches(two_sets, tmp_path):
   changes = dict(batch_size=16, data__captions="one")  # 50 // 16 + 30 // 16 = 4; 80 // 16 = 5
   assert inputs.from_config(config(two_sets, **changes)).steps_per_epoch() == 4
-  # Rounded, so many epochs are no step of 4 and one of 5.
+  # Rounded, this many epochs are 0 steps of 4 and 1 step of 5.
   with pytest.raises(ValueError, match=r"80 samples .* are 0 steps"):
     loop.train(config(two_sets, total="0.11 epochs", **changes), tmp_path)
   assert schedules.RunLength(80, 16, "3 epochs").total_steps == 15

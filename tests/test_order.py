@@ -1,4 +1,4 @@
-"""The sample order: a permutation for every size, without memory of what came before."""
+"""The sample order: a permutation for every size, as a function of (seed, epoch, position)."""
 
 import time
 
@@ -39,7 +39,7 @@ def test_differs_over_seeds_and_epochs(other):
 
 
 def test_the_order_never_changes_between_versions():
-  """A run started with an older version goes on with the same data."""
+  """A run started with an older version resumes with the same data."""
   assert order.permute(np.arange(10), 10, 0, 0).tolist() == [3, 1, 4, 5, 9, 2, 0, 6, 8, 7]
   assert order.permute([0, 1, 2], 566_435, 17, 3).tolist() == [380217, 160534, 21612]
 
@@ -53,7 +53,7 @@ def test_positions_are_uniform(n):
   np.add.at(counts, (np.broadcast_to(np.arange(n), values.shape), values), 1)
   chi2, dof = ((counts - epochs / n) ** 2 / (epochs / n)).sum(), (n - 1) ** 2
   assert abs(chi2 - dof) < 5 * np.sqrt(2 * dof)
-  # Neighbours: the step from one position to the next is uniform over the n - 1 possible ones.
+  # Differences of neighbours are uniform over the n - 1 possible ones.
   steps = np.bincount(((values[:, 1:] - values[:, :-1]) % n).ravel(), minlength=n)[1:]
   mean = epochs * (n - 1) / (n - 1)
   chi2, dof = ((steps - mean) ** 2 / mean).sum(), n - 2
@@ -97,7 +97,7 @@ def test_one_caption_of_each_record():
     drawn.append(caption)
   five = np.bincount(np.stack(drawn)[:, ::3].ravel(), minlength=5)  # 6,000 draws
   assert ((five - 1200) ** 2 / 1200).sum() < 25  # chi-square, 4 degrees of freedom: p < 1e-4
-  # A record's caption does not depend on what else is asked for.
+  # A record's caption does not depend on the other records in the call.
   assert order.locate([7], offsets, "one", 4, 19)[1][0] == drawn[19][7]
   with pytest.raises(ValueError, match=r"\[1\]"):
     order.samples_per_epoch(np.array([2, 0]), "one")

@@ -1,6 +1,6 @@
-"""Batches: the same whatever the threads and restarts, each sample once, bad records accounted for.
+"""Batches do not depend on threads and restarts, visit each sample once and count bad records.
 
-Below them, the transforms that the golden vectors do not reach.
+Also transforms that the golden vectors do not cover.
 """
 
 import collections
@@ -35,7 +35,7 @@ def encoded(i: int, form: str = "PNG", size: tuple[int, int] = (14, 10)) -> byte
 
 
 class FakeSplit:
-  """Images in memory. unreadable: read raises BadRecordError; broken: the file is cut short."""
+  """Images in memory. unreadable: read raises BadRecordError; broken: the file is truncated."""
 
   name, fingerprint, class_names = "fake", "none", ()
 
@@ -112,7 +112,7 @@ def test_fields_and_content():
 
 
 def test_an_epoch_visits_every_caption_once():
-  split = FakeSplit(n=16, captions=lambda i: i % 2 + 1)  # 24 captions: 3 batches of 8, nothing left
+  split = FakeSplit(n=16, captions=lambda i: i % 2 + 1)  # 24 captions: 3 batches of 8, no remainder
   batches = take(6, split)
   epochs = [join(part)["caption_id"] for part in (batches[:3], batches[3:])]
   for ids in epochs:
@@ -140,7 +140,7 @@ def test_restarts_threads_and_processes_do_not_change_the_data(augment):
     assert_same(whole[step:][:3], take(len(whole[step:][:3]), split, step=step, threads=3, **kw))
   parts = [take(3, split, rows=(2 * p, 2 * p + 1), step=16, **kw) for p in range(4)]
   assert_same(whole[16:19], [join(rows) for rows in zip(*parts, strict=True)])
-  apart = take(3, split, rows=[0, 1, 4, 5], step=16, **kw)  # of one host of a 4x4 slice
+  apart = take(3, split, rows=[0, 1, 4, 5], step=16, **kw)  # rows of one host of a 4x4 slice
   assert_same([{k: v[[0, 1, 4, 5]] for k, v in b.items()} for b in whole[16:19]], apart)
 
 
@@ -174,7 +174,7 @@ def test_bad_records_are_replaced_and_reported_once(caplog):
   assert len(lines) == 3
   assert any("record 4 of split 'fake' in shard: crc differs" in line for line in lines)
   assert any("record 9 (9.png) of split 'fake': OSError" in line for line in lines)
-  # The rest of the data is what it would have been: only rows with a bad record differ.
+  # Only rows with a bad record differ.
   good = take(36, FakeSplit())
   for a, b in zip(batches, good, strict=True):
     same = ~np.isin(b["image_id"], [4, 9, 20])
@@ -194,7 +194,7 @@ def test_too_many_bad_records_end_the_stream(threads):
   assert "max_bad_fraction = 0.1" in message and ".png) of split 'fake': OSError" in message
   with pytest.raises(StopIteration):
     next(batches)
-  # The default bound allows none of so small a split, and one too many is one.
+  # The default bound allows no bad record in such a small split.
   with pytest.raises(pipeline.DataError, match="1 of the 30"):
     take(40, FakeSplit(broken={7}), threads=1)
   with pytest.raises(pipeline.DataError, match="in a row are bad"):
@@ -250,7 +250,7 @@ def test_leaving_a_stream_does_not_hang(end):
   "reader", ["", "threading.Thread(target=list, args=[s], daemon=True).start()"]
 )
 def test_the_interpreter_exits_with_streams_open(reader):
-  """Also with one that another thread, such as a prefetcher's, is reading."""
+  """Also while another thread, such as a prefetcher's, is reading."""
   tests = str(pathlib.Path(__file__).parent)
   code = f"""if True:
     import sys, threading, time

@@ -1,4 +1,4 @@
-"""The sources of prepare_data.py: what they write, and what they say of bad input."""
+"""The sources of prepare_data.py: what they write, and errors of bad input."""
 
 import csv
 import gzip
@@ -28,7 +28,7 @@ def run(*args) -> None:
 
 
 def fails(capsys, *args) -> str:
-  """The message of a run that must fail, and leaves nothing behind."""
+  """The message of a run that must fail and write nothing."""
   out = pathlib.Path(args[args.index("--out") + 1])
   before = sorted(out.rglob("*"))
   with pytest.raises(SystemExit) as e:
@@ -38,7 +38,7 @@ def fails(capsys, *args) -> str:
 
 
 def karpathy(root: pathlib.Path, edit=lambda data: None, name="dataset.json") -> tuple:
-  """Six images, the fourth in a folder of its own; -> arguments."""
+  """Six images, the fourth in a subfolder; -> arguments."""
   images = []
   (root / "images" / "val2014").mkdir(parents=True, exist_ok=True)
   for i, split in enumerate(["train", "train", "test", "restval", "val", "train"]):
@@ -81,7 +81,7 @@ def test_all_captions_and_overwrite(tmp_path, capsys):
 
 
 def remove(*path):
-  """An edit that takes a key out of the json."""
+  """An edit that removes a key of the json."""
 
   def edit(data):
     for key in path[:-1]:
@@ -108,7 +108,7 @@ def test_bad_karpathy(tmp_path, capsys, edit, message):
 
 def test_bad_images(tmp_path, capsys):
   args = karpathy(tmp_path)
-  cut = encoded_image(2, size=64)[:-500]  # the header is whole
+  cut = encoded_image(2, size=64)[:-500]  # the header is intact
   (tmp_path / "images" / "2.jpg").write_bytes(cut)
   message = fails(capsys, *args, "--check_images")
   assert "1 of 6 images are broken" in message and "2.jpg (" in message
@@ -145,7 +145,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["coco_mini", "flickr8k_mini"])
 def test_photographs(tmp_path, shared_data, name):
-  """Real annotations and images: the bytes of the files, in the order of the json."""
+  """Photographs are stored unchanged, in the order of the json."""
   data = json.loads((shared_data / name / f"dataset_{name}.json").read_text())
   splits = sorted({item["split"] for item in data["images"]})
   of = lambda split: [item for item in data["images"] if item["split"] == split][:3]
@@ -332,7 +332,7 @@ def test_bad_tables(tmp_path, capsys):
 
 
 def albef(root: pathlib.Path) -> tuple:
-  """Two lists of a train split under two folders, which share an image, and a test list."""
+  """Two lists of a train split in two folders, with an image in common, and a test list."""
   lists = {
     "a": ("one", [("1.jpg", ["a", " B. "]), ("b/2.jpg", "plain"), ("b/../1.jpg", ["c"])]),
     "b": ("", [("two/1.jpg", [""]), ("one/b/2.jpg", ["d", "e"])]),
@@ -365,7 +365,7 @@ def test_albef(tmp_path, caplog):
   name = str(tmp_path / "b.json")
   assert source["options"]["train"][1] == [name, f"{tmp_path}"]
   assert source["sha256"][name] == hashlib.sha256((tmp_path / "b.json").read_bytes()).hexdigest()
-  # The order of the lists on the command line is that of the images; later flags add to it.
+  # Images are in the order of the lists on the command line.
   args = albef(tmp_path)
   run("albef", *args[4:7], *args[1:4], "--out", tmp_path / "out", "--name", "turned")
   turned = records.open_split(tmp_path / "out" / "turned", "train")

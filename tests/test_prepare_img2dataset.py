@@ -1,4 +1,4 @@
-"""What img2dataset wrote becomes a dataset, shard by shard: in one process and by Apache Beam."""
+"""Datasets of img2dataset's output, in one process and with Apache Beam."""
 
 import collections
 import io
@@ -18,7 +18,7 @@ MULTI = "--beam_options=--direct_running_mode=multi_processing --direct_num_work
 
 
 def files_of(key: str, image: bytes | None, caption: str | None, status: str = "success") -> dict:
-  """What img2dataset writes of a pair: {file name: content}."""
+  """img2dataset's files of a pair: {file name: content}."""
   about = {"key": key, "caption": caption, "status": status, "url": "http://x"}
   out = {f"{key}.jpg": image} if image is not None else {}
   out[f"{key}.txt"] = (caption or "").encode()
@@ -41,7 +41,7 @@ def stats(shard: pathlib.Path, count: int, successes: int) -> None:
 
 
 def crawl(root: pathlib.Path) -> tuple:
-  """Four shards; the second has no pair that can be used. -> arguments."""
+  """Four shards, of which the second has no usable pair; -> arguments."""
   good = lambda shard, i: files_of(
     f"{shard:05d}{i:04d}", encoded_image(10 * shard + i), f"{shard} {i} é"
   )
@@ -119,7 +119,7 @@ def test_several_folders_and_splits(tmp_path):
 
 
 def test_files_and_parquet(tmp_path, monkeypatch):
-  """The other two formats give the same records as tars do."""
+  """The other two formats give the same records as tars."""
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
 
@@ -150,7 +150,7 @@ def test_files_and_parquet(tmp_path, monkeypatch):
     assert left_out == {"failed": 1, "without caption": 1, "broken": 1}
   assert found["tar"] == found["files"] == found["parquet"]
   assert [e["captions"] for e in found["tar"]] == [("zero",), ("two",)]
-  # Without pyarrow the failures of tars and folders are unknown, which is said.
+  # Without pyarrow the failures of tars and folders are unknown, and reported as such.
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   left_out = collections.Counter()
   assert len(list(img2dataset.read(str(tmp_path / "tar" / "00000.tar"), left_out))) == 3
@@ -167,7 +167,7 @@ def test_reads_one_sample_at_a_time(tmp_path):
   cut = shard.read_bytes()
   shard.write_bytes(cut[: len(cut) // 2])
   examples = img2dataset.read(str(shard), collections.Counter())
-  assert next(examples)["image_id"] == 0  # though the end of the file is not there
+  assert next(examples)["image_id"] == 0  # though the end of the file is missing
   with pytest.raises(records.DatasetError, match=r"0\.tar: damaged or cut short"):
     list(examples)
 
@@ -224,7 +224,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
 
 
 def test_a_retried_shard(tmp_path):
-  """An attempt that dies leaves nothing that counts, and another writes the same bytes."""
+  """A failed attempt leaves no shard, and the next one writes the same bytes."""
   from xmodal_jax.data.preparing import builder
 
   crawl(tmp_path)
@@ -290,7 +290,7 @@ def test_beam(tmp_path, capsys):
 
 
 def photographs(shared_data: pathlib.Path, out: pathlib.Path, count: int, per_tar: int) -> None:
-  """Packs photographs and their first captions as img2dataset would."""
+  """Writes photographs and their first captions in img2dataset's format."""
   folder = shared_data / "flickr8k_mini"
   images = json.loads((folder / "dataset_flickr8k_mini.json").read_text())["images"][:count]
   for start in range(0, count, per_tar):

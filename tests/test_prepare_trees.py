@@ -1,4 +1,4 @@
-"""Sources of prepare_data.py that are one folder: ZeroVL's csv files, and a folder per class."""
+"""prepare_data.py's sources csv (ZeroVL's files) and folders (one per class)."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ TRAIN = [("a.jpg", 3, "of another split", 0)]
 
 
 def csv_set(root: pathlib.Path, valid=VALID, train=TRAIN, columns=COLUMNS) -> tuple:
-  """A dataset in ZeroVL's layout, with an image for each row; -> arguments."""
+  """A dataset in ZeroVL's layout, with one image per row; -> arguments."""
   for part, rows in (("train", train), ("valid", valid)):
     if rows is None:
       continue
@@ -96,7 +96,7 @@ def test_bad_csv_files(tmp_path, capsys):
 
 
 def folders(root: pathlib.Path) -> tuple:
-  """Three classes, whose alphabetical order is not that of creation; -> arguments."""
+  """Three classes, not created in alphabetical order; -> arguments."""
   files = ("train/b/1.JPEG", "train/B/2.png", "train/a/x/0.jpg", "train/a/3.jpg", "val/b/4.jpg")
   for i, name in enumerate(files):
     path = root / "set" / name
@@ -133,7 +133,7 @@ def test_folders(tmp_path, caplog):
 
 
 def test_names_and_tfds(tmp_path):
-  """TFDS reads the same labels; and the index is the same when it is made anew."""
+  """TFDS reads the same labels, and a new index equals the first."""
   import tensorflow_datasets as tfds
 
   args = folders(tmp_path)

@@ -1,4 +1,4 @@
-"""Random access, its index, and what damage costs."""
+"""Random access, the index, and damaged files."""
 
 import io
 import json
@@ -46,7 +46,11 @@ def write(out: pathlib.Path, splits=None, **kw) -> pathlib.Path:
 def test_round_trip(tmp_path):
   folder = write(tmp_path, shard_bytes=5000)
   assert len(list(folder.glob("toy-train*.index"))) > 2
-  for where in (folder, folder.parent, tmp_path):  # the dataset, or one name/version below
+  for where in (
+    folder,
+    folder.parent,
+    tmp_path,
+  ):  # the dataset, or a folder with one name/version in it
     split = records.open_split(where, "train")
     assert len(split) == 20 and split.name == "train"
   assert split.captions_per_record.dtype == np.int32
@@ -69,7 +73,7 @@ def test_round_trip(tmp_path):
 
 
 def test_equal_examples_give_equal_bytes():
-  """Also in another process, where the hash tables of protobuf have another order."""
+  """Also in another process, where protobuf's hash tables have another order."""
   given = {"image_id": 1, "filename": "f", "captions": ["a"], "caption_ids": [2]}
   given |= {"image": b"i", "caption_positions": [0]}
   code = f"from xmodal_jax.data.preparing import builder; print(builder.encode({given}).hex())"
@@ -130,7 +134,7 @@ def test_caption_positions_are_the_sources(tmp_path):
 
 
 def read_all(split) -> list[int]:
-  """The numbers of the records that do not read; the others must be right."""
+  """The numbers of the unreadable records; the others must be right."""
   bad = []
   for i in range(len(split)):
     try:
@@ -160,7 +164,7 @@ def test_a_damaged_byte_costs_one_record(tmp_path, field):
 
 
 def test_reads_like_a_remote_file(tmp_path, monkeypatch):
-  """What is not a local file goes through TensorFlow's file systems; its ram:// stands for gs://."""
+  """Remote files are read by TensorFlow's file systems; ram:// takes the place of gs://."""
   import tensorflow as tf
 
   (shard,) = write(tmp_path).glob("toy-train.tfrecord-*-of-00001")
@@ -199,12 +203,12 @@ def test_index_of_a_read_only_folder_is_cached(tmp_path, monkeypatch):
   assert read_all(records.open_split(folder, "train")) == []
   assert not list(folder.glob("*.index"))
   assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
-  monkeypatch.setattr(tfrecord, "index_shard", None)  # not walked again
+  monkeypatch.setattr(tfrecord, "index_shard", None)  # not scanned again
   assert read_all(records.open_split(folder, "train")) == []
 
 
 def test_unparsable_record_is_met_when_the_index_is_made(tmp_path):
-  """Its captions cannot be counted; a count of one makes reading meet it and not pass it over."""
+  """Its captions cannot be counted; with a count of one it is read, and reported."""
   folder = write(tmp_path)
   (shard,) = folder.glob("toy-train.tfrecord-00000-of-00001")
   index = tfrecord.ShardIndex.from_bytes(tfrecord.index_path(shard).read_bytes())
@@ -217,7 +221,7 @@ def test_unparsable_record_is_met_when_the_index_is_made(tmp_path):
 
 
 def damaged(folder: pathlib.Path, how: str) -> str:
-  """Damages a dataset; returns what the message must say."""
+  """Damages a dataset; returns the expected part of the message."""
   (shard,) = folder.glob("toy-train.tfrecord-00000-of-00001")
   index = tfrecord.index_path(shard)
   size = shard.stat().st_size
@@ -287,7 +291,7 @@ def test_what_is_not_there(tmp_path):
 
 
 def fake_coco(root: pathlib.Path) -> None:
-  """A small dataset as TFDS itself writes coco_captions."""
+  """A small dataset in the format of TFDS's coco_captions."""
   import tensorflow as tf
   import tensorflow_datasets as tfds
 
@@ -356,7 +360,7 @@ def test_labels(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "validation", "train+validation"])
 def test_imagenet_of_tfds(tmp_path, split):
-  """Labelled images without captions, as TFDS itself writes imagenet2012."""
+  """Labelled images without captions, in the format of TFDS's imagenet2012."""
   import tensorflow as tf
   import tensorflow_datasets as tfds
 

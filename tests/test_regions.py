@@ -1,4 +1,4 @@
-"""Region features: every layout on disk, what the checks say of bad ones, and batches of them."""
+"""Region features: layouts on disk, checks, and batches."""
 
 import base64
 import itertools
@@ -20,7 +20,7 @@ from xmodal_jax.data import pipeline, records
 from xmodal_jax.data.preparing import builder, detections, shapes
 from xmodal_jax.data.tfrecord import DatasetError
 
-WIDTH, COUNT = 8, 6  # of the features; images
+WIDTH, COUNT = 8, 6  # number of features; number of images
 SIZES = [(100 + i, 60 + i) for i in range(COUNT)]
 SPLITS = ["train", "val", "train", "test", "train", "train"]
 
@@ -56,7 +56,7 @@ def line(i: int, **changes) -> str:
 
 
 def tables(root: pathlib.Path) -> list:
-  """Two files, in another order, that share a line."""
+  """Two files in another order, with a line in common."""
   root.mkdir()
   (root / "a.tsv").write_text("".join(map(line, (5, 0, 3))))
   (root / "b.tsv").write_text("".join(map(line, (2, 0, 4, 1))))
@@ -81,7 +81,7 @@ def hdf5(root: pathlib.Path, spans: bool = True) -> list:
 
 
 def karpathy(root: pathlib.Path, edit=lambda images: None) -> list:
-  """The json, whose imgid is not the place in the list, and sizes; -> arguments."""
+  """The json, whose imgid is not the position in the list, and sizes; -> arguments."""
   images = [
     {
       "filename": f"p{i}.jpg",
@@ -153,7 +153,7 @@ def test_float16_and_tfds(tmp_path):
 
 
 def check(capsys, *args) -> str:
-  """What --check reports; nothing is written."""
+  """The report of --check, which writes nothing."""
   capsys.readouterr()
   args = [a for a in args if a != "--check"]
   out = args[args.index("--out") + 1]
@@ -339,7 +339,7 @@ def test_other_bad_arguments(tmp_path, capsys):
 
 
 def test_a_real_sample(shared_data, tmp_path):
-  """34 regions of a photograph as published, joined by its file name; boxes are not part of it."""
+  """34 published regions of a photograph, found by its file name; without boxes."""
   sample = shared_data / "regions_mini"
   name = "COCO_test2015_000000000001"
   sentences = [{"raw": "an image", "sentid": 0}]
@@ -372,7 +372,7 @@ def stream(split, count, truncate=False, **kw):
 
 
 def test_batches(prepared):
-  """Padded, with boxes as parts of the image; training and evaluation hold the same."""
+  """Padded, with boxes as fractions of the image, in training and evaluation."""
   split = records.open_split(prepared, "train")
   batches = stream(split, 4)
   train = list(itertools.islice(batches, 2))
@@ -416,7 +416,7 @@ def test_more_regions_than_asked_for(prepared):
 
 
 def test_damaged_records_are_replaced(prepared, tmp_path):
-  """As images that do not decode: counted, and another sample stands in."""
+  """Like images that do not decode: counted, and replaced by another sample."""
   copy = tmp_path / "copy"
   copy.mkdir()
   for path in (prepared / "regions" / "1.0.0").iterdir():

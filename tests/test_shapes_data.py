@@ -1,4 +1,4 @@
-"""The embedded dataset: determinism, what scenes and captions hold, and the first run."""
+"""The embedded dataset: determinism, contents of scenes and captions, first use."""
 
 import io
 import pathlib
@@ -66,7 +66,7 @@ def test_images_show_the_scene():
 
 
 def test_captions_say_what_is_there():
-  """Each caption names the colour of each object; three have all places; words are few."""
+  """Each caption names the colour of each object, three name all places; few words are used."""
   vocabulary = set()
   for i, scene in enumerate(shapes.scenes(2, 600)):
     texts = shapes.captions(scene, np.random.default_rng(i))
@@ -93,7 +93,7 @@ def test_relations(cell, to, words):
 
 
 def test_region_features_see_the_object():
-  """Of the same box, another colour gives other features; geometry is as parts of the image."""
+  """Another colour in the same box changes the features; geometry is in fractions of the image."""
   scene = (("red", "circle", "large", 4), ("blue", "star", "small", 0))
   image, boxes = shapes.render(scene, np.random.default_rng(0))
   features = shapes.region_features(image, boxes)
@@ -123,7 +123,7 @@ def test_ensure_writes_once_also_in_a_race(tmp_path, monkeypatch):
     thread.join()
   assert found == [tmp_path / "shapes" / shapes.VERSION] * 2
   left = [p.name for p in (tmp_path / "shapes").iterdir()]
-  assert left == [shapes.VERSION]  # nothing left behind
+  assert left == [shapes.VERSION]  # no temporary files are left
   monkeypatch.setattr(shapes, "examples", None)  # a second run renders nothing
   assert len(records.open_split(shapes.ensure(tmp_path), "train")) == 12
 

@@ -1,4 +1,4 @@
-"""The tokenizer: the path for plain text against the definition, merge files, rows and masks."""
+"""CLIP's tokenizer: the fast path for plain text, merge files, ids and masks."""
 
 import gzip
 import json
@@ -56,7 +56,7 @@ def test_plain_text_is_what_clean_up_leaves_alone():
 
 
 def test_clean_up():
-  # ftfy leaves entities alone where it sees a tag, so these show the two rounds of unescaping.
+  # ftfy keeps entities in texts with a tag, so these show the two rounds of unescaping.
   assert text.clean("<b> A &amp;lt; &amp;amp;lt; \u3000\u201cB\u201d\n") == '<b> a < &lt; "b"'
 
 
@@ -92,7 +92,7 @@ def test_rows_and_mask(tokenizer):
   np.testing.assert_array_equal(ids[2], [49406, 320, 256, 256, 49407])
   np.testing.assert_array_equal(mask.sum(1), [4, 2, 5])
   assert mask.dtype == bool and mask[0, :4].all() and ids.dtype == np.int32
-  # "!" inside a word is id 0, which also pads: the mask follows the length, not the id.
+  # "!" inside a word is id 0, the padding id: the mask follows the length, not the id.
   ids, mask = tokenizer(["!<|endoftext|>"], 12)
   assert ids[0, 1] == 0 and mask[0, 1] and mask.sum() == 9
   with pytest.raises(ValueError, match="caption of 6 tokens does not fit 5: 'a b c d'"):

@@ -59,7 +59,7 @@ def vocab_file(folder, pieces, end="\n"):
 
 
 def expected(path, lowercase, texts, length):
-  """Rows and mask of the reference, which is written in Rust."""
+  """Ids and mask of the reference, which is written in Rust."""
   tokenizers = pytest.importorskip("tokenizers")
   reference = tokenizers.BertWordPieceTokenizer(str(path), lowercase=lowercase)
   reference.enable_truncation(length)
@@ -78,7 +78,7 @@ def check(path, lowercase, texts, length):
 
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory):
-  """The packaged vocabulary as a file of its own, which the reference wants."""
+  """The packaged vocabulary as a file, which the reference needs."""
   return vocab_file(tmp_path_factory.mktemp("vocab"), wordpiece.read_vocab())
 
 
@@ -97,12 +97,12 @@ def test_chinese_vocabulary(shared_data, lowercase):
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_every_character_of_unicode_3(packaged, lowercase):
-  """All that a caption may hold; later tables differ by script (see the class)."""
+  """All characters that a caption can contain; newer Unicode tables differ (see the class)."""
   changed = {0x166D, 0x1734, 0x1885, 0x1886}
   known = lambda c: unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")
   chars = [chr(c) for c in range(0x30000) if c not in changed and known(c)]
   assert len(chars) > 90000
-  # Between letters: what splits, what is dropped, and what belongs to the word.
+  # Between letters: splits, is dropped, or belongs to the word.
   texts = ["a".join(chars[i : i + 60]) for i in range(0, len(chars), 60)]
   check(packaged, lowercase, texts, 128)
 
@@ -120,7 +120,7 @@ def test_known_ids(tokenizer):
 
 
 def test_pieces_are_those_of_the_file(tmp_path):
-  """Also the special tokens, which are matched in another form; ids follow the file's order."""
+  """Also special tokens, which are matched in another form; ids are in the file's order."""
   pieces = ["[SEP]", "dog", "[MASK]", "##s", "[UNK]", "[CLS]", "[PAD]"]
   for end in ("\n", "\r\n"):
     small = wordpiece.BertTokenizer(vocab_file(tmp_path, pieces, end))
@@ -220,7 +220,7 @@ def test_clean_up_rules():
   assert clean("") == clean(" \n -") == ""
   both = wordpiece.BertTokenizer(clean="albef", max_words=2)
   assert both.pieces(both.encode("Red-hot dog")) == ["red", "hot"]
-  # Lower case comes first, so this is no special token.
+  # Lower-cased first, so this is not a special token.
   assert both.pieces(both.encode("[SEP]")) == ["[", "sep", "]"]
   assert both.encode("a\0b dog") == both.encode("ab dog") != both.encode("a dog")
 
@@ -261,7 +261,7 @@ def test_text_alone_does_not_import_tensorflow():
 
 
 def check_texts(batch, split, tokenizer):
-  """Every row holds the ids of the caption that its ids name."""
+  """text_ids of every row are those of the caption with its caption_id."""
   captions = [c for i in range(len(split)) for c in split.read(i).captions]
   texts = [captions[i] if i >= 0 else "" for i in batch["caption_id"]]
   ids, mask = tokenizer(texts, test_pipeline.LENGTH)
