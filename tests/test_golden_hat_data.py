@@ -165,7 +165,8 @@ def test_long_captions_keep_their_first_pieces(tokenizer):
 
 @pytest.fixture(scope="module")
 def flickr(tmp_path_factory):
-  return inputs.from_config(config(prepared(tmp_path_factory.mktemp("f30k"))))
+  folder = hat_golden.prepared(tmp_path_factory.mktemp("f30k"))
+  return inputs.from_config(hat_golden.run_config(folder))
 
 
 def joined(batches) -> dict[str, np.ndarray]:
