@@ -49,8 +49,9 @@ def test_evaluation_transform(name):
 def test_operations(name):
   assert MANIFEST["tolerance"]["uint8 augmentations"].startswith("exact")
   source, operation = name.split("/")
-  picture = Image.fromarray(read("randaugment_ops")[source])
-  got = np.asarray(rand_augment.operation(picture, operation, 7, "original")).astype(int)
+  original = Image.fromarray(read("randaugment_ops")[source])
+  magnitude = int(re.search(r"at magnitude (\d+)", MEANING)[1])
+  got = np.asarray(rand_augment.operation(original, operation, magnitude, "original")).astype(int)
   error = abs(got - read("randaugment_ops")[name])
   if operation in ("Rotate", "ShearX", "ShearY"):
     # Processors may round differently, by one level.
