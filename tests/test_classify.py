@@ -1,7 +1,6 @@
 """Zero-shot classification: prompts, both ways to join templates, counting, and errors."""
 
 import json
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ from labelled import COUNT, NAMES, weights
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import inputs
 from xmodal_jax.data.tfrecord import DatasetError
-from xmodal_jax.evaluation import retrieval, zero_shot
+from xmodal_jax.evaluation import batching, retrieval, zero_shot
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.models import base
 from xmodal_jax.runtime import setup
@@ -36,6 +35,11 @@ def model(labelled_data, tmp_path_factory) -> tuple[str, setup.Built]:
   meta = dict(system="clip", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
   checkpointer.save_model(folder, *weights(built), meta)
   return str(folder), built
+
+
+def text_batches(c, texts, tokenizer):
+  sizes = dict(batch_size=c.eval.batch_size, length=c.text.length, truncate=c.text.truncate)
+  return zero_shot.text_batches(texts, tokenizer, **sizes)
 
 
 @pytest.fixture
@@ -63,11 +67,11 @@ def test_classes_by_mean_embeddings(labelled_data, model, templates, tmp_path):
   assert saved["protocol"]["images"] == COUNT["val"] and saved["protocol"]["classes"] == len(NAMES)
 
   read = inputs.from_config(c)
-  state, _ = retrieval.load_state(c, built, init)
-  ev = retrieval.Evaluator(c, read, built)
+  state, _ = retrieval.load_state(built, init)
+  ev = retrieval.from_config(c, read, built)
   images, ids = ev.encode(state, "image", read.images(read.split("test")))
   texts = [t.replace("{}", n) for n in NAMES for t in TEMPLATES]
-  embeds, order = ev.encode(state, "text", zero_shot.text_batches(c, read, texts))
+  embeds, order = ev.encode(state, "text", text_batches(c, texts, read.tokenizer))
   np.testing.assert_array_equal(order, np.arange(len(texts)))
   classes = embeds["embed"].reshape(len(NAMES), len(TEMPLATES), -1).mean(1)
   classes /= np.linalg.norm(classes, axis=1, keepdims=True)
@@ -102,7 +106,7 @@ def test_scores_of_templates_are_averaged(block):
   graphdef, _, _ = nnx.split(Levels(), nnx.Param, nnx.BatchStat)
   step = zero_shot.make_step(graphdef, Levels.second_stage, 5, 3, None)
   batch = dict(image=images, label=label, valid=label >= 0, image_id=np.arange(6))
-  out = step({}, {}, batch, zero_shot.blocks(features, block))
+  out = step({}, {}, batch, batching.split_blocks(features, block))
   scores = np.einsum("ipd,tqd->itpq", images, texts["levels"]).max((2, 3)).reshape(6, 5, 3).mean(-1)
   want = [(row > row[k]).sum() for row, k in zip(scores, label[:5], strict=False)]
   np.testing.assert_array_equal(out["rank"][:5], want)
@@ -116,8 +120,7 @@ def test_text_batches_are_padded():
     seen.extend(texts)
     return np.zeros((len(texts), length), np.int32), np.ones((len(texts), length), bool)
 
-  read = types.SimpleNamespace(tokenizer=tokenizer, local_rows=lambda size: None)
-  batches = list(zero_shot.text_batches(c, read, [str(i) for i in range(21)]))
+  batches = list(text_batches(c, [str(i) for i in range(21)], tokenizer))
   assert [b["text_ids"].shape for b in batches] == [(16, 24)] * 2
   assert seen == [str(i) for i in range(21)] + [""] * 11
   assert np.concatenate([b["image_id"] for b in batches]).tolist() == [*range(21)] + [-1] * 11
@@ -125,16 +128,13 @@ def test_text_batches_are_padded():
 
 
 def test_names_and_templates_from_files(tmp_path, caplog):
-  class Split:
-    name, class_names = "val", ("n01", "n02", "n03")
-
-  c = config("")
-  assert zero_shot.class_names(c, Split) == ["n01", "n02", "n03"]
-  assert zero_shot.templates(c) == ["a photo of a {}."]
-  c.classify.names, c.classify.templates = str(tmp_path / "names"), str(tmp_path / "templates")
+  own = ("n01", "n02", "n03")
+  assert zero_shot.class_names("", "val", own) == ["n01", "n02", "n03"]
+  assert zero_shot.read_templates("") == ["a photo of a {}."]
+  names, templates = str(tmp_path / "names"), str(tmp_path / "templates")
   write = lambda name, text: (tmp_path / name).write_bytes(text)
   write("names", "\ufeffcrane\r\n maillot \ncrane\n\n".encode())
-  assert zero_shot.class_names(c, Split) == ["crane", "maillot", "crane"]
+  assert zero_shot.class_names(names, "val", own) == ["crane", "maillot", "crane"]
   assert "share the names crane" in caplog.text
   for text, message in (
     (b"crane\nox\n", r"has 2 names, split 'val' 3 classes"),
@@ -144,13 +144,13 @@ def test_names_and_templates_from_files(tmp_path, caplog):
   ):
     write("names", text)
     with pytest.raises(DatasetError, match=message):
-      zero_shot.class_names(c, Split)
+      zero_shot.class_names(names, "val", own)
   write("templates", b"a {}\na photo\n")
   with pytest.raises(DatasetError, match=r"templates:2 is 'a photo'; expected {} where"):
-    zero_shot.templates(c)
+    zero_shot.read_templates(templates)
   (tmp_path / "names").unlink()
   with pytest.raises(DatasetError, match=r"config\.classify\.names: there is no file"):
-    zero_shot.class_names(c, Split)
+    zero_shot.class_names(names, "val", own)
 
 
 def test_what_cannot_be_classified(labelled_data, tiny_data, tmp_path):

@@ -6,16 +6,17 @@ import json
 import numpy as np
 import pytest
 
+from xmodal_jax.evaluation import coco as coco_lib
 from xmodal_jax.evaluation import metrics
 
 
 def test_precision_at_r_by_hand():
   # Candidates in order: 2, 0, 1, 3 (a tie of 0 and 1). R = 3; one positive is no candidate.
   rows = np.array([[0.5, 0.5, 0.9, 0.1], [0.1, 0.9, 0.8, 0.7]])
-  positives = metrics.Positives(
+  positives = coco_lib.Positives(
     np.array([0, 1]), np.array([3, 1]), np.array([0, 0, 1]), np.array([2, 1, 0])
   )
-  got = metrics.precision_at_r(rows, positives)
+  got = coco_lib.precision_at_r(rows, positives)
   assert (got["r1"], got["r5"]) == (50.0, 100.0)
   assert got["rprecision"] == pytest.approx(100 * (2 / 3 + 0) / 2)
   assert got["map_at_r"] == pytest.approx(100 * ((1 + 0 + 2 / 3) / 3 + 0) / 2)
@@ -24,14 +25,14 @@ def test_precision_at_r_by_hand():
 def test_read_positives(tmp_path):
   (tmp_path / "plain.json").write_text(json.dumps({"30": [5, 7, 7], "10": ["6", 99]}))
   (tmp_path / "packed.json.gz").write_bytes(gzip.compress(b'{"20": [6]}'))
-  got = metrics.read_positives(tmp_path, "plain", [10, 20, 30], [5, 6, 7])
+  got = coco_lib.read_positives(tmp_path, "plain", [10, 20, 30], [5, 6, 7])
   assert got.query.tolist() == [2, 0]
   assert got.total.tolist() == [2, 2]  # 7 counts once, 99 counts without being a candidate
   assert sorted(zip(got.pair.tolist(), got.item.tolist(), strict=True)) == [(0, 0), (0, 2), (1, 1)]
-  packed = metrics.read_positives(tmp_path, "packed", [10, 20, 30], [5, 6, 7])
+  packed = coco_lib.read_positives(tmp_path, "packed", [10, 20, 30], [5, 6, 7])
   assert (packed.query.tolist(), packed.item.tolist()) == ([1], [1])
   with pytest.raises(ValueError, match=r"plain: 1 of 2 queries .*\(ids \[30\]\)"):
-    metrics.read_positives(tmp_path, "plain", [10, 20], [5])
+    coco_lib.read_positives(tmp_path, "plain", [10, 20], [5])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_coco_protocol_is_that_of_the_package(coco):
     target_metrics=("coco_5k_recalls", "cxc_recalls", "eccv_map_at_r", "eccv_r1"),
   )
   theirs |= package.Metrics().eccv_metrics({"i2t": i2t, "t2i": t2i}, "all")
-  ours = metrics.coco_protocol(*coco)
+  ours = coco_lib.coco_protocol(*coco)
   assert len(theirs) == 9
   for name, directions in theirs.items():
     dataset, key = name.rsplit("_r", 1) if "map" not in name else ("eccv", "map_at_r")
@@ -84,11 +85,11 @@ def test_coco_protocol_is_that_of_the_package(coco):
 
 def test_coco_protocol_has_all_parts(coco):
   scores, image_ids, caption_ids, caption_image, folder = coco
-  result = metrics.coco_protocol(*coco)
+  result = coco_lib.coco_protocol(*coco)
   for key, value in metrics.summarise(scores, caption_image).items():
     assert result[f"coco_5k_{key}"] == value
   for key, value in metrics.folds(scores, caption_image).items():
     assert result[f"coco_1k_{key}"] == value
   assert {"cxc_rsum", "cxc_i2t_r10", "eccv_i2t_r1", "eccv_t2i_rprecision"} <= set(result)
   with pytest.raises(ValueError, match="caption ids"):
-    metrics.coco_protocol(scores, image_ids, caption_ids[:-1], caption_image, folder)
+    coco_lib.coco_protocol(scores, image_ids, caption_ids[:-1], caption_image, folder)

@@ -14,7 +14,7 @@ import tiny
 
 from xmodal_jax.data import inputs, pipeline, records
 from xmodal_jax.distributed import sharding
-from xmodal_jax.evaluation import metrics, retrieval
+from xmodal_jax.evaluation import batching, metrics, retrieval
 from xmodal_jax.evaluation import report as report_lib
 from xmodal_jax.optim import train_state
 from xmodal_jax.runtime import setup
@@ -38,7 +38,7 @@ def make_state(built):
 
 
 def evaluator(config, built):
-  return retrieval.Evaluator(config, inputs.from_config(config), built)
+  return retrieval.from_config(config, inputs.from_config(config), built)
 
 
 def test_scores_do_not_depend_on_blocks(config, built):
@@ -123,11 +123,11 @@ def test_coco_protocol(config, shared_data):
   coco = config.copy_and_resolve_references()
   coco.eval.eccv_dir = str(folder / "eccv_caption")
   rank = lambda part: metrics.Ranked(scores, scores, caption_image)
-  report = report_lib.report(coco, split, "test", rank, {})
+  report = report_lib.report(coco.eval, split, rank, {}, is_test=True)
   assert report["i2t_r10"] == metrics.summarise(scores, caption_image)["i2t_r10"]
   assert report["coco_1k_i2t_r10"] > report["i2t_r10"]
   assert 0 < report["eccv_i2t_map_at_r"] < 100 and report["cxc_t2i_r1"] >= report["t2i_r1"]
-  plain = report_lib.report(coco, split, "val", rank, {})
+  plain = report_lib.report(coco.eval, split, rank, {}, is_test=False)
   assert not any(key.startswith("eccv") for key in plain)
 
 
@@ -151,19 +151,20 @@ def test_damaged_record_is_left_out_where_allowed(config, built, tiny_data, tmp_
 
 def test_few_blocks_of_texts_are_on_their_way(monkeypatch):
   """A block is sent when the last but one is scored: devices never hold all texts."""
-  rows = sharding.batch_sharding(sharding.make_mesh((("data", -1),), jax.devices()[:1]))
+  mesh = sharding.make_mesh((("data", -1),), jax.devices()[:1])
+  batch_sharding = sharding.batch_sharding(mesh)
   events, batch = [], {"valid": np.ones(2, bool), "image_id": np.arange(2)}
   evaluator = types.SimpleNamespace(
-    config=types.SimpleNamespace(eval=types.SimpleNamespace(block=(2, 4))),
-    batch_sharding=rows, whole=None, stop=lambda: False, _check_stop=lambda: None,
-    keep=lambda params, stats, batch: (batch, None),
+    options=types.SimpleNamespace(block=(2, 4)),
+    batch_sharding=batch_sharding, replicated=None, stop=lambda: False, _check_stop=lambda: None,
+    embed_sharded=lambda params, stats, batch: (batch, None),
     score=lambda params, stats, images, texts: jnp.full((2, 4), float(texts)),
   )  # fmt: skip
   wait = jax.block_until_ready
   heard = lambda parts: events.extend(("scored", float(p[0, 0])) for p in wait(parts))
   monkeypatch.setattr(jax, "block_until_ready", heard)
   send = lambda texts, start, size, to: events.append(("sent", start // 4)) or start // 4
-  monkeypatch.setattr(retrieval, "_block", send)
+  monkeypatch.setattr(batching, "put_block", send)
   state = types.SimpleNamespace(params=None, stats=None)
   scores, _ = retrieval.Evaluator.stream(evaluator, state, iter([batch]), {"x": np.zeros(18)})
   np.testing.assert_array_equal(scores[0], np.arange(18) // 4)

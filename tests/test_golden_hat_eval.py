@@ -88,7 +88,7 @@ def evaluator(data_dir, **changes):
   golden = hat_golden.Golden(**changes)
   c.model = golden.config
   c.eval.batch_size, c.eval.block, c.eval.rerank_block = BATCH, (8, 16), (2, 2)
-  ev = retrieval.Evaluator(c, inputs.from_config(c), setup.build(c))
+  ev = retrieval.from_config(c, inputs.from_config(c), setup.build(c))
   return ev, train_state.TrainState(None, golden.params, {}, None)
 
 

@@ -68,7 +68,7 @@ def evaluated(name: str, data_dir: str):
     c.eval[f"top_k_{side.split('_')[0]}"] = want(name)[f"topk_{side}"].shape[1]
   built = setup.build(c)
   read = inputs.from_config(c)
-  ev = retrieval.Evaluator(c, read, built)
+  ev = retrieval.from_config(c, read, built)
   state = train_state.TrainState(None, golden.params, {}, None)
   split = read.split("test")
   batches = lambda n: -(-n // c.eval.batch_size)

@@ -244,7 +244,7 @@ def test_from_files_to_recalls(norm, tmp_path):
   c.eval.batch_size, c.eval.block = 8, (8, 32)
   built = setup.build(c)
   read = inputs.from_config(c)
-  ev = retrieval.Evaluator(c, read, built)
+  ev = retrieval.from_config(c, read, built)
   state = train_state.TrainState(None, golden.params, {}, None)
   split = read.split("test")
   texts, _ = ev.encode(state, "text", read.texts(split))

@@ -17,7 +17,7 @@ from zerovl_golden import EMBEDDING, FINAL, LOSS, MANIFEST, close, close_gradien
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import restore
 from xmodal_jax.evaluation import lbfgs, linear_probe, metrics
-from xmodal_jax.evaluation.zero_shot import class_ranks
+from xmodal_jax.evaluation.labels import class_ranks
 from xmodal_jax.optim import schedules, train_state, transforms
 from xmodal_jax.runtime import setup
 

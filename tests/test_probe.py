@@ -18,7 +18,7 @@ from xmodal_jax.checkpoints import checkpointer, restore
 from xmodal_jax.data import inputs, pipeline
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.evaluation import features, lbfgs, linear_probe, metrics
-from xmodal_jax.evaluation.zero_shot import class_ranks, report
+from xmodal_jax.evaluation.labels import class_ranks, report
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.models import team
 from xmodal_jax.optim import train_state
@@ -233,7 +233,7 @@ def test_ranks_and_ties():
   assert report(np.array([0, 1, 4, 5]), np.array([0, 0, 0, 2])) == {
     "top1": 25, "top5": 75, "mean_per_class": pytest.approx(100 / 6),
   }  # fmt: skip
-  with pytest.raises(metrics.NonFiniteError, match="1 of 4 pictures"):
+  with pytest.raises(metrics.NonFiniteError, match="1 of 4 images"):
     report(np.array(class_ranks(scores, label)), np.array(label))
 
 
@@ -389,7 +389,7 @@ def test_unlabelled_pictures_are_an_error(tower, tmp_path):
   data = write(tmp_path / "data", count={"train": 17, "val": 5}, last=-1)
   for augment in (False, True):
     c = config(data, tower, probe__augment=augment)
-    with pytest.raises(DatasetError, match=r"1 of \d+ pictures of split 'train' have no label"):
+    with pytest.raises(DatasetError, match=r"1 of \d+ images of split 'train' have no label"):
       linear_probe.linear_probe(c, tmp_path / f"run{augment}")
 
 

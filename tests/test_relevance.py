@@ -8,7 +8,7 @@ import tiny
 from etils import epath
 
 from xmodal_jax.data import inputs
-from xmodal_jax.evaluation import metrics, ndcg, retrieval
+from xmodal_jax.evaluation import metrics, ndcg, retrieval, tables
 from xmodal_jax.evaluation import report as report_lib
 from xmodal_jax.runtime import setup
 
@@ -145,7 +145,7 @@ OWNER = np.repeat(np.arange(12), 5)
 
 def evaluator(config, built, scores, second=None):
   """An evaluator for which a model has given these scores [12, 60] of its stages."""
-  ev = retrieval.Evaluator(config, inputs.from_config(config), built)
+  ev = retrieval.from_config(config, inputs.from_config(config), built)
   ids = {"image": np.arange(12), "text": OWNER}
   ev.encode = lambda state, side, batches, bank: ({}, ids[side])
   ev.scores = lambda *_: scores
@@ -161,7 +161,7 @@ def test_report_of_one_stage(tiny_data, built, home, monkeypatch):
   config = tiny.config(tiny_data, eval__ndcg="rougeL", eval__folds=3, eval__protocol="original")
   scores = np.random.default_rng(0).random((12, 60), np.float32)
   ev = evaluator(config, built["config"], scores)
-  retrieval.check_splits(config, ev.inputs)
+  retrieval.check_splits(config.eval, ev.inputs)
   assert not home.exists()  # nothing is computed before it is needed
   out = ev(None, "test")
   graded = ndcg.rouge_l([record.captions for record in ev.inputs.split("test")])
@@ -191,31 +191,31 @@ def test_given_relevances(tiny_data, home, tmp_path):
   read = inputs.from_config(config)
   rank = lambda part: metrics.Ranked(scores, scores, np.repeat(np.arange(12), 5))
   with pytest.raises(FileNotFoundError, match=r"names spice.* has no \*-(test|val)-spice.npy"):
-    retrieval.check_splits(config, read)
+    retrieval.check_splits(config.eval, read)
   for method in ("spice", "rougeL"):
     given[method] = rng.random((60, 12), np.float32)
     ndcg.write(epath.Path(tmp_path / f"tiny-test-{method}.npy"), iter((given[method],)))
-  graded = report_lib.grades(config, read, "test")
-  out = report_lib.report(config, read.split("test"), "test", rank, graded)
+  graded = report_lib.grades(config.eval, read.split("test"))
+  out = report_lib.report(config.eval, read.split("test"), rank, graded, is_test=True)
   for method, values in given.items():
     assert out[f"i2t_ndcg_{method}"] == pytest.approx(ndcg.ndcg(scores, values.T).mean())
   assert not home.exists()  # ROUGE-L is not computed where there is a file
   fewer = lambda part: metrics.Ranked(scores[:11, :55], scores[:11, :55], np.repeat(range(11), 5))
   with pytest.raises(ValueError, match=r"\(60, 12\) for \(55, 11\) .* some could not be read"):
-    report_lib.report(config, read.split("test"), "test", fewer, graded)
+    report_lib.report(config.eval, read.split("test"), fewer, graded, is_test=True)
 
 
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("ndcg", "rouge", r"config.eval.ndcg is 'rouge': expected different ones of rougeL, spice"),
-    ("ndcg", "spice,spice", "expected different ones"),
+    ("ndcg", "rouge", r"config.eval.ndcg is 'rouge': .* different names out of rougeL, spice"),
+    ("ndcg", "spice,spice", "expected a comma-separated list of different names"),
     ("protocol", "published", "config.eval.protocol is 'published': expected"),
   ],
 )
 def test_unknown_names(tiny_data, key, value, message):
   with pytest.raises(ValueError, match=message):
-    report_lib.methods(tiny.config(tiny_data, **{f"eval__{key}": value}))
+    report_lib.check(tiny.config(tiny_data, **{f"eval__{key}": value}).eval)
 
 
 def test_report_of_two_stages(tiny_data, built, home):
@@ -272,11 +272,11 @@ def test_report_of_two_stages(tiny_data, built, home):
 
 def test_table(monkeypatch):
   rows = []
-  monkeypatch.setattr(retrieval.logging, "info", lambda _, text: rows.extend(text.split("\n")))
+  monkeypatch.setattr(tables.logging, "info", lambda _, text: rows.extend(text.split("\n")))
   rng = np.random.default_rng(0)
   scores, graded = rng.random((6, 12), np.float32), rng.random((12, 6), np.float32)
   report = metrics.summarise(scores, np.repeat(np.arange(6), 2))
-  retrieval.log_table("val", report)
+  tables.log_retrieval("val", report)
   assert rows[0] == "val" and "NDCG" not in rows[1] and len(rows) == 6
   assert rows[-1].split()[::2] == ["mean_r", "mean_r1"]
   rows.clear()
@@ -284,7 +284,7 @@ def test_table(monkeypatch):
   report |= ndcg.means("rougeL", *gains)
   every = report | {f"first_{k}": v for k, v in report.items()}
   every |= {f"published_{k}": v for k, v in report.items()} | {"folds5_ndcg_rougeL": 0.12345}
-  retrieval.log_table("test", every)
+  tables.log_retrieval("test", every)
   titles = [row for row in rows if row.startswith("test")]
   assert titles == ["test, first stage", "test, second stage", "test, published protocol"]
   assert rows[1].endswith("NDCG rougeL") and rows[2].endswith(f"{gains[0].mean():.4f}")

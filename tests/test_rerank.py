@@ -45,7 +45,7 @@ def test_schedule_visits_every_pair_once(devices, block, shape):
   seen = np.zeros(300, int)
   plans = rerank.schedule(picture, caption, batch=batch, devices=devices, block=block, shape=shape)
   for n, calls in plans.items():
-    assert calls.picture.shape[1:] == (devices * shape[0],)
+    assert calls.image.shape[1:] == (devices * shape[0],)
     assert calls.caption.shape[1:] == (devices * shape[0], shape[1])
     for pictures, captions, pairs in zip(*calls, strict=True):
       for row, local in enumerate(pictures):
@@ -75,7 +75,7 @@ def run(config, devices=8):
   params = jax.jit(lambda: step_lib.nnx.to_pure_dict(step_lib.split(built.init_model())[1]))()
   state = train_state.TrainState(None, jax.tree.map(np.asarray, params), {}, None)
   read = inputs.from_config(config)
-  ev = retrieval.Evaluator(config, read, built)
+  ev = retrieval.from_config(config, read, built)
   return ev, state, ev.inputs.split("test")
 
 

@@ -156,7 +156,7 @@ def test_no_recompilation_and_no_implicit_transfer(tiny_data):
   state = jax.jit(lambda: step_lib.init_state(built.init_model, tx), out_shardings=shardings)()
   rng = jax.device_put(jax.random.key(0), built.replicated)
   step = step_lib.make_train_step(built.graphdef, tx, rng, shardings, schedule)
-  evaluator = retrieval.Evaluator(config, read, built)
+  evaluator = retrieval.from_config(config, read, built)
   rows = sharding.batch_sharding(built.mesh)
   stream = read.train(0)
   state, _ = step(state, sharding.put_batch(next(stream), rows))

@@ -35,7 +35,7 @@ from xmodal_jax.checkpoints import restore
 from xmodal_jax.data import image, records
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data.preparing import shapes
-from xmodal_jax.evaluation import retrieval
+from xmodal_jax.evaluation import rerank
 from xmodal_jax.models import base
 from xmodal_jax.runtime import setup
 from xmodal_jax.visual import alignment
@@ -65,7 +65,7 @@ class Model:
     self.inputs = inputs_lib.from_config(config)
     if not hasattr(self.inputs.tokenizer, "pieces"):
       raise SystemExit(f"the tokenizer {config.text.tokenizer!r} does not name its pieces")
-    self.second = retrieval.second_stage(config, system)
+    self.second = rerank.second_stage(config.eval, system)
     params, stats, _ = restore.load(source, name, built.params, built.stats)
     self.params = restore.put(params, built.params_shardings)
     self.stats = restore.put(stats, built.stats_shardings)

@@ -30,12 +30,12 @@ def coco(folder: str) -> tuple[np.ndarray, list[int], list[int], np.ndarray, pat
 
 
 def ours(args: argparse.Namespace) -> Form:
-  from xmodal_jax.evaluation import metrics
+  from xmodal_jax.evaluation import coco
 
   inputs, info = coco(args.data), {}
 
   def run():
-    info["metrics"] = metrics.coco_protocol(*inputs)
+    info["metrics"] = coco.coco_protocol(*inputs)
 
   return run, info
 

@@ -287,7 +287,7 @@ def calls_of(args: argparse.Namespace, kind: str, work: Work) -> list[Call]:
   return [
     (p, c + n * work.block)
     for n, calls in plan(args, work).items()
-    for p, c in zip(calls.picture, calls.caption, strict=True)
+    for p, c in zip(calls.image, calls.caption, strict=True)
   ]
 
 

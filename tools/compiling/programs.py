@@ -62,20 +62,20 @@ class Programs:
   def _evaluation(self) -> None:
     """Encoding a batch of either side, scoring a block of all pairs, and the second stage."""
     e = self.config.eval
-    evaluator = retrieval.Evaluator(self.config, None, self.built)
-    rows, whole = evaluator.batch_sharding, evaluator.whole
+    evaluator = retrieval.from_config(self.config, None, self.built)
+    rows, whole = evaluator.batch_sharding, evaluator.replicated
     model = self.state.params, self.state.stats
     sides = {side: batch(self.config, e.batch_size, rows, side) for side in ("image", "text")}
     first, second = {}, {}
     for side, given in sides.items():
       keep = side == "image" and evaluator.streams
-      step = evaluator.keep if keep else evaluator.embed[side]
+      step = evaluator.embed_sharded if keep else evaluator.embed[side]
       self.lower[side] = lambda step=step, given=given: step.lower(*model, given)
       out = jax.eval_shape(step, *model, given)
       first[side], second[side] = out if not keep else (out[1], {})
     texts = first["text"]
     if evaluator.streams:
-      texts = jax.eval_shape(evaluator.narrow, texts)
+      texts = jax.eval_shape(evaluator.to_token_dtype, texts)
     features = lambda tree: {k: v for k, v in tree.items() if k not in ("valid", "image_id")}
     block_i, block_t = (e.batch_size, e.block[1]) if evaluator.streams else e.block
     blocks = _resized(features(first["image"]), block_i, rows)
@@ -96,7 +96,7 @@ class Programs:
 
     texts = bank("text", CAPTIONS)
     drop = lambda x: jax.ShapeDtypeStruct(
-      (e.block[1], *x.shape[2:]), x.dtype, sharding=evaluator.whole
+      (e.block[1], *x.shape[2:]), x.dtype, sharding=evaluator.replicated
     )
     per_call, width = e.rerank_block
     n = per_call * (e.batch_size // rows.shard_shape((e.batch_size,))[0])

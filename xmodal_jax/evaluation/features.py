@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import records
 from xmodal_jax.distributed import processes, sharding
-from xmodal_jax.evaluation import lbfgs, metrics, retrieval, zero_shot
+from xmodal_jax.evaluation import batching, cache, labels, lbfgs, metrics, retrieval
 from xmodal_jax.interop import torch_files
 from xmodal_jax.interop.local import local_copy
 from xmodal_jax.runtime import initial_state, setup
@@ -66,22 +66,23 @@ class Tower:
 
     Raises DatasetError for pictures without labels, NonFiniteError, Interrupted.
     """
-    split = zero_shot.labelled(inputs, key)
+    split = labels.labelled_split(inputs, key)
     sections = ("model", "dtype", "precision", "data.image")
-    file = retrieval.cache_file(folder, "features", self.config, sections, split, self.source)
+    keys = cache.config_keys(self.config, sections)
+    file = cache.cache_file(folder, "features", keys, split.fingerprint, self.source)
     if processes.visible_everywhere(file):
-      found = retrieval.load_arrays(file)
+      found = cache.load_arrays(file)
     else:
       logging.info("features of %d pictures of split %r", len(split), split.name)
       run = lambda b: self._step(
         self.state.params, self.state.stats, sharding.put_batch(b, self.batch_sharding)
       )
       batches = inputs.images(split, training=key == "train")
-      found, image_id = retrieval.collect(run, batches, stop)
-      zero_shot.check_labels(split, image_id, found["label"])
+      found, image_id = batching.collect(run, batches, stop)
+      labels.check_labels(split, image_id, found["label"])
       metrics.check_finite(f"features of split {split.name!r}", found["features"])
       if jax.process_index() == 0:
-        retrieval.save_arrays(file, found)
+        cache.save_arrays(file, found)
     return Features(split, found["features"], found["label"])
 
 
@@ -90,7 +91,7 @@ def _load(config: Any, built: setup.Built) -> tuple[Any, dict[str, Any]]:
   if config.init and config.init_image:
     raise ValueError("config.init is a whole model: set it or config.init_image, not both")
   if config.init:
-    return retrieval.load_state(config, built, config.init)
+    return retrieval.load_state(built, config.init)
   tx = optax.identity()
   new = functools.partial(step_lib.init_state, built.init_model, tx)
   state = jax.jit(new, out_shardings=built.state_shardings(tx))()
@@ -109,11 +110,11 @@ class Scorer:
   def __init__(self, mesh: jax.sharding.Mesh, found: Features, block: int):
     self.label, self.count = found.label, len(found)
     to = NamedSharding(mesh, P(None, *sharding.batch_sharding(mesh).spec))
-    blocks = zero_shot.blocks(dict(features=found.features, label=found.label), block)
+    blocks = batching.split_blocks(dict(features=found.features, label=found.label), block)
     self.blocks = {k: sharding.place(v, to) for k, v in blocks.items()}  # [S, block, ...]
 
     def ranks(params, blocks):
-      one = lambda b: zero_shot.class_ranks(lbfgs.logits(params, b["features"]), b["label"])
+      one = lambda b: labels.class_ranks(lbfgs.logits(params, b["features"]), b["label"])
       return jax.lax.map(one, blocks)
 
     self._ranks = jax.jit(ranks, out_shardings=NamedSharding(mesh, P()))
@@ -121,4 +122,4 @@ class Scorer:
   def __call__(self, params: dict[str, Array]) -> dict[str, float]:
     """See `classify.report`."""
     ranks = jax.device_get(self._ranks(params, self.blocks)).reshape(-1)[: self.count]
-    return zero_shot.report(ranks, self.label)
+    return labels.report(ranks, self.label)

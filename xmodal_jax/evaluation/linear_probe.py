@@ -30,7 +30,7 @@ from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import order
 from xmodal_jax.distributed import sharding
-from xmodal_jax.evaluation import lbfgs, retrieval, zero_shot
+from xmodal_jax.evaluation import batching, cache, labels, lbfgs, tables
 from xmodal_jax.evaluation.features import Features, Scorer, Tower
 from xmodal_jax.losses import classification
 from xmodal_jax.optim import schedules, train_state, transforms
@@ -69,7 +69,7 @@ def update(
   grad = jax.value_and_grad(loss, has_aux=True)
   (value, logits), grads = grad(state.params, features, label)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  ranks = zero_shot.class_ranks(logits, label)
+  ranks = labels.class_ranks(logits, label)
   percent = lambda k: 100 * (ranks < k).mean()
   out = {
     "loss": value,
@@ -106,7 +106,7 @@ class Cached:
     rows = sharding.batch_sharding(built.mesh)
     self.whole = built.replicated
     shards = sharding.batch_shards(built.mesh)
-    padded = zero_shot.blocks(dict(features=found.features, label=found.label), shards)
+    padded = batching.split_blocks(dict(features=found.features, label=found.label), shards)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     self.data = {k: sharding.place(flat(v), rows) for k, v in padded.items()}
 
@@ -159,7 +159,7 @@ class Streamed:
     model, split = self.tower.state, self.inputs.split("train")
     while start < stop:
       batch = next(self.stream)
-      zero_shot.check_labels(split, batch["image_id"], batch["label"])
+      labels.check_labels(split, batch["image_id"], batch["label"])
       batch = sharding.put_batch(batch, self.tower.batch_sharding)
       state, out = self._step(state, model.params, model.stats, batch)
       start += 1
@@ -189,9 +189,9 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
   for key, size in (("probe", p.batch_size), ("eval", config.eval.batch_size)):
     if size % shards:
       raise ValueError(f"config.{key}.batch_size is {size}, not a multiple of {shards} devices")
-  names = zero_shot.labelled(inputs, "test").class_names
+  names = labels.labelled_split(inputs, "test").class_names
   for key in () if p.classifier else ("train", config.eval.select):
-    if zero_shot.labelled(inputs, key).class_names != names:
+    if labels.labelled_split(inputs, key).class_names != names:
       raise ValueError(
         f"the classes of splits {config.data.test!r} and {config.data[key]!r} differ: a "
         "classifier is trained and tested on the same"
@@ -227,13 +227,13 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
         step, params, facts = end
         report = Scorer(built.mesh, test, config.eval.batch_size)(params)
         writer.scalars(step, "test", report)
-    except retrieval.Interrupted:
+    except batching.Interrupted:
       logging.info("asked to stop: the same command goes on")
       return None
   if not p.classifier and jax.process_index() == 0:
     host = jax.device_get(params)
-    retrieval.save_arrays(workdir / CLASSIFIER, host | {"class_names": np.array(names)})
-  zero_shot.log_table(f"{_KIND}, test", report)
+    cache.save_arrays(workdir / CLASSIFIER, host | {"class_names": np.array(names)})
+  tables.log_accuracy(f"{_KIND}, test", report)
   protocol = dict(
     task=_KIND,
     split=config.data.test,
@@ -275,7 +275,7 @@ def _given(source: str, tower: Tower, test: Features) -> Params:
     file = epath.Path(source).expanduser()
     if not file.is_file():
       raise checkpointer.CheckpointError(f"config.probe.classifier: there is no file {file}")
-    params = retrieval.load_arrays(file)
+    params = cache.load_arrays(file)
     of = tuple(params.pop("class_names", ()))
     if params.keys() != {"kernel", "bias"} or of != names:
       raise checkpointer.CheckpointError(
@@ -308,14 +308,14 @@ def _regress(config: Any, built: setup.Built, features, writer: metric_writers.W
   shards = sharding.batch_shards(built.mesh)
   block = min(p.batch_size, -(-len(y) // shards) * shards)
   to = NamedSharding(built.mesh, P(None, *sharding.batch_sharding(built.mesh).spec))
-  put = lambda x: sharding.place(zero_shot.blocks(x, block), to)
+  put = lambda x: sharding.place(batching.split_blocks(x, block), to)
   data = put(x), put(y)
   fit = lbfgs.make_fit(len(train.split.class_names), p.max_steps, built.replicated)
   seen, everything = (put(np.asarray(w, np.float32)) for w in (~held, np.ones(len(y))))
 
   def run(l2: float, weight: Array) -> tuple[Params, dict[str, float]]:
     if asked():
-      raise retrieval.Interrupted
+      raise batching.Interrupted
     params, facts = fit(*data, weight, sharding.place(np.float32(l2), built.replicated))
     facts = {"l2": l2} | {k: v.item() for k, v in jax.device_get(facts).items()}
     if not facts["gradient"] <= lbfgs.TOLERANCE:

@@ -1,64 +1,54 @@
-"""Retrieval metrics from a score matrix: ranks by counting, recalls, COCO 1K, CxC, ECCV Caption.
+"""Retrieval metrics from a score matrix: ranks, recalls, folds, accuracy (numpy only).
 
-A rank is a count. The 0-based rank of candidate c for a query with scores s is
+Ranks are computed by counting. The 0-based rank of candidate c for a query with scores s is
 
   rank(c) = #{j : s_j > s_c} + #{j < c : s_j = s_c}
 
-its position after a stable descending sort, so ties go to the lower index. The rank of a query is
-the best rank of its positives, which is that of the highest-scoring one (the lowest index among
-equals): one threshold per query, and one comparison per score. Nothing is sorted. A collapsed
-model (all scores equal) therefore scores chance, not 100, and scores that are not finite raise.
+its position after a stable descending sort: ties go to the lower index. The rank of a query is the
+best rank of its positives, that of the highest-scoring one (the lowest index among equals):
+one threshold per query and one comparison per score, no sorting. A collapsed model, whose scores
+are all equal, therefore has the recalls of chance and not 100; scores that are not finite raise.
 
-Scores are compared as float32. Recalls are percentages, ranks in reports count from 1.
+Scores are compared as float32. Recalls are percentages, and medr and meanr count ranks from 1.
 """
 
-import gzip
-import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 RECALL_AT = (1, 5, 10)
-# Rows per block: the column counts of a block are held in uint8, which 255 rows cannot overflow.
+# Rows per block: column counts within a block are uint8, which 255 rows cannot overflow.
 _BLOCK = 255
+
+
+# Second-stage candidates int [Q, k] of each query, ascending, and their scores float32 [Q, k].
+Shortlist = tuple[np.ndarray, np.ndarray]
+
+# Of each query, the score float32 [Q] of its best positive and that positive's position int64 [Q].
+Target = tuple[np.ndarray, np.ndarray]
 
 
 class NonFiniteError(ValueError):
   """Embeddings or scores hold NaN or infinity."""
 
 
-class Positives(NamedTuple):
-  """The positives of some queries, as positions in the score matrix.
-
-  query: int [Q] position of each query. total: int [Q] number of positives, counting those that
-  are not among the candidates (ECCV Caption has two). pair: int [P] which of the Q queries a pair
-  belongs to, ascending; item: int [P] its candidate.
-  """
-
-  query: np.ndarray
-  total: np.ndarray
-  pair: np.ndarray
-  item: np.ndarray
-
-
 class Ranked(NamedTuple):
-  """How a model ranks the captions of pictures and the pictures of captions.
+  """Scores that rank the captions of every image and the images of every caption.
 
-  i2t, t2i: scores [I, T] that rank captions and pictures; the same array where there is one stage.
-  caption_image: int [T], as for `retrieval_ranks`. shortlists: with a second stage, (candidates
-  [Q, k] ascending, their scores [Q, k]) of pictures and of captions, which lead in i2t and t2i.
+  i2t, t2i: [I, T], scores that rank captions and scores that rank images; the same array when there
+  is one stage. caption_image: int [T], as for `retrieval_ranks`. shortlists: with a second stage,
+  those of the images and of the captions, whose candidates lead in i2t and t2i.
   """
 
   i2t: np.ndarray
   t2i: np.ndarray
   caption_image: np.ndarray
-  shortlists: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+  shortlists: tuple[Shortlist, Shortlist] | None = None
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-  """Raises NonFiniteError with the count and the first of the rows of `array` [N, ...] that hold
-  NaN or infinity."""
+  """Raises NonFiniteError if rows of `array` [N, ...] hold NaN or infinity, naming the first."""
   array = np.asarray(array)
   flat = array.reshape(len(array), -1)
   good = np.empty(len(flat), bool)
@@ -82,17 +72,28 @@ def retrieval_ranks(scores: np.ndarray, caption_image: np.ndarray) -> tuple[np.n
 
   Returns:
     int64 [I], the best rank of each image's captions, and int64 [T], that of each caption's image.
+
+  Raises:
+    ValueError: caption_image does not fit the scores. NonFiniteError: scores are not finite.
+
+  >>> scores = np.array([[0.9, 0.2, 0.8], [0.1, 0.7, 0.3]])
+  >>> retrieval_ranks(scores, caption_image=np.array([0, 0, 1]))
+  (array([0, 1]), array([0, 1, 1]))
   """
-  scores, caption_image = _checked(scores, caption_image)
-  (i2t,), (t2i,) = _count_ahead(scores, *_own_targets(scores, caption_image))
+  scores, caption_image = check_scores(scores, caption_image)
+  images, captions = own_targets(scores, caption_image)
+  (i2t,), (t2i,) = count_ahead(scores, [images], [captions])
   return i2t, t2i
 
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:
-  """Positions of the k highest of each row of [Q, N], ascending; ties go to the lower position."""
+  """Positions int64 [Q, min(k, N)] of the k highest scores of each row of [Q, N], ascending.
+
+  Ties go to the lower position.
+  """
   k = min(k, scores.shape[1])
   out = np.empty((len(scores), k), np.int64)
-  for start in range(0, len(scores), 1024):  # bounds the copy that a partition makes
+  for start in range(0, len(scores), 1024):  # bounds the copy that np.argpartition makes
     block = scores[start : start + 1024]
     chosen = np.argpartition(block, -k, axis=1)[:, -k:] if k < block.shape[1] else None
     if chosen is None:
@@ -100,16 +101,16 @@ def top(scores: np.ndarray, k: int) -> np.ndarray:
       continue
     lowest = np.take_along_axis(block, chosen, 1).min(1, keepdims=True)
     chosen.sort(1)
-    for row in np.flatnonzero((block >= lowest).sum(1) > k):  # a tie at the last place
+    for row in np.flatnonzero((block >= lowest).sum(1) > k):  # ties with the k-th score
       chosen[row] = np.sort(np.argsort(-block[row], kind="stable")[:k])
     out[start : start + len(block)] = chosen
   return out
 
 
 def published_ranks(hits: np.ndarray, scores: np.ndarray) -> np.ndarray:
-  """0-based ranks int64 [Q] of the best positive in a shortlist, as the program of TGDT has them.
+  """0-based ranks int64 [Q] of the best positive in a shortlist, as TGDT's program computes them.
 
-  A query none of whose positives is in its shortlist has rank 0 there, as if it were found at once.
+  That program gives rank 0 to a query without a positive in its shortlist, as if it had been found.
   hits: bool [Q, k], which candidates are positives. scores: [Q, k]; ties to the lower position.
   """
   order = np.argsort(-scores, axis=1, kind="stable")
@@ -117,12 +118,15 @@ def published_ranks(hits: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def recalls(ranks: np.ndarray) -> dict[str, float]:
-  """Recalls of 0-based `ranks` [Q], and their median and mean counted from 1.
+  """Recalls, median rank and mean rank of 0-based `ranks` [Q].
 
   r{K} = 100 * mean(rank < K). Hodosh et al., "Framing Image Description as a Ranking Task",
   JAIR 47, 2013. medr = floor(median(rank)) + 1, as in VSE++ (Faghri et al., BMVC 2018): with an
   even number of queries the median may lie between two ranks, and the better one is reported.
   meanr = mean(rank) + 1.
+
+  >>> recalls(np.array([0, 3, 7, 20]))
+  {'r1': 25.0, 'r5': 50.0, 'r10': 75.0, 'medr': 6.0, 'meanr': 8.5}
   """
   ranks = np.asarray(ranks)
   out = {f"r{k}": 100 * int(np.count_nonzero(ranks < k)) / len(ranks) for k in RECALL_AT}
@@ -132,10 +136,13 @@ def recalls(ranks: np.ndarray) -> dict[str, float]:
 
 
 def accuracy(ranks: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-  """Percentages of pictures whose class is among the first 1 and 5 of all, as top1 and top5.
+  """Classification accuracy in percent: top1, top5 and mean_per_class.
 
-  ranks [N]: 0-based, of the picture's own class among all classes. labels int [N]: that class.
-  mean_per_class: top1 of each class that has pictures, averaged over these classes.
+  ranks [N]: 0-based rank of each image's own class among all classes. labels int [N]: that class.
+  mean_per_class: the mean over classes, of those that have images, of their top1.
+
+  >>> accuracy(ranks=np.array([0, 0, 6, 2]), labels=np.array([0, 0, 0, 1]))
+  {'top1': 50.0, 'top5': 75.0, 'mean_per_class': 33.33333333333333}
   """
   right = np.asarray(ranks) == 0
   count, hits = np.bincount(labels), np.bincount(labels, weights=right)
@@ -147,18 +154,20 @@ def accuracy(ranks: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def summarise(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, float]:
-  """`recalls` of both directions as i2t_* and t2i_*, and their sums.
+  """`recalls` of both directions as i2t_* and t2i_*, and their sums; see `summarise_ranks`.
 
-  rsum = the sum of the six recalls; mean_r = rsum / 6; mean_r1 = mean of the two R@1.
   scores [I, T], caption_image int [T] as for `retrieval_ranks`.
+
+  >>> summarise(np.eye(20), np.arange(20))
+  {'i2t_r1': 100.0, ..., 't2i_meanr': 1.0, 'rsum': 600.0, 'mean_r': 100.0, 'mean_r1': 100.0}
   """
-  return _summary(*retrieval_ranks(scores, caption_image))
+  return summarise_ranks(*retrieval_ranks(scores, caption_image))
 
 
 def summarise_ranked(
   ranked: Ranked, summarise: Callable[[np.ndarray, np.ndarray], dict[str, float]] = summarise
 ) -> dict[str, float]:
-  """`summarise` (or what else makes a report of scores) of both directions, each by its own."""
+  """`summarise` with the scores of each direction: i2t_* from `i2t`, t2i_* from `t2i`."""
   i2t = summarise(ranked.i2t, ranked.caption_image)
   if ranked.t2i is ranked.i2t:
     return i2t
@@ -166,21 +175,22 @@ def summarise_ranked(
 
 
 def summarise_published(ranked: Ranked) -> dict[str, float]:
-  """`summarise` as the program of TGDT has it: shortlists ranked by `published_ranks`."""
+  """`summarise` as TGDT's program computes it: shortlists ranked by `published_ranks`."""
   if ranked.shortlists is None:
     return summarise_ranked(ranked)
-  (captions, caption_scores), (pictures, picture_scores) = ranked.shortlists
+  (captions, caption_scores), (images, image_scores) = ranked.shortlists
   owner = ranked.caption_image
-  return _summary(
+  return summarise_ranks(
     published_ranks(owner[captions] == np.arange(len(captions))[:, None], caption_scores),
-    published_ranks(pictures == owner[:, None], picture_scores),
+    published_ranks(images == owner[:, None], image_scores),
   )
 
 
 def merge_directions(i2t: dict[str, float], t2i: dict[str, float]) -> dict[str, float]:
-  """One report of two: image to text of the first, text to image of the second, sums anew.
+  """Joins the image-to-text numbers of one report and the text-to-image numbers of another.
 
-  For systems that rerank each direction on its own, whose two score matrices differ.
+  Sums over both directions are computed again. For two stages, where the directions have different
+  score matrices.
   """
   out = {k: (t2i if "t2i" in k else i2t)[k] for k in i2t}
   for prefix in (k.removesuffix("rsum") for k in i2t if k.endswith("rsum")):
@@ -195,9 +205,10 @@ def folds(scores: np.ndarray, caption_image: np.ndarray, n_folds: int = 5) -> di
   """`summarise` averaged over `n_folds` consecutive blocks of images with their own captions.
 
   On the 5,000 COCO test images in the order of the ids this is the 1K protocol (Karpathy and
-  Fei-Fei, CVPR 2015). Captions of other folds are no candidates. scores [I, T], caption_image [T].
+  Fei-Fei, CVPR 2015). Captions of other folds are no candidates. scores [I, T], caption_image int
+  [T].
   """
-  scores, caption_image = _checked(scores, caption_image)
+  scores, caption_image = check_scores(scores, caption_image)
   return average(
     [
       summarise(scores[rows, columns], caption_image[columns] - rows.start)
@@ -209,9 +220,9 @@ def folds(scores: np.ndarray, caption_image: np.ndarray, n_folds: int = 5) -> di
 def split_folds(
   n_images: int, caption_image: np.ndarray, n_folds: int
 ) -> list[tuple[slice, slice | np.ndarray]]:
-  """Rows and columns of consecutive blocks of images with their own captions.
+  """Rows and columns of `n_folds` consecutive blocks of images with their own captions.
 
-  Raises ValueError where `n_images` do not divide into `n_folds`.
+  Raises ValueError if n_images is not divisible by n_folds.
   """
   size, rest = divmod(n_images, n_folds)
   if rest or not size:
@@ -219,7 +230,7 @@ def split_folds(
   parts = []
   for start in range(0, n_images, size):
     ours = np.flatnonzero(caption_image // size == start // size)
-    # A slice is a view; captions scattered over the columns have to be copied.
+    # A slice is a view; captions that are not adjacent are copied.
     adjacent = ours[-1] - ours[0] + 1 == len(ours)
     columns = slice(int(ours[0]), int(ours[-1]) + 1) if adjacent else ours
     parts.append((slice(start, start + size), columns))
@@ -227,136 +238,15 @@ def split_folds(
 
 
 def average(parts: Sequence[dict[str, float]], *, published: bool = False) -> dict[str, float]:
-  """The mean over reports of folds. published: rsum six times too large, as in TGDT's program."""
+  """The mean of each number over folds. published: rsum times six, as TGDT's program prints it."""
   out = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
   if published:
     out["rsum"] *= 2 * len(RECALL_AT)
   return out
 
 
-def read_positives(
-  directory: Any, name: str, query_ids: Sequence[int], item_ids: Sequence[int]
-) -> Positives:
-  """Reads `name`.json or `name`.json.gz of `directory` (a pathlib or epath path): query id -> ids.
-
-  query_ids and item_ids give the ids of the rows and columns (or columns and rows) of the scores.
-  Every query must be among query_ids. A positive that is no candidate counts in `total` only.
-  """
-  path = directory / f"{name}.json"
-  if path.exists():
-    table = json.loads(path.read_bytes())
-  else:
-    table = json.loads(gzip.decompress((directory / f"{name}.json.gz").read_bytes()))
-  query_at = {int(x): i for i, x in enumerate(query_ids)}
-  item_at = {int(x): i for i, x in enumerate(item_ids)}
-  table = {int(query): set(map(int, items)) for query, items in table.items()}
-  unknown = [query for query in table if query not in query_at]
-  if unknown:
-    raise ValueError(
-      f"{name}: {len(unknown)} of {len(table)} queries are not in the test set (ids {unknown[:5]})"
-    )
-  pairs = [
-    (n, item_at[item])
-    for n, items in enumerate(table.values())
-    for item in items
-    if item in item_at
-  ]
-  pair, item = np.array(pairs, np.int64).reshape(-1, 2).T
-  query = np.array([query_at[x] for x in table], np.int64)
-  total = np.array([len(items) for items in table.values()], np.int64)
-  return Positives(query, total, pair, item)
-
-
-def precision_at_r(rows: Iterable[np.ndarray], positives: Positives) -> dict[str, float]:
-  """Recalls and R-precision metrics of queries with R positives each, R different per query.
-
-  With hit_k = 1 where the candidate of 0-based rank k is a positive, and P_k the share of hits
-  among the first k + 1 candidates:
-
-    r{K} = 100 * mean over queries of [any hit_k, k < K]
-    rprecision = 100 * mean of P_{R-1}
-    map_at_r = 100 * mean of (1/R) sum_{k < R} hit_k P_k
-
-  Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, section 3.2; used by Chun et al.,
-  "ECCV Caption", ECCV 2022, whose numbers these are. Only the first max(R, 10) candidates of a
-  query are put in order.
-
-  Args:
-    rows: the scores [N] of each query, in the order of `positives.query`.
-    positives: from `read_positives`.
-  """
-  bounds = np.searchsorted(positives.pair, np.arange(len(positives.query) + 1))
-  found = {k: [] for k in RECALL_AT}
-  precision, average = [], []
-  for n, row in enumerate(rows):
-    row, total = np.asarray(row, np.float32), positives.total[n]
-    depth = min(max(total, *RECALL_AT), len(row))
-    lowest = np.partition(row, len(row) - depth)[len(row) - depth]
-    candidates = np.flatnonzero(row >= lowest)
-    first = candidates[np.argsort(-row[candidates], kind="stable")[:depth]]
-    hits = np.isin(first, positives.item[bounds[n] : bounds[n + 1]])
-    for k in RECALL_AT:
-      found[k].append(hits[:k].any())
-    hits = hits[:total]
-    precision.append(hits.sum() / total)
-    average.append(np.sum(hits * np.cumsum(hits) / np.arange(1, len(hits) + 1)) / total)
-  out = {f"r{k}": 100.0 * float(np.mean(v)) for k, v in found.items()}
-  out["rprecision"] = 100.0 * float(np.mean(precision))
-  out["map_at_r"] = 100.0 * float(np.mean(average))
-  return out
-
-
-def coco_protocol(
-  scores: np.ndarray,
-  image_ids: Sequence[int],
-  caption_ids: Sequence[int],
-  caption_image: np.ndarray,
-  eccv_dir: Any,
-) -> dict[str, float]:
-  """Everything that is reported on the COCO 5K test split.
-
-  coco_5k_*: `summarise`. coco_1k_*: `folds`. cxc_{i2t,t2i}_*: `recalls` with the positives of
-  Crisscrossed Captions (Parekh et al., EACL 2021), whose rank is that of the best positive.
-  eccv_{i2t,t2i}_*: `precision_at_r` with those of ECCV Caption (Chun et al., ECCV 2022).
-
-  Args:
-    scores: [I, T]; read in row blocks, never copied or transposed as a whole.
-    image_ids: [I] COCO image ids in the order of the rows, which is that of the 1K folds.
-    caption_ids: [T] COCO caption annotation ids in the order of the columns.
-    caption_image: int [T] row of each caption's image.
-    eccv_dir: folder with {cxc,eccv}_{image_to_caption,caption_to_image}.json or .json.gz.
-  """
-  scores, caption_image = _checked(scores, caption_image)
-  if scores.shape != (len(image_ids), len(caption_ids)):
-    raise ValueError(
-      f"scores {scores.shape} of {len(image_ids)} image and {len(caption_ids)} caption ids"
-    )
-  read = lambda name, direction: read_positives(
-    eccv_dir,
-    f"{name}_{direction}",
-    *((image_ids, caption_ids) if direction == "image_to_caption" else (caption_ids, image_ids)),
-  )
-  cxc_i2t, cxc_t2i = read("cxc", "image_to_caption"), read("cxc", "caption_to_image")
-  own_rows, own_columns = _own_targets(scores, caption_image)
-  (i2t, cxc_rows), (t2i, cxc_columns) = _count_ahead(
-    scores,
-    [*own_rows, _best(cxc_i2t.query[cxc_i2t.pair], cxc_i2t.item, scores)],
-    [*own_columns, _best(cxc_t2i.query[cxc_t2i.pair], cxc_t2i.item, scores.T)],
-  )
-  eccv_i2t, eccv_t2i = read("eccv", "image_to_caption"), read("eccv", "caption_to_image")
-  # 1,332 of the columns, 27 MB: gathered row by row, as the matrix lies in memory.
-  eccv_columns = scores[:, eccv_t2i.query]
-  report = {
-    "coco_5k": _summary(i2t, t2i),
-    "coco_1k": folds(scores, caption_image),
-    "cxc": _summary(cxc_rows[cxc_i2t.query], cxc_columns[cxc_t2i.query]),
-    "eccv_i2t": precision_at_r((scores[i] for i in eccv_i2t.query), eccv_i2t),
-    "eccv_t2i": precision_at_r(eccv_columns.T.copy(), eccv_t2i),
-  }
-  return {f"{name}_{key}": value for name, part in report.items() for key, value in part.items()}
-
-
-def _checked(scores: np.ndarray, caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_scores(scores: np.ndarray, caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Both as arrays. Raises ValueError if they do not fit, or an image has no caption."""
   scores, caption_image = np.asarray(scores), np.asarray(caption_image)
   if scores.ndim != 2 or caption_image.shape != (scores.shape[1],) or not caption_image.size:
     raise ValueError(f"scores {scores.shape} do not fit caption_image {caption_image.shape}")
@@ -368,8 +258,11 @@ def _checked(scores: np.ndarray, caption_image: np.ndarray) -> tuple[np.ndarray,
   return scores, caption_image
 
 
-def _summary(i2t: np.ndarray, t2i: np.ndarray) -> dict[str, float]:
-  """Recalls of 0-based ranks [I] and [T] with the sums over both directions."""
+def summarise_ranks(i2t: np.ndarray, t2i: np.ndarray) -> dict[str, float]:
+  """`recalls` of 0-based ranks [I] and [T] as i2t_* and t2i_*, and their sums.
+
+  rsum = the sum of the six recalls; mean_r = rsum / 6; mean_r1 = mean of the two R@1.
+  """
   directions = {"i2t": recalls(i2t), "t2i": recalls(t2i)}
   out = {f"{d}_{key}": value for d, part in directions.items() for key, value in part.items()}
   out["rsum"] = sum(part[f"r{k}"] for part in directions.values() for k in RECALL_AT)
@@ -378,14 +271,10 @@ def _summary(i2t: np.ndarray, t2i: np.ndarray) -> dict[str, float]:
   return out
 
 
-# A target: float32 [Q] score of each query's best positive and int64 [Q] its position.
-_Target = tuple[np.ndarray, np.ndarray]
+def best_positives(query: np.ndarray, item: np.ndarray, scores: np.ndarray) -> Target:
+  """The best of the positive pairs (query int [P], item int [P]) of each row of scores [Q, N].
 
-
-def _best(query: np.ndarray, item: np.ndarray, scores: np.ndarray) -> _Target:
-  """The best of the positive pairs query [P], item [P] for each query (row) of scores [Q, N].
-
-  A query without a pair gets -inf and the position past the end: it ranks behind everything.
+  A row without a pair gets the score -inf and position N, which rank behind all candidates.
   """
   value = np.asarray(scores[query, item], np.float32)
   best = np.full(len(scores), -np.inf, np.float32)
@@ -396,28 +285,30 @@ def _best(query: np.ndarray, item: np.ndarray, scores: np.ndarray) -> _Target:
   return best, where
 
 
-def _own_targets(
-  scores: np.ndarray, caption_image: np.ndarray
-) -> tuple[list[_Target], list[_Target]]:
+def own_targets(scores: np.ndarray, caption_image: np.ndarray) -> tuple[Target, Target]:
+  """Of each image (row) its best caption, and of each caption (column) its image."""
   captions = np.arange(len(caption_image))
-  return [_best(caption_image, captions, scores)], [_best(captions, caption_image, scores.T)]
+  return (
+    best_positives(caption_image, captions, scores),
+    best_positives(captions, caption_image, scores.T),
+  )
 
 
-def _count_ahead(
-  scores: np.ndarray, rows: Sequence[_Target], columns: Sequence[_Target]
+def count_ahead(
+  scores: np.ndarray, rows: Sequence[Target], columns: Sequence[Target]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """The 0-based ranks of targets of the rows and of the columns of scores [I, T], in one pass.
+  """0-based ranks of the targets of the rows and of the columns of scores [I, T], in one pass.
 
-  Each row is read from memory once and serves all counts while it is in cache: along the row for
-  its own query, and added to a running count per column, so that no column is ever gathered.
-  Returns int64 [I] per target of `rows` and int64 [T] per target of `columns`.
+  A row is read from memory once, for its own ranks and for a running count per column, so that no
+  column is gathered. Returns int64 [I] per target of `rows` and int64 [T] per target of `columns`.
+  Raises NonFiniteError.
   """
   n_rows, n_columns = scores.shape
   row_ranks = [np.zeros(n_rows, np.int64) for _ in rows]
   column_ranks = [np.zeros(n_columns, np.int64) for _ in columns]
   tallies = [np.zeros(n_columns, np.uint8) for _ in columns]
   ahead, tied = np.empty((2, n_columns), bool)
-  # Equal scores count only above the positive's row: `above` holds for the columns not there yet.
+  # Equal scores count only in rows above the positive's: `above` marks columns not yet there.
   above = [np.ones(n_columns, bool) for _ in columns]
   orders = [np.argsort(where, kind="stable") for _, where in columns]
   bounds = [

@@ -1,4 +1,4 @@
-"""From ranked scores to the numbers that config.eval asks for, under their names."""
+"""From ranked scores to the numbers that config.eval asks for. `options` is config.eval."""
 
 import functools
 import time
@@ -10,62 +10,122 @@ from absl import logging
 from etils import epath
 
 from xmodal_jax.data import inputs as inputs_lib
-from xmodal_jax.data import records
-from xmodal_jax.evaluation import metrics, ndcg
+from xmodal_jax.data import mix, records
+from xmodal_jax.evaluation import coco, metrics, ndcg
 
-# Rows and columns of the score matrix: all, or those of a fold.
+# Rows and columns of the score matrix: all of them, or those of one fold.
 Part = tuple[slice, slice | np.ndarray]
 WHOLE: Part = (slice(None), slice(None))
 
+# (scores [I, T], caption_image [T]) -> {name: number}
+Summarise = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
-def methods(config: Any) -> list[str]:
-  """What NDCG is computed by. Raises ValueError for what config.eval.ndcg or protocol cannot be."""
-  e = config.eval
-  names = [name.strip() for name in e.ndcg.split(",")] if e.ndcg else []
+
+def check(options: Any) -> list[str]:
+  """The relevance methods of config.eval.ndcg. Raises ValueError for unknown names or protocol."""
+  names = [name.strip() for name in options.ndcg.split(",")] if options.ndcg else []
   unknown = [name for name in names if name not in ndcg.METHODS]
   if unknown or len(set(names)) < len(names):
     raise ValueError(
-      f"config.eval.ndcg is {e.ndcg!r}: expected different ones of {', '.join(ndcg.METHODS)} "
-      "with commas between them"
+      f"config.eval.ndcg is {options.ndcg!r}: expected a comma-separated list of different names "
+      f"out of {', '.join(ndcg.METHODS)}"
     )
-  if e.protocol not in ("right", "original"):
-    raise ValueError(f'config.eval.protocol is {e.protocol!r}: expected "right" or "original"')
+  if options.protocol not in ("right", "original"):
+    raise ValueError(
+      f'config.eval.protocol is {options.protocol!r}: expected "right" or "original"'
+    )
   return names
 
 
 def grades(
-  config: Any, inputs: inputs_lib.Inputs, split_key: str, compute: bool = True
+  options: Any, split: records.Split | mix.Joined, compute: bool = True
 ) -> dict[str, np.ndarray]:
-  """Relevances float32 [T, I] of config.data[split_key] by method, for config.eval.ndcg.
+  """Relevances float32 [T, I] of a split for each method of config.eval.ndcg.
 
-  Those of config.eval.relevance_dir; ROUGE-L is computed where they lack it, and kept in the folder
-  `relevances` of `inputs.data_home` for the next time. compute: False leaves out what would be.
-  Raises ValueError for a file that does not fit the split, FileNotFoundError where there is none.
+  They are read from config.eval.relevance_dir. ROUGE-L is computed where there is no file, and
+  cached in the folder `relevances` of `inputs.data_home`.
+
+  Args:
+    compute: False only reads the files there are, and leaves out what would have to be computed.
+
+  Raises:
+    ValueError: a file does not fit the split. FileNotFoundError: there is no file.
   """
-  out, name = {}, config.data[split_key]
-  folder = epath.Path(config.eval.relevance_dir or ".").expanduser()
-  for method in methods(config):
-    path = ndcg.find(folder, name, method) if config.eval.relevance_dir else None
+  out, name = {}, _split_name(split)
+  folder = epath.Path(options.relevance_dir or ".").expanduser()
+  for method in check(options):
+    path = ndcg.find(folder, name, method) if options.relevance_dir else None
     if path is None and method != "rougeL":
-      where = f"config.eval.relevance_dir {str(config.eval.relevance_dir)!r}"
       raise FileNotFoundError(
-        f"config.eval.ndcg names {method}, but {where} has no *-{name}-{method}.npy; it cannot be "
-        "computed here: use the distributed files, or leave it out"
+        f"config.eval.ndcg names {method}, but config.eval.relevance_dir "
+        f"{str(options.relevance_dir)!r} has no *-{name}-{method}.npy, and {method} cannot be "
+        "computed here: use the distributed files, or remove it from config.eval.ndcg"
       )
-    split = inputs.split(split_key)
     shape = int(split.captions_per_record.sum()), len(split)
     if path is None:
-      path = _computed(split, name, shape, compute)
+      path = _rouge_l_file(split, name, shape, compute)
     if path is not None:
       out[method] = ndcg.read(path, *shape)
   return out
 
 
-def _computed(
-  split: records.Split, name: str, shape: tuple[int, int], compute: bool
+def report(
+  options: Any,
+  split: records.Split,
+  rank: Callable[[Part], metrics.Ranked],
+  graded: Mapping[str, np.ndarray],
+  *,
+  is_test: bool,
+  published: bool = False,
+) -> dict[str, float]:
+  """The metrics that config.eval asks for.
+
+  Args:
+    rank: ranks the whole split, or one fold by itself.
+    graded: from `grades`.
+    is_test: ECCV Caption, CxC and folds are reported on the test split only.
+    published: adds published_*, the numbers as TGDT's program computes them.
+  """
+  whole = rank(WHOLE)
+  wrong = [v.shape for v in graded.values() if v.shape != whole.i2t.T.shape]
+  if wrong:
+    raise ValueError(
+      f"config.eval.ndcg: relevances {wrong[0]} for {whole.i2t.T.shape} captions and images; "
+      "NDCG needs every image of the split, and some could not be read"
+    )
+  eccv = options.eccv_dir and is_test
+  summarise = functools.partial(_coco, options.eccv_dir, split) if eccv else metrics.summarise
+  dtype = options.score_dtype
+  ours, theirs = _numbers(dtype, whole, graded, published, summarise)
+  if options.folds and is_test and not eccv:
+    n_images, owner = len(whole.i2t), whole.caption_image
+    del whole  # with two stages these are two matrices
+    pairs = [
+      _numbers(dtype, rank((i, t)), {k: v[t, i] for k, v in graded.items()}, published)
+      for i, t in metrics.split_folds(n_images, owner, options.folds)
+    ]
+    our_folds, their_folds = zip(*pairs, strict=True)
+    prefix = f"folds{options.folds}_"
+    ours |= _prefixed(prefix, metrics.average(our_folds))
+    if published:
+      theirs |= _prefixed(prefix, metrics.average(their_folds, published=True))
+  return ours | _prefixed("published_", theirs)
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+  return {f"{prefix}{k}": v for k, v in values.items()}
+
+
+def _split_name(split: records.Split | mix.Joined) -> str:
+  """Its name in every data set that it is joined from."""
+  return split.parts[0].name if isinstance(split, mix.Joined) else split.name
+
+
+def _rouge_l_file(
+  split: records.Split | mix.Joined, name: str, shape: tuple[int, int], compute: bool
 ) -> epath.Path | None:
-  """The file of ROUGE-L relevances of a split, which is written first where it does not exist."""
-  size = "x".join(map(str, shape))  # the fingerprint does not know how many captions count
+  """The cached ROUGE-L relevances [T, I] of a split, computed first unless `compute` is False."""
+  size = "x".join(map(str, shape))  # the fingerprint leaves out how many captions are used
   folder = inputs_lib.data_home() / "relevances"
   path = folder / f"{split.fingerprint[:16]}_{size}-{name}-rougeL.npy"
   if not path.exists():
@@ -77,59 +137,19 @@ def _computed(
   return path
 
 
-def report(
-  config: Any,
-  split: records.Split,
-  split_key: str,
-  rank: Callable[[Part], metrics.Ranked],
-  graded: Mapping[str, np.ndarray],
-  *,
-  published: bool = False,
-) -> dict[str, float]:
-  """The metrics that the config asks for; ECCV Caption, CxC and folds only on the test split.
-
-  rank: ranks the whole, or one fold alone. graded: from `grades`. published: also published_*, the
-  numbers of the program of TGDT.
-  """
-  e, test = config.eval, split_key == "test"
-  whole = rank(WHOLE)
-  wrong = [v.shape for v in graded.values() if v.shape != whole.i2t.T.shape]
-  if wrong:
-    raise ValueError(
-      f"config.eval.ndcg: relevances {wrong[0]} for {whole.i2t.T.shape} captions and pictures; "
-      "NDCG needs every picture of the split, and some could not be read"
-    )
-  owner = whole.caption_image
-  coco = functools.partial(_coco, e, split)
-  summarise = coco if e.eccv_dir and test else metrics.summarise
-  out, theirs = _numbers(e, whole, graded, published, summarise)
-  if e.folds and test and not e.eccv_dir:
-    n_images = len(whole.i2t)
-    del whole  # two matrices, where there are two stages
-    pairs = [
-      _numbers(e, rank(part), {k: v[part[1], part[0]] for k, v in graded.items()}, published)
-      for part in metrics.split_folds(n_images, owner, e.folds)
-    ]
-    ours, fold_theirs = zip(*pairs, strict=True)
-    name = lambda values: {f"folds{e.folds}_{k}": v for k, v in values.items()}
-    out |= name(metrics.average(ours))
-    if published:
-      theirs |= name(metrics.average(fold_theirs, published=True))
-  return out | {f"published_{k}": v for k, v in theirs.items()}
-
-
 def _numbers(
-  e: Any,
+  score_dtype: str,
   ranked: metrics.Ranked,
   graded: Mapping[str, np.ndarray],
   published: bool,
-  summarise: Callable[[np.ndarray, np.ndarray], dict[str, float]] = metrics.summarise,
+  summarise: Summarise = metrics.summarise,
 ) -> tuple[dict[str, float], dict[str, float]]:
-  """Numbers of a ranking by config.eval, and the published program's: none unless `published`."""
-  if e.score_dtype != "float32":
-    i2t = ranked.i2t.astype(e.score_dtype)
-    one = ranked.t2i is ranked.i2t
-    ranked = ranked._replace(i2t=i2t, t2i=i2t if one else ranked.t2i.astype(e.score_dtype))
+  """(our numbers of a ranking, those of TGDT's program; the latter empty unless `published`)."""
+  if score_dtype != "float32":
+    i2t = ranked.i2t.astype(score_dtype)
+    one_stage = ranked.t2i is ranked.i2t
+    t2i = i2t if one_stage else ranked.t2i.astype(score_dtype)
+    ranked = ranked._replace(i2t=i2t, t2i=t2i)
   ours = metrics.summarise_ranked(ranked, summarise)
   theirs = metrics.summarise_published(ranked) if published else {}
   for method, values in graded.items():
@@ -141,12 +161,14 @@ def _numbers(
 
 
 def _coco(
-  e: Any, split: records.Split, scores: np.ndarray, caption_image: np.ndarray
+  eccv_dir: str, split: records.Split, scores: np.ndarray, caption_image: np.ndarray
 ) -> dict[str, float]:
-  """ECCV Caption and CxC beside the rest; the 5K numbers keep their plain names."""
-  ids = [(r.image_id, r.caption_ids) for r in split]
-  captions = [c for _, own in ids for c in own]
-  folder = epath.Path(e.eccv_dir).expanduser()
-  out = metrics.coco_protocol(scores, [i for i, _ in ids], captions, caption_image, folder)
-  plain = {k.removeprefix("coco_5k_"): v for k, v in out.items() if k[:8] == "coco_5k_"}
-  return plain | {k: v for k, v in out.items() if k[:8] != "coco_5k_"}
+  """`coco.coco_protocol`; the numbers of the 5K test keep their plain names."""
+  image_ids, caption_ids = [], []
+  for record in split:
+    image_ids.append(record.image_id)
+    caption_ids.extend(record.caption_ids)
+  folder = epath.Path(eccv_dir).expanduser()
+  out = coco.coco_protocol(scores, image_ids, caption_ids, caption_image, folder)
+  plain = {k.removeprefix("coco_5k_"): v for k, v in out.items() if k.startswith("coco_5k_")}
+  return plain | {k: v for k, v in out.items() if not k.startswith("coco_5k_")}

@@ -1,9 +1,9 @@
-"""The second stage of retrieval: the best candidates of each query, scored pair by pair.
+"""The second stage of retrieval: rescores the best candidates of each query pair by pair.
 
-Features that only this stage reads never leave the devices. Pictures stay where they were encoded;
-captions, ordered by length, are handed to every device a block at a time, cut to the longest of
-the block; each device scores, in calls of few static shapes, the candidate pairs of its own
-pictures, several captions of a picture together.
+Features that only this stage reads never leave the devices. Image features stay on the device that
+encoded them. Captions are sorted by length and replicated one block at a time, cut to the block's
+longest. Each device scores the candidate pairs of its own images, several captions of an image
+together, in calls of few static shapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,121 +18,184 @@ from jax.sharding import PartitionSpec as P
 
 from xmodal_jax.distributed import sharding as sharding_lib
 from xmodal_jax.evaluation import metrics
+from xmodal_jax.evaluation.metrics import Shortlist
+from xmodal_jax.models.base import System
 
-_TOKENS = 8  # lengths of captions are rounded up to multiples, so that few programs are compiled
+_TOKENS = 8  # caption lengths are rounded up to multiples of this, to compile few programs
+
+
+class SecondStage(NamedTuple):
+  """Candidates: captions per image, images per caption. mix: weight of the first-stage score."""
+
+  top_k_text: int
+  top_k_image: int
+  mix: float
+
+
+def second_stage(options: Any, system: System) -> SecondStage | None:
+  """The second stage by config.eval, None values being the system's own; None: one stage.
+
+  Raises ValueError if the system has none, or only one number of candidates is 0.
+  """
+
+  def choose(option, default):
+    return default if option is None else option
+
+  top_k_text = choose(options.top_k_text, system.top_k_text)
+  top_k_image = choose(options.top_k_image, system.top_k_image)
+  if top_k_text == top_k_image == 0:
+    return None
+  if not system.second_stage or min(top_k_text, top_k_image) <= 0:
+    raise ValueError(
+      f"config.eval.top_k_text and top_k_image are {top_k_text} and {top_k_image}: a second stage "
+      f"needs both, and {type(system).__name__} {'has' if system.second_stage else 'has none'}"
+    )
+  return SecondStage(top_k_text, top_k_image, choose(options.stage_mix, system.stage_mix))
 
 
 class Bank:
-  """Features of one side on the devices: batch after batch in leaves [S, b, ...], b sharded.
+  """Features of one side on the devices, all batches in leaves [S, b, ...] with b sharded.
 
-  valid: bool [S * b], which rows hold something. floating leaves are kept in `dtype`.
+  steps: S, the number of batches. Floating-point leaves are stored in `dtype`. A row's place is its
+  number over all batches.
   """
 
   def __init__(self, steps: int, batch_sharding: NamedSharding, dtype: Any):
-    self.steps, self.dtype, self.leaves, self.valid = steps, dtype, {}, []
+    self.steps, self.dtype, self.leaves = steps, dtype, {}
+    self.valid: list[np.ndarray] = []  # bool [b] of each batch: rows that are no padding
     self.sharding = NamedSharding(batch_sharding.mesh, P(None, *batch_sharding.spec))
+    self.replicated = NamedSharding(batch_sharding.mesh, P())
 
   def add(self, features: dict[str, jax.Array], valid: np.ndarray) -> None:
-    """Stores the rows [b, ...] of the next batch."""
+    """Stores the next batch: features [b, ...], valid bool [b]."""
     step = len(self.valid)
     if not self.leaves:
-      kind = lambda t: self.dtype if jnp.issubdtype(t, jnp.floating) else t
-      types = tuple((k, (self.steps, *v.shape), kind(v.dtype)) for k, v in features.items())
-      self.leaves = _zeros(types, self.sharding)
-    at = sharding_lib.place(np.int32(step), NamedSharding(self.sharding.mesh, P()))
+      self.leaves = _zeros(
+        tuple((k, (self.steps, *v.shape), self._stored(v.dtype)) for k, v in features.items()),
+        self.sharding,
+      )
+    at = sharding_lib.place(np.int32(step), self.replicated)
     self.leaves = _store(self.leaves, features, at)
     self.valid.append(valid)
 
+  def _stored(self, dtype: Any) -> Any:
+    return self.dtype if jnp.issubdtype(dtype, jnp.floating) else dtype
+
   @property
   def places(self) -> np.ndarray:
-    """int [N]: place of each valid row, counted over all batches."""
+    """int [N]: places of the valid rows."""
     return np.flatnonzero(np.concatenate(self.valid))
 
   def lengths(self) -> np.ndarray:
-    """int [S * b]: tokens in each row by the leaf `mask`; the same for all without one."""
+    """int [S * b]: number of tokens of each row by the leaf `mask`; zeros without that leaf."""
     if "mask" not in self.leaves:
       return np.zeros(self.steps * len(self.valid[0]), int)
-    whole = NamedSharding(self.sharding.mesh, P())
-    return np.asarray(jax.device_get(_count(self.leaves["mask"], whole)))
+    return np.asarray(jax.device_get(_count_tokens(self.leaves["mask"], self.replicated)))
 
   def block(self, places: np.ndarray, length: int | None = None) -> dict[str, jax.Array]:
-    """Leaves [K, ...] of the rows at `places` [K], whole on every device.
+    """Leaves [K, ...] of the rows at `places` int [K], replicated.
 
-    length: of the token axis, where there is a mask; what is cut off must be padding. None: all.
+    length: cuts the token axis of leaves beside a mask; all that is cut must be padding.
     """
-    whole = NamedSharding(self.sharding.mesh, P())
-    step, row = (sharding_lib.place(x, whole) for x in np.divmod(places, len(self.valid[0])))
-    return _block(self.leaves, step, row, length, whole)
+    at = np.divmod(places, len(self.valid[0]))
+    step, row = (sharding_lib.place(x, self.replicated) for x in at)
+    return _block(self.leaves, step, row, length, self.replicated)
 
 
-# Functions of the module, not of an object: what they compile outlives an evaluation.
+# Module-level functions, so that their compilations are shared by all banks.
 
 
 @jax.jit(static_argnums=(0, 1))
 def _zeros(types, sharding):
-  zeros = lambda shape, dtype: jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
-  return {k: zeros(shape, dtype) for k, shape, dtype in types}
+  """types: ((name, shape, dtype), ...) -> {name: zeros}."""
+  zeros = {k: jnp.zeros(shape, dtype) for k, shape, dtype in types}
+  return jax.lax.with_sharding_constraint(zeros, sharding)
 
 
 @jax.jit(static_argnums=1)
-def _count(mask, whole):
-  return jax.lax.with_sharding_constraint(mask.sum(-1).reshape(-1), whole)
+def _count_tokens(mask, replicated):
+  return jax.lax.with_sharding_constraint(mask.sum(-1).reshape(-1), replicated)
 
 
 @jax.jit(donate_argnums=0)
 def _store(leaves, features, step):
-  put = lambda bank, x: jax.lax.dynamic_update_index_in_dim(bank, x.astype(bank.dtype), step, 0)
+  def put(bank, x):
+    return jax.lax.dynamic_update_index_in_dim(bank, x.astype(bank.dtype), step, 0)
+
   return {k: put(leaves[k], features[k]) for k in leaves}
 
 
 @jax.jit(static_argnums=(3, 4))
-def _block(leaves, step, row, length, whole):
+def _block(leaves, step, row, length, replicated):
   full = leaves["mask"].shape[2] if length is not None and "mask" in leaves else None
 
-  def one(x):
+  def take(x):
     x = x[:, :, :length] if x.ndim > 2 and x.shape[2] == full else x
-    return jax.lax.with_sharding_constraint(x[step, row], whole)
+    return jax.lax.with_sharding_constraint(x[step, row], replicated)
 
-  return jax.tree.map(one, leaves)
+  return jax.tree.map(take, leaves)
 
 
 def make_rerank_step(
   graphdef: nnx.GraphDef, batch_sharding: NamedSharding
 ) -> Callable[..., jax.Array]:
-  """jitted (params, stats, picture bank, caption block, picture [N], caption [N, M]) -> [N, M].
+  """jitted (params, stats, bank, block, image, caption) -> replicated scores float32 [N, M].
 
-  N is sharded like the rows of a batch. picture counts a device's own rows of the bank, caption
-  the rows of the block. The scores, float32, are whole on every device.
+  bank: the leaves of the image bank. block: replicated caption features [K, ...]. image: int [N],
+  sharded like a batch, rows of the device's own shard of the bank. caption: int [N, M], sharded
+  alike, rows of the block.
   """
-  spec, whole = batch_sharding.spec, NamedSharding(batch_sharding.mesh, P())
-  banked = P(None, *spec)
+  spec = batch_sharding.spec
 
-  def fetch(bank, block, picture, caption):
-    pick = lambda x: x.reshape(-1, *x.shape[2:])[picture]
-    return jax.tree.map(pick, bank), jax.tree.map(lambda x: x[caption], block)
+  def gather(bank, block, image, caption):
+    images = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[image], bank)
+    texts = jax.tree.map(lambda x: x[caption], block)
+    return images, texts
 
-  fetch = jax.shard_map(
-    fetch, mesh=batch_sharding.mesh, in_specs=(banked, P(), spec, spec), out_specs=(spec, spec)
+  gather = jax.shard_map(
+    gather,
+    mesh=batch_sharding.mesh,
+    in_specs=(P(None, *spec), P(), spec, spec),
+    out_specs=(spec, spec),
   )
 
-  def step(params, stats, bank, block, picture, caption):
-    images, texts = fetch(bank, block, picture, caption)
+  def rerank_step(params, stats, bank, block, image, caption):
+    images, texts = gather(bank, block, image, caption)
     return nnx.merge(graphdef, params, stats).rerank(images, texts).astype(jnp.float32)
 
-  return jax.jit(step, out_shardings=whole)
+  return jax.jit(rerank_step, out_shardings=NamedSharding(batch_sharding.mesh, P()))
 
 
 class Calls(NamedTuple):
-  """What each call scores: picture int32 [C, N], caption int32 [C, N, M], pair int64 [C, N, M] the
-  number of the pair, -1 for filling."""
+  """The arguments of C calls of the rerank step, N images with M captions each.
 
-  picture: np.ndarray
+  image: int32 [C, N]. caption: int32 [C, N, M]. pair: int64 [C, N, M], number of the pair, -1 for
+  padding.
+  """
+
+  image: np.ndarray
   caption: np.ndarray
   pair: np.ndarray
 
 
+def unique_pairs(
+  captions: np.ndarray, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The distinct pairs of candidate captions [I, k] of images and images [T, k'] of captions.
+
+  Returns (image int [N], caption int [N], inverse): inverse [I * k + T * k'] is the number of the
+  pair of each candidate, those of the images first. Pairs of both directions are scored once.
+  """
+  n_images, n_captions = len(captions), len(images)
+  image = np.concatenate([np.repeat(np.arange(n_images), captions.shape[1]), images.ravel()])
+  caption = np.concatenate([captions.ravel(), np.repeat(np.arange(n_captions), images.shape[1])])
+  pair, inverse = np.unique(image * n_captions + caption, return_inverse=True)
+  image, caption = np.divmod(pair, n_captions)
+  return image, caption, inverse
+
+
 def schedule(
-  picture: np.ndarray,
+  image: np.ndarray,
   caption: np.ndarray,
   *,
   batch: int,
@@ -140,45 +203,63 @@ def schedule(
   block: int,
   shape: tuple[int, int],
 ) -> dict[int, Calls]:
-  """Spreads pairs over devices and calls, by the number of the block of captions.
+  """Distributes pairs over caption blocks, calls and devices.
 
-  picture: int [N], places in a bank whose batches have `batch` rows spread evenly over `devices`.
-  caption: int [N], of which `block` neighbours make a block. shape: pictures and captions of a
-  device's call.
+  Args:
+    image: int [N], places in a bank whose batches have `batch` rows, spread evenly over `devices`.
+    caption: int [N]; captions block * n .. block * (n + 1) - 1 are block n.
+    shape: images and captions of each image in one device's share of a call.
+
+  Returns:
+    The calls of each block that has pairs.
   """
-  share = batch // devices  # rows of a batch on a device
-  device, step = picture % batch // share, picture // batch
-  local = step * share + picture % share
-  per_call, width = shape
+  rows_per_device = batch // devices
+  step, row = np.divmod(image, batch)
+  device, row = np.divmod(row, rows_per_device)
+  local = step * rows_per_device + row  # row of the device's own shard of the bank
   out = {}
   for first in range(0, int(caption.max(initial=-1)) + 1, block):
     pairs = np.flatnonzero((caption >= first) & (caption < first + block))
-    pairs = pairs[np.lexsort((caption[pairs], local[pairs], device[pairs]))]
-    if not len(pairs):
-      continue
-    # Pairs of one picture are neighbours now; every `width` of them begin a new row of a call.
-    key = device[pairs] * (local.max() + 1) + local[pairs]
-    change = np.flatnonzero(np.diff(key, prepend=-1))
-    run = np.searchsorted(change, np.arange(len(pairs)), "right") - 1
-    place = np.arange(len(pairs)) - change[run]
-    begins = place % width == 0
-    row = np.cumsum(begins) - 1  # over all devices
-    owner = device[pairs[begins]]
-    row -= np.searchsorted(owner, device[pairs])  # within the device
-    calls = -(-(row.max() + 1) // per_call)
-    at = (row // per_call, device[pairs] * per_call + row % per_call)
-    n = (calls, devices * per_call)
-    pictures, captions = np.zeros(n, np.int32), np.zeros((*n, width), np.int32)
-    numbers = np.full((*n, width), -1)
-    pictures[at] = local[pairs]
-    captions[(*at, place % width)] = caption[pairs] - first
-    numbers[(*at, place % width)] = pairs
-    out[first // block] = Calls(pictures, captions, numbers)
+    if len(pairs):
+      pairs = pairs[np.lexsort((caption[pairs], local[pairs], device[pairs]))]
+      out[first // block] = _fill_calls(
+        pairs, device[pairs], local[pairs], caption[pairs] - first, devices, shape
+      )
   return out
 
 
+def _fill_calls(
+  pairs: np.ndarray,
+  device: np.ndarray,
+  local: np.ndarray,
+  caption: np.ndarray,
+  devices: int,
+  shape: tuple[int, int],
+) -> Calls:
+  """The calls for the pairs [n] of one block, sorted by device, then by image."""
+  per_call, width = shape
+  # Pairs of an image are adjacent; every `width` of them fill one row of a call.
+  key = device * (local.max() + 1) + local
+  change = np.flatnonzero(np.diff(key, prepend=-1))  # first pair of each image
+  own = np.searchsorted(change, np.arange(len(pairs)), "right") - 1
+  rank = np.arange(len(pairs)) - change[own]  # within the pairs of the image
+  starts_row = rank % width == 0
+  row = np.cumsum(starts_row) - 1  # over all devices
+  row -= np.searchsorted(device[starts_row], device)  # within the device
+  n_calls = -(-(row.max() + 1) // per_call)
+  call, slot, column = row // per_call, device * per_call + row % per_call, rank % width
+  size = (n_calls, devices * per_call)
+  calls = Calls(
+    np.zeros(size, np.int32), np.zeros((*size, width), np.int32), np.full((*size, width), -1)
+  )
+  calls.image[call, slot] = local
+  calls.caption[call, slot, column] = caption
+  calls.pair[call, slot, column] = pairs
+  return calls
+
+
 class Reranker:
-  """Second-stage scores of candidates. block: captions on every device at a time."""
+  """Scores candidate pairs. block: captions replicated at a time. shape: as for `schedule`."""
 
   def __init__(
     self, graphdef: nnx.GraphDef, batch_sharding: NamedSharding, *, block: int, shape: Sequence[int]
@@ -191,68 +272,75 @@ class Reranker:
     state: Any,
     images: Bank,
     texts: Bank,
-    picture: np.ndarray,
+    image: np.ndarray,
     caption: np.ndarray,
-    stop: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
   ) -> np.ndarray:
-    """float32 [N]: scores of pairs of places in the banks. Raises NonFiniteError."""
+    """Scores float32 [N] of pairs of places in the banks, image int [N] and caption int [N].
+
+    check_stop: called before every call, may raise. Raises NonFiniteError.
+    """
     batch = len(images.valid[0])
     lengths = texts.lengths()
-    order = np.argsort(lengths, kind="stable")  # neighbours in a block are as long as each other
+    order = np.argsort(lengths, kind="stable")  # captions of a block have similar lengths
     size = min(self.block, len(order))
-    planned = schedule(
-      picture,
+    blocks = schedule(
+      image,
       np.argsort(order)[caption],
       batch=batch,
       devices=batch // self.batch_sharding.shard_shape((batch,))[0],
       block=size,
       shape=self.shape,
     )
-    out = np.full(len(picture), np.nan, np.float32)
-    put = lambda x: sharding_lib.place(x, self.batch_sharding)
+    out = np.full(len(image), np.nan, np.float32)
     pending = None
-    for n, calls in planned.items():
+    for n, calls in blocks.items():
       places = np.resize(order[n * size : (n + 1) * size], size)
-      block = texts.block(places, -(-int(lengths[places].max()) // _TOKENS) * _TOKENS)
-      for pictures, captions, numbers in zip(*calls, strict=True):
-        stop()
-        scores = self.step(
-          state.params, state.stats, images.leaves, block, put(pictures), put(captions)
-        )
-        # One call stays in flight, so that the host never makes the device wait.
-        self._take(pending, out)
-        pending = scores, numbers
-    self._take(pending, out)
+      length = -(-int(lengths[places].max()) // _TOKENS) * _TOKENS
+      block = texts.block(places, length)
+      for call in zip(*calls, strict=True):
+        check_stop()
+        rows, columns = (sharding_lib.place(x, self.batch_sharding) for x in call[:2])
+        scores = self.step(state.params, state.stats, images.leaves, block, rows, columns)
+        # One call stays in flight, so that the devices do not wait for the host.
+        _store_scores(pending, out)
+        pending = scores, call[2]
+    _store_scores(pending, out)
     metrics.check_finite("second-stage scores", out[:, None])
     return out
 
-  @staticmethod
-  def _take(pending, out: np.ndarray) -> None:
-    if pending is not None:
-      scores, numbers = jax.device_get(pending[0]), pending[1]
-      out[numbers[numbers >= 0]] = scores[numbers >= 0]
+
+def _store_scores(pending: tuple[jax.Array, np.ndarray] | None, out: np.ndarray) -> None:
+  """Fetches (scores, pair), both [N, M], and writes the scores that are not padding into `out`."""
+  if pending is not None:
+    scores, pair = jax.device_get(pending[0]), pending[1]
+    out[pair[pair >= 0]] = scores[pair >= 0]
 
 
 def promote(first: np.ndarray, candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:
-  """First-stage scores [Q, N] in which the candidates [Q, k] of each row lead in the order of
-  their second-stage `scores` [Q, k]; the others keep their order behind them.
+  """Scores [Q, N] that rank the candidates of each row first and the rest in first-stage order.
 
-  What leads is a place, written as a number above all first-stage scores: second-stage scores of
-  any size keep their order, and equal ones go to the lower position.
+  first: first-stage scores [Q, N]. candidates: int [Q, k], ascending, ordered by their second-stage
+  `scores` [Q, k]. Candidates get integers above all first-stage scores, so that second-stage scores
+  of any magnitude keep their order; ties go to the lower position.
+
+  >>> promote(np.array([[0.9, 0.8, 0.1]]), np.array([[0, 1]]), np.array([[-7.0, 3.0]]))
+  array([[3. , 4. , 0.1]], dtype=float32)
   """
   k = candidates.shape[1]
-  order = np.argsort(-scores, axis=1, kind="stable")  # candidates ascend
-  place = np.empty_like(order)
-  np.put_along_axis(place, order, np.arange(k)[None], 1)
+  order = np.argsort(-scores, axis=1, kind="stable")
+  rank = np.empty_like(order)
+  np.put_along_axis(rank, order, np.arange(k)[None], 1)
   out = np.array(first, np.float32)
   lead = np.ceil(max(float(out.max()), 0.0)) + 1
-  np.put_along_axis(out, candidates, (lead + k - place).astype(np.float32), 1)
+  np.put_along_axis(out, candidates, (lead + k - rank).astype(np.float32), 1)
   return out
 
 
-def combine(first: metrics.Ranked, *shortlists: tuple[np.ndarray, np.ndarray]) -> metrics.Ranked:
-  """A ranking in which the shortlists of pictures and captions, each (candidates [Q, k], their
-  second-stage scores [Q, k]), lead: see `promote`."""
-  by_image, by_text = shortlists
-  t2i = np.ascontiguousarray(promote(first.i2t.T, *by_text).T)
-  return first._replace(i2t=promote(first.i2t, *by_image), t2i=t2i, shortlists=shortlists)
+def combine(first: metrics.Ranked, of_images: Shortlist, of_captions: Shortlist) -> metrics.Ranked:
+  """A first-stage ranking with the shortlists of images and of captions on top; see `promote`."""
+  return first._replace(
+    i2t=promote(first.i2t, *of_images),
+    t2i=np.ascontiguousarray(promote(first.i2t.T, *of_captions).T),
+    shortlists=(of_images, of_captions),
+  )

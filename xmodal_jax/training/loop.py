@@ -13,7 +13,7 @@ from etils import epath
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.distributed import processes, sharding
-from xmodal_jax.evaluation import retrieval
+from xmodal_jax.evaluation import retrieval, tables
 from xmodal_jax.optim import factory, schedules, train_state, transforms
 from xmodal_jax.runtime import flops, initial_state, logs, metric_writers, preemption, setup
 from xmodal_jax.runtime import step as step_lib
@@ -31,8 +31,8 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   workdir = workdir_lib.claim(workdir, workdir_lib.flatten(config))
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)
-  retrieval.check_splits(config, inputs)
-  inputs.check_processes("train", *retrieval.splits(config))
+  retrieval.check_splits(config.eval, inputs)
+  inputs.check_processes("train", *retrieval.evaluated_splits(config.eval))
   run = _run_length(inputs, config.batch_size, config.total)
   total = run.total_steps
   eval_every = schedules.duration_to_steps(config.eval.every, run.steps_per_epoch)
@@ -61,7 +61,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
       )
     writer = stack.enter_context(contextlib.closing(metric_writers.Writer(workdir)))
     writer.jsonl.resume(start, drop="val" if pending else None)
-    evaluator = retrieval.Evaluator(config, inputs, built, stop)
+    evaluator = retrieval.from_config(config, inputs, built, stop)
     rng = jax.jit(jax.random.key, static_argnums=0, out_shardings=built.replicated)(config.seed)
     train_step = built.train_step(tx, rng, shardings, schedule)
     profile = _profiler(workdir, config.profile.first_step, config.profile.steps)
@@ -105,7 +105,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
             try:
               report = evaluator(averaged, config.eval.select)
               writer.scalars(step, "val", report)
-              retrieval.log_table(f"step {step}", report)
+              tables.log_retrieval(f"step {step}", report)
             except retrieval.Interrupted:
               interrupted = True
 
@@ -132,11 +132,11 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
     except retrieval.Interrupted:
       return None
     writer.scalars(checkpoints.latest(), "test", report)
-    retrieval.log_table(f"test, step {best}", report)
+    tables.log_retrieval(f"test, step {best}", report)
     return workdir_lib.write_results(
       workdir,
       report,
-      protocol=retrieval.protocol(config.eval, config.data.test, split),
+      protocol=retrieval.protocol(config.eval, split),
       dataset=workdir_lib.dataset_name(config.data),
       fingerprint=split.fingerprint,
       source=source,
