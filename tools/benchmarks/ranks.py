@@ -30,12 +30,12 @@ def coco(folder: str) -> tuple[np.ndarray, list[int], list[int], np.ndarray, pat
 
 
 def ours(args: argparse.Namespace) -> Form:
-  from xmodal_jax.evaluation import coco
+  from xmodal_jax.evaluation.coco import coco_protocol
 
   inputs, info = coco(args.data), {}
 
   def run():
-    info["metrics"] = coco.coco_protocol(*inputs)
+    info["metrics"] = coco_protocol(*inputs)
 
   return run, info
 
