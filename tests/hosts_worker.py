@@ -146,7 +146,7 @@ def checkpoints_of(folder: pathlib.Path) -> list[int]:
 def main() -> None:
   processes.initialize(JOB["address"], JOB["count"], INDEX)
   programs.install()
-  with processes.exit_together():
+  with processes.exit_together(), tiny.toy_registered():
     logs.setup()
     for run in JOB["runs"]:
       try:

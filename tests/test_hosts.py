@@ -142,18 +142,30 @@ def straight(config, folder: pathlib.Path, devices: int) -> dict:
     return loop.train(config, folder)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+  """What processes do with each other does not depend on the model: most tests use the toy."""
+  with tiny.toy_registered():
+    yield
+
+
 @pytest.fixture(scope="module")
-def run_of_one(tiny_data, tmp_path_factory):
-  """(folder, results): what all of them are compared with."""
-  folder = tmp_path_factory.mktemp("one")
-  return folder, straight(tiny.config(tiny_data, **CHANGES), folder, 4)
+def run_of_one(toy, tiny_data, tmp_path_factory):
+  """system -> (folder, results): what all of them are compared with."""
+
+  @functools.cache
+  def run(system: str = "toy"):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, straight(getattr(tiny, system)(tiny_data, **CHANGES), folder, 4)
+
+  return run
 
 
 @pytest.fixture(scope="module")
 def runs_of_two(tiny_data, tmp_path_factory):
   """(folder, ends): everything that two processes of two devices do in one go."""
   folder = tmp_path_factory.mktemp("two")
-  base = dict(system="config", data=tiny_data)
+  base = dict(system="toy", data=tiny_data)
   other_data = shapes.write(tmp_path_factory.mktemp("other"), sizes=tiny.SIZES, seed=1)
   runs = [
     dict(base, name="straight", changes=CHANGES, check=True),
@@ -169,7 +181,7 @@ def runs_of_two(tiny_data, tmp_path_factory):
 
 
 def test_two_processes_are_one(runs_of_two, run_of_one):
-  (folder, _), (one, results) = runs_of_two, run_of_one
+  (folder, _), (one, results) = runs_of_two, run_of_one()
   assert_same_run(folder / "straight", one, 20)
   for found_by in found(folder, "straight"):  # in --mode eval, of the best checkpoint
     assert found_by["results"] == pytest.approx(results["test"], abs=ATOL)
@@ -208,9 +220,9 @@ def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
   assert here["error"] == "ProcessError: barrier 'lunch': process 1 of 2 did not arrive within 1 s"
 
 
-@pytest.mark.full
-def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, run_of_one, tmp_path):
-  run = dict(system="config", data=tiny_data, name="run", changes=SHORT)
+@pytest.mark.parametrize("system", ["toy", pytest.param("config", marks=pytest.mark.full)])
+def test_killed_and_resumed_by_four_then_two_then_one(system, tiny_data, run_of_one, tmp_path):
+  run = dict(system=system, data=tiny_data, name="run", changes=SHORT)
   ends = start(tmp_path, [dict(run, hit=[[3, "train", "SIGKILL"]])], 4, 1)
   assert ends[3].code == -signal.SIGKILL
   for end in ends[:3]:
@@ -221,8 +233,8 @@ def test_killed_and_resumed_by_four_then_two_then_one(tiny_data, run_of_one, tmp
   # Of step 4 the save was under way when the process died; that of step 2 was whole.
   assert re.search("resuming from step [24]", ends[0].log)
   assert found(tmp_path, "run")[0]["results"] is None
-  straight(tiny.config(tiny_data, **SHORT), tmp_path / "run", 4)
-  assert_same_run(tmp_path / "run", run_of_one[0], 20, "train")
+  straight(getattr(tiny, system)(tiny_data, **SHORT), tmp_path / "run", 4)
+  assert_same_run(tmp_path / "run", run_of_one(system)[0], 20, "train")
 
 
 def test_one_fails_and_tells(runs_of_two):
@@ -234,7 +246,7 @@ def test_one_fails_and_tells(runs_of_two):
 
 def test_the_first_is_killed(tiny_data, tmp_path):
   """Process 0, through which the others hear of each other, while they wait at a barrier."""
-  run = dict(system="config", data=tiny_data, name="run", hit=[[0, "barrier", "SIGKILL"]])
+  run = dict(system="toy", data=tiny_data, name="run", hit=[[0, "barrier", "SIGKILL"]])
   killed, other = start(tmp_path, [run], 2, 1)
   assert killed.code == -signal.SIGKILL and other.code not in (0, None)
   assert other.seconds - killed.seconds < 60

@@ -1,9 +1,12 @@
 """Configs of runs that take seconds: a few dozen scenes, models of a few thousand parameters."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.data.preparing import shapes
+from xmodal_jax.models import registry
 
 BERT = dict(vocab=30522, context=24, width=24, depth=2, heads=2, mlp=48)
 BERT |= dict(dropout=0.1, attention_dropout=0.1)
@@ -116,3 +119,19 @@ def hat(data_dir: str, **changes):
   )
   c.text.tokenizer, c.text.max_merges = "bert", 0
   return _change(c, changes)
+
+
+def toy(data_dir: str, **changes):
+  """The same run with the system of tests/toy, which compiles in a second; see `toy_registered`."""
+  c = config(data_dir)
+  c.model = dict(system="toy", embed=8, image=dict(size=16), text=dict(vocab=714))
+  return _change(c, changes)
+
+
+@contextlib.contextmanager
+def toy_registered() -> Iterator[None]:
+  registry.register("toy", model="toy.model", interop="toy.rules")
+  try:
+    yield
+  finally:
+    del registry.SYSTEMS["toy"]
