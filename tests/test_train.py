@@ -197,7 +197,7 @@ def test_workdir_of_another_config(tiny_data, tmp_path):
 
 
 def test_changed_data(tiny_data, tmp_path):
-  c = tiny.config(tiny_data, total="2 steps", eval__test=False)
+  c = tiny.config(tiny_data, total="4 steps", eval__test=False)
   loop.train(c, tmp_path)
   c.data.train = "val+test"
   path = tmp_path / "config.json"
@@ -240,12 +240,12 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
 
 
 def test_init_from_workdir(tiny_data, tmp_path):
-  c = tiny.config(tiny_data, total="2 steps", eval__test=False)
+  c = tiny.config(tiny_data, total="4 steps", eval__test=False)
   loop.train(c, tmp_path / "a")
   built = setup.build(c)
   params, _, info = restore.load(str(tmp_path / "a"), "clip", built.params, built.stats)
-  assert info["step"] == 2
-  saved = checkpointer.load_model(tmp_path / "a" / "checkpoints" / "2")
+  assert info["step"] == 4
+  saved = checkpointer.load_model(tmp_path / "a" / "checkpoints" / "4")
   jax.tree.map(np.testing.assert_array_equal, params, saved["params"])
   # The same through a PyTorch file of the fine-tuned weights.
   tool = pathlib.Path(__file__).parents[1] / "tools" / "convert.py"
