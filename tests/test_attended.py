@@ -170,7 +170,13 @@ def test_eight_devices(direction, monkeypatch):
   assert not [x for x in gathered if "[16,9,16]" in x.partition(" all-gather(")[0]]
 
 
-@pytest.mark.parametrize("direction", cross_attention.DIRECTIONS)
+@pytest.mark.parametrize(
+  "direction",
+  [
+    d if d == "both" else pytest.param(d, marks=pytest.mark.full)
+    for d in cross_attention.DIRECTIONS
+  ],
+)
 def test_memory(direction):
   """Value and gradient hold neither the weights of all pairs nor, far less, attended vectors."""
   images, texts, regions, words, width = 32, 32, 784, 32, 64

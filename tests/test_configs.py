@@ -74,7 +74,14 @@ def table_file(name, variant) -> pathlib.Path:
   return TABLES / f"{owner}.txt"
 
 
-@pytest.mark.parametrize(("name", "variant"), ALL)
+@pytest.mark.parametrize(
+  ("name", "variant"),
+  [
+    pytest.param(name, variant, marks=[pytest.mark.full] if variant != variants[0] else [])
+    for name, variants in CONFIGS.items()
+    for variant in variants
+  ],
+)
 def test_config_builds_full_size(name, variant, tmp_path):
   """Shapes, shardings and optimizer at full size, abstractly, against the recorded table.
 

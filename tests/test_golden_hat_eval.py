@@ -133,7 +133,9 @@ def test_levels_and_two_stages(data_dir):
   close_scores(scores, found, key="scores_float64_end_to_end")
 
 
-@pytest.mark.parametrize("n", range(len(LEVELS)))
+@pytest.mark.parametrize(
+  "n", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, len(LEVELS)))]
+)
 def test_each_level_alone(n, data_dir):
   want = arrays("evaluation")
   direction = hat_golden.CONFIG["direction"]

@@ -80,7 +80,10 @@ def evaluated(name: str, data_dir: str):
   return golden, read, split, images, texts, scores, second, owner, ev(state, "test")
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+  scope="module",
+  params=[VARIANTS[0], *(pytest.param(v, marks=pytest.mark.full) for v in VARIANTS[1:])],
+)
 def name(request):
   return request.param
 

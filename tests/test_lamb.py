@@ -134,7 +134,7 @@ def unstacked(tree):
   }
 
 
-@pytest.mark.parametrize("decay", [((".*", 1.0),), NO_BIAS])
+@pytest.mark.parametrize("decay", [pytest.param(((".*", 1.0),), marks=pytest.mark.full), NO_BIAS])
 def test_optax_form_equals_optax_lamb_stacked_or_not(decay):
   params, grads = unstacked(draw(0)), [unstacked(draw(10 + i)) for i in range(3)]
   paths = restore.flat(params)
@@ -166,7 +166,7 @@ def test_zero_tensors_take_the_plain_step():
   np.testing.assert_allclose(updates["b"], [[0.0] * 3, [-0.1] * 3], rtol=1e-4)
 
 
-@pytest.mark.parametrize("trust", ["optax", "original"])
+@pytest.mark.parametrize("trust", [pytest.param("optax", marks=pytest.mark.full), "original"])
 def test_eight_devices_equal_one(trust):
   params = draw(0)
   tx = make(params, trust=trust, grad_clip=1.0)

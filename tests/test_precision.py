@@ -52,16 +52,22 @@ CURVED = {"exp", "exp2", "log", "log1p", "expm1", "rsqrt", "sqrt", "pow"}
 
 
 def equations(jaxpr, called_at=None):
-  """(equation, functions it came from) of a jaxpr, inner jaxprs included.
+  """(equation, the equation whose source counts, see `places`) of a jaxpr, inner jaxprs included.
 
   jit caches traced jaxprs together with the source of their first call; equations inside of jit are
   therefore attributed to the function that calls it.
   """
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-    where = called_at or places(eqn)
-    yield eqn, where
+    source = called_at or eqn
+    yield eqn, source
     for inner in core.jaxprs_in_params(eqn.params):
-      yield from equations(inner, where if eqn.primitive.name == "jit" else called_at)
+      yield from equations(inner, source if eqn.primitive.name == "jit" else called_at)
+
+
+@functools.cache
+def file_in_package(name: str) -> str | None:
+  path = pathlib.Path(name)
+  return str(path.relative_to(PACKAGE)) if PACKAGE in path.parents else None
 
 
 def places(eqn) -> list[str]:
@@ -70,37 +76,41 @@ def places(eqn) -> list[str]:
   out = []
   for frame in frames:
     name = frame.function_name.replace("<locals>.", "")
-    if PACKAGE in pathlib.Path(frame.file_name).parents:
-      out.append(f"{pathlib.Path(frame.file_name).relative_to(PACKAGE)}:{name}")
+    if file := file_in_package(frame.file_name):
+      out.append(f"{file}:{name}")
     elif name == "gelu":
       out.append("jax/gelu")
   return out
 
 
-def matches(where: list[str], allowed) -> bool:
+def matches(source, allowed) -> bool:
   at = lambda place, a: place.startswith(a[:-1]) if a.endswith("*") else place == a
-  return any(at(place, a) for place in where for a in allowed)
+  return any(at(place, a) for place in places(source) for a in allowed)
 
 
 def wrong(jaxpr) -> list[str]:
   """Equations of a bfloat16 program in the wrong precision, a line each."""
   out = []
-  for eqn, where in equations(jaxpr):
+
+  def report(problem: str) -> None:
+    operands = [str(v.aval) for v in eqn.invars]
+    out.append(f"{problem}: {eqn.primitive.name} {operands} in {places(source)[:3]}")
+
+  for eqn, source in equations(jaxpr):
     name = eqn.primitive.name
     kinds = [v.aval.dtype for v in eqn.invars if hasattr(v.aval, "dtype")]
-    at = f"{name} {[str(v.aval) for v in eqn.invars]} in {where[:3]}"
     if name in ("dot_general", "conv_general_dilated"):
-      if kinds[:2] == [F32, F32] and not matches(where, FLOAT32_MATMULS):
-        out.append(f"float32 matmul: {at}")
+      if kinds[:2] == [F32, F32] and not matches(source, FLOAT32_MATMULS):
+        report("float32 matmul")
       rounded = BF16 in kinds[:2] and eqn.outvars[0].aval.dtype != F32
-      if rounded and matches(where, ("losses/*",)):
-        out.append(f"scores in bfloat16: {at}")
+      if rounded and matches(source, ("losses/*",)):
+        report("scores in bfloat16")
     elif BF16 in kinds[:1]:
       many = name in SUMS and eqn.invars[0].aval.size > eqn.outvars[0].aval.size
-      if many and not matches(where, SHORT_SUMS):
-        out.append(f"sum in bfloat16: {at}")
-      if name in CURVED and not matches(where, ALONE):
-        out.append(f"norm, softmax or loss in bfloat16: {at}")
+      if many and not matches(source, SHORT_SUMS):
+        report("sum in bfloat16")
+      if name in CURVED and not matches(source, ALONE):
+        report("norm, softmax or loss in bfloat16")
   return out
 
 

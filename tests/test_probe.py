@@ -138,6 +138,7 @@ def test_stop_and_go_on(labelled_data, tower, cached, tmp_path):
     assert lines(tmp_path, kind) == lines(cached, kind)
 
 
+@pytest.mark.full
 def test_streamed(labelled_data, tower, cached, tmp_path):
   """Pictures that are not changed, through the tower each time and stopped within an epoch, make
   the classifier that the kept features make; changed ones another."""
@@ -153,6 +154,7 @@ def test_streamed(labelled_data, tower, cached, tmp_path):
     same(tmp_path / "changed", cached, 1e-3)
 
 
+@pytest.mark.full
 def test_device_count_changes_nothing(labelled_data, tower, cached, tmp_path, monkeypatch):
   monkeypatch.setattr(setup, "build", functools.partial(setup.build, devices=jax.devices()[:1]))
   linear_probe.linear_probe(config(labelled_data, tower), tmp_path)

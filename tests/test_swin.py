@@ -106,6 +106,7 @@ def by_hand(model: swin.Swin, x, key):
   return out
 
 
+@pytest.mark.full
 def test_the_scan_is_the_loop():
   """With drop-path, unrolled and rematerialized."""
   x, key, config = images(4), jax.random.key(3), dict(depths=(5, 1), drop_path=0.3)
@@ -184,6 +185,7 @@ def test_eight_devices_are_one():
   close(step(jax.device_put(params, places), jax.device_put(x, rows)), want)
 
 
+@pytest.mark.full
 def test_bfloat16():
   """Computed in bfloat16 on float32 parameters."""
   small = dict(depths=(2,), heads=(2,))
@@ -218,6 +220,7 @@ def test_published_sizes(name):
   assert sum(k.endswith("attn_mask") for k in state) == total // 2 - 1  # not in the last stage
 
 
+@pytest.mark.full
 def test_a_training_step_of_swin_b_has_gradients_for_all():
   graphdef, params = abstract(**swin.SIZES["base"], remat="nothing_saveable", dtype=jnp.bfloat16)
 

@@ -86,7 +86,7 @@ def chain(built, **changes):
   return factory.make_optimizer(c, schedule, params, tensors)
 
 
-@pytest.mark.parametrize("image", [None, RESNET])
+@pytest.mark.parametrize("image", [None, pytest.param(RESNET, marks=pytest.mark.full)])
 def test_three_steps_in_torch_and_three_in_jax(image, tmp_path):
   built = toy(image)
   run = TorchRun(built)
