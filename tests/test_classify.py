@@ -9,7 +9,7 @@ import tiny
 from flax import nnx
 from labelled import COUNT, NAMES, weights
 
-from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.checkpoints import model_files
 from xmodal_jax.data import inputs
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.evaluation import batching, retrieval, zero_shot
@@ -33,7 +33,7 @@ def model(labelled_data, tmp_path_factory) -> tuple[str, setup.Built]:
   built = setup.build(config(labelled_data))
   folder = tmp_path_factory.mktemp("clip") / "model"
   meta = dict(system="clip", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
-  checkpointer.save_model(folder, *weights(built), meta)
+  model_files.save_model(folder, *weights(built), meta)
   return str(folder), built
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import model_files, restore
 from xmodal_jax.interop import clip as clip_rules
 from xmodal_jax.interop import conversion, rules, torch_files
 from xmodal_jax.interop import meta as meta_lib
@@ -261,7 +261,7 @@ def test_the_tool_in_both_directions(kind, wrapper, tool, tmp_path, capsys):
   meta = meta_lib.read_meta(out)
   assert (meta["system"], meta["source"], meta["wrapper"]) == ("clip", "m.pt", wrapper)
   assert meta["sha256"] == torch_files.sha256(source)
-  tree = checkpointer.load_model(out)
+  tree = model_files.load_model(out)
   stats = {path.rpartition("/")[2] for path in restore.flat(tree.get("stats") or {})}
   assert stats == ({"mean", "var"} if kind == "resnet" else set())
   tool(["--system", "clip", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])

@@ -14,7 +14,7 @@ import team_golden
 from flax import nnx
 from team_golden import CHINESE, FILES, MANIFEST, OF_CLIP
 
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.data import image
 from xmodal_jax.interop import conversion, meta, optimizer_state, torch_files
 from xmodal_jax.interop import team as team_rules
@@ -82,7 +82,7 @@ def test_converts_and_comes_back(name, tool, tmp_path, capsys):
   assert ours[positions].dtype == np.int64
   assert ("2 not in the file: logit_scale, logit_scale_team" in said) == chinese
   if chinese:
-    params = checkpointer.load_model(out)["params"]
+    params = model_files.load_model(out)["params"]
     want = np.float32(team.TEMPERATURE)
     assert params["logit_scale"] == params["logit_scale_team"] == want
   config = meta.read_meta(out)["config"]

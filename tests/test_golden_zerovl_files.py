@@ -14,7 +14,7 @@ from flax import nnx
 from zerovl_golden import EMBEDDING, close, recorded
 
 from xmodal_jax import config as config_lib
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.data import inputs
 from xmodal_jax.evaluation import metrics, retrieval
 from xmodal_jax.interop import conversion, torch_files
@@ -153,7 +153,7 @@ def test_directory_records_the_normalisation_of_pixels(tmp_path):
     system="zerovl", variant="100m", config=section | zerovl.HALF, source="a.pth", sha256="",
     info=info, report=report,
   )  # fmt: skip
-  checkpointer.save_model(tmp_path / "out", params, stats, meta)
+  model_files.save_model(tmp_path / "out", params, stats, meta)
   load = lambda model: restore.load(str(tmp_path / "out"), "zerovl", *abstract(section), model)
   load(section | zerovl.HALF)
   with pytest.raises(

@@ -23,7 +23,7 @@ import pytest
 import tiny
 from test_train import lines
 
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.data.preparing import shapes
 from xmodal_jax.distributed import processes as processes_lib
 from xmodal_jax.distributed import sharding
@@ -116,7 +116,7 @@ def found(folder: pathlib.Path, name: str, count: int = 2) -> list[dict]:
 
 
 def params(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-  return restore.flat(checkpointer.load_model(folder / "checkpoints" / str(step))["params"])
+  return restore.flat(model_files.load_model(folder / "checkpoints" / str(step))["params"])
 
 
 def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None = None) -> None:

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from xmodal_jax import config as config_lib
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import model_files, restore
 from xmodal_jax.distributed import sharding
 from xmodal_jax.models import clip
 from xmodal_jax.runtime import step as step_lib
@@ -63,7 +63,7 @@ def test_workdir_resumes(unpacked, tiny_data, monkeypatch, caplog):
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   losses = {str(r["step"]): r["loss"] for r in rows if r["kind"] == "train"}
   assert losses == pytest.approx(want["losses"], rel=1e-5)
-  params = restore.flat(checkpointer.load_model(workdir / "checkpoints" / "4")["params"])
+  params = restore.flat(model_files.load_model(workdir / "checkpoints" / "4")["params"])
   assert params.keys() == want["parameters"].keys()
   for path, (norm, *last) in want["parameters"].items():
     assert np.linalg.norm(params[path].astype(np.float64)) == pytest.approx(norm, rel=1e-5), path

@@ -14,7 +14,7 @@ import tiny
 from flax import nnx
 from labelled import COUNT, NAMES, weights, write
 
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.data import inputs, pipeline
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.evaluation import features, lbfgs, linear_probe, metrics
@@ -47,7 +47,7 @@ def tower(labelled_data, tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp("tower") / "model"
   params, stats = weights(setup.build(config(labelled_data)))
   meta = dict(system="zerovl", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
-  checkpointer.save_model(folder, params, stats, meta)
+  model_files.save_model(folder, params, stats, meta)
   return folder
 
 

@@ -16,7 +16,7 @@ import test_accumulate
 import test_train
 import tiny
 
-from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.checkpoints import checkpointer, model_files
 from xmodal_jax.distributed import sharding
 from xmodal_jax.runtime import preemption, setup, workdir
 from xmodal_jax.training import loop
@@ -143,7 +143,7 @@ def test_resume_on_another_number_of_devices(tiny_data, tmp_path, monkeypatch):
     loop.train(tiny.config(tiny_data, **changes), folder)
     read = checkpointer.Checkpoints(folder, keep=2, metric="rsum", read_only=True)
     step = read.latest()
-    return step, worker.digest(checkpointer.load_model(folder / "checkpoints" / str(step))), folder
+    return step, worker.digest(model_files.load_model(folder / "checkpoints" / str(step))), folder
 
   assert run("moved", 8, stop_after=2)[0] == 2
   step, moved, folder = run("moved", 1)

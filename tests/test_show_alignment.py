@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from xmodal_jax import config as config_lib
-from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.checkpoints import model_files
 from xmodal_jax.data import image, records
 from xmodal_jax.data.preparing import shapes
 from xmodal_jax.interop import meta as meta_lib
@@ -144,7 +144,7 @@ def get_config(variant=None):
   params = nnx.to_pure_dict(nnx.state(built.init_model(), nnx.Param))
   meta = dict(system="team", source="none", sha256="", config={}, ignored={})
   meta |= dict(converter=meta_lib.VERSION)
-  checkpointer.save_model(folder / "model", params, {}, meta)
+  model_files.save_model(folder / "model", params, {}, meta)
   return ["--config", f"{folder}/small.py:team", "--init", f"{folder}/model"]
 
 

@@ -13,7 +13,7 @@ import team_golden
 import tiny
 from flax import nnx
 
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.interop import clip as clip_rules
 from xmodal_jax.interop import conversion, meta, torch_files
 from xmodal_jax.models import clip, team
@@ -500,7 +500,7 @@ def test_a_run_trains_on_and_resumes_without_them(files, tiny_data, tmp_path):
     shutil.copy(source, copies[key])
   c, run = tiny.team(tiny_data, **SHORT, **copies), tmp_path / "run"
   loop.train(c, str(run))
-  saved = checkpointer.load_model(run / "checkpoints" / "1")
+  saved = model_files.load_model(run / "checkpoints" / "1")
   have, params = restore.flat(saved["params"]), setup.build(c).params
   for side in ("image", "text"):
     for path, value in restore.load_tower(copies[f"init_{side}"], side, "team", params).items():

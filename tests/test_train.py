@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.data import inputs
 from xmodal_jax.distributed import sharding
 from xmodal_jax.evaluation import retrieval
@@ -60,7 +60,7 @@ def test_rerun_changes_nothing(tiny_data, tmp_path, caplog):
   assert loop.train(c, tmp_path)["test"] == first["test"]
   assert lines(tmp_path) == before
   # With the last checkpoint damaged, it resumes from the one before, with bitwise the same result.
-  model = checkpointer.load_model(tmp_path / "checkpoints" / "4")
+  model = model_files.load_model(tmp_path / "checkpoints" / "4")
   files = [p for p in (tmp_path / "checkpoints" / "4").rglob("*") if p.is_file()]
   path = max(files, key=lambda p: p.stat().st_size)
   data = bytearray(path.read_bytes())
@@ -71,7 +71,7 @@ def test_rerun_changes_nothing(tiny_data, tmp_path, caplog):
   name = path.relative_to(tmp_path / "checkpoints" / "4")
   assert f"checkpoint of step 4 is damaged and not used: {name} " in caplog.text
   assert "resuming from step 3" in caplog.text and lines(tmp_path) == before
-  again = checkpointer.load_model(tmp_path / "checkpoints" / "4")
+  again = model_files.load_model(tmp_path / "checkpoints" / "4")
   jax.tree.map(np.testing.assert_array_equal, again, model)
 
 
@@ -185,7 +185,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny_data, tmp_path):
   with pytest.raises(step_lib.NonFiniteLossError, match=r"first bad step is one of \d+\.\.\d+"):
     loop.train(c, tmp_path)
   checkpoints = checkpointer.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
-  model = checkpointer.load_model(tmp_path / "checkpoints" / str(checkpoints.latest()))
+  model = model_files.load_model(tmp_path / "checkpoints" / str(checkpoints.latest()))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(model["params"]))
 
 
@@ -245,7 +245,7 @@ def test_init_from_workdir(tiny_data, tmp_path):
   built = setup.build(c)
   params, _, info = restore.load(str(tmp_path / "a"), "clip", built.params, built.stats)
   assert info["step"] == 4
-  saved = checkpointer.load_model(tmp_path / "a" / "checkpoints" / "4")
+  saved = model_files.load_model(tmp_path / "a" / "checkpoints" / "4")
   jax.tree.map(np.testing.assert_array_equal, params, saved["params"])
   # The same through a PyTorch file of the fine-tuned weights.
   tool = pathlib.Path(__file__).parents[1] / "tools" / "convert.py"

@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are traced
 
 from flax import nnx
 
-from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.interop import conversion, tables, torch_files
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.models import registry
@@ -84,7 +84,7 @@ def to_jax(
     out.mkdir(parents=True)
     torch_files.write(out / meta_lib.BESIDE, {k: report.kept[k] for k in meta["beside"]})
   parts = [{k: v for k, v in flat.items() if (k in stats) == s} for s in (False, True)]
-  checkpointer.save_model(out, *(restore.nested(p) for p in parts), meta)
+  model_files.save_model(out, *(restore.nested(p) for p in parts), meta)
   filled = f", {len(report.filled)} not in the file: {', '.join(report.filled)}"
   return (
     f"{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "
@@ -103,7 +103,7 @@ def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
       raise SystemExit(f"{source}/checkpoints is empty")
     meta["system"], tree = found[1]["system"], found[2]
   else:
-    meta, tree = meta_lib.read_meta(source), checkpointer.load_model(source)
+    meta, tree = meta_lib.read_meta(source), model_files.load_model(source)
   if meta["system"] != system:
     raise SystemExit(f"{source} holds a {meta['system']} model, not {system}")
   flat = restore.flat(tree["params"]) | restore.flat(tree.get("stats") or {})

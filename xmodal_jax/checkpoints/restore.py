@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 from flax import nnx, traverse_util
 
-from xmodal_jax.checkpoints import checkpointer
+from xmodal_jax.checkpoints import checkpointer, model_files
 from xmodal_jax.checkpoints.manifest import CheckpointError
 from xmodal_jax.distributed import sharding
 from xmodal_jax.interop import conversion, tables, torch_files
@@ -128,7 +128,7 @@ def _read_converted(path: epath.Path, system: str, model: Mapping[str, Any]) -> 
         f"{list(model[key])}: choose the config of {meta['variant'] or 'that model'}, or set it"
       )
   info = dict(kind="converted directory", source=meta["source"], sha256=meta["sha256"])
-  return _leaves(checkpointer.load_model(path)), info
+  return _leaves(model_files.load_model(path)), info
 
 
 def _read_workdir(path: epath.Path, system: str) -> tuple[Leaves, Info]:

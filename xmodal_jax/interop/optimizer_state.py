@@ -14,6 +14,7 @@ from etils import epath
 from xmodal_jax.interop import conversion, tables, torch_files
 from xmodal_jax.interop.conversion import path_of
 from xmodal_jax.interop.local import local_copy
+from xmodal_jax.interop.rules import ConversionError, Entry, Rule
 
 _WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_states")
 _ORDERED = ("zip", "legacy", "tar")  # formats that preserve the order of a state dict
@@ -23,7 +24,7 @@ Groups = list[dict[str, Any]]
 def optim_state(
   file: str | os.PathLike,
   names: Sequence[str] | Callable[[list[int]], Sequence[str]],
-  rules: Sequence[conversion.Entry],
+  rules: Sequence[Entry],
   fresh: optax.OptState,
   *,
   allow_missing: bool = False,
@@ -58,25 +59,11 @@ def optim_state(
   adam = [x for x in jax.tree.leaves(fresh, is_leaf=_is_adam) if _is_adam(x)]
   if len(adam) != 1:
     raise ValueError(f"an optax state with {len(adam)} scale_by_adam in it; expected one")
-  leaves, tree = jax.tree_util.tree_flatten_with_path(adam[0].mu)
-  shapes = {path_of(k): x for k, x in leaves}
   idle = [name for name in names if name not in entries] if allow_missing else []
-  zeros = _zeros(idle, rules, shapes)
-  # Defaults are values of parameters, not of their moments.
-  rules = [
-    dataclasses.replace(r, default=None) if isinstance(r, conversion.Rule) else r for r in rules
-  ]
-  moments = []
-  for key in ("exp_avg", "exp_avg_sq"):
-    # Moments have the layout of their parameter, so its rule converts them.
-    have = {name: entry[key] for name, entry in entries.items() if key in entry}
-    try:
-      flat, _ = conversion.to_jax(have | zeros, rules, shapes)
-    except conversion.ConversionError as e:
-      e.args = (f"{os.fspath(file)}, {key} by parameter names: {e}",)
-      raise
-    moments.append(jax.tree.unflatten(tree, [np.asarray(flat[p], np.float32) for p in shapes]))
-  mu, nu = moments
+  zeros = _zeros(idle, rules, adam[0].mu)
+  mu, nu = (
+    _moments(file, key, entries, zeros, rules, adam[0].mu) for key in ("exp_avg", "exp_avg_sq")
+  )
 
   def fill(x):
     if not _is_counter(x):
@@ -159,13 +146,42 @@ def _step(entries: Mapping[str, Mapping[str, Any]], groups: Groups, file: Any) -
   return values.pop()
 
 
-def _zeros(
-  names: Sequence[str], rules: Sequence[conversion.Entry], shapes: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-  """Zeros for those of the torch tensors `names` that the model has, with a warning."""
+def _moments(
+  file: str | os.PathLike,
+  key: str,
+  entries: Mapping[str, Mapping[str, Any]],
+  zeros: Mapping[str, np.ndarray],
+  rules: Sequence[Entry],
+  like: Any,
+) -> Any:
+  """The moments `key` of all parameters, as a tree of float32 arrays like `like`.
+
+  entries: state by torch name. zeros: moments by torch name of parameters without a state.
+  """
+  leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+  shapes = {path_of(k): x for k, x in leaves}
+  # Defaults are values of parameters, not of their moments.
+  rules = [dataclasses.replace(r, default=None) if isinstance(r, Rule) else r for r in rules]
+  # Moments have the layout of their parameter, so its rule converts them.
+  state = {name: entry[key] for name, entry in entries.items() if key in entry}
+  state |= zeros
+  try:
+    flat, _ = conversion.to_jax(state, rules, shapes)
+  except ConversionError as e:
+    e.args = (f"{os.fspath(file)}, {key} by parameter names: {e}",)
+    raise
+  return jax.tree.unflatten(tree, [np.asarray(flat[p], np.float32) for p in shapes])
+
+
+def _zeros(names: Sequence[str], rules: Sequence[Entry], like: Any) -> dict[str, np.ndarray]:
+  """Zeros for those of the torch tensors `names` that the model has, with a warning.
+
+  like: tree of the model's parameters.
+  """
   if not names:
     return {}
-  blank = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in shapes.items()}
+  leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+  blank = {path_of(k): np.broadcast_to(np.float32(0), x.shape) for k, x in leaves}
   state = conversion.to_torch(blank, rules)
   out = {name: state[name].make() for name in names if name in state}
   if out:
