@@ -33,51 +33,67 @@ def read_magic(source: Source) -> Any:
   protocol, system = first.load(), first.load()
   if protocol != 1001 or not isinstance(system, dict) or not system.get("little_endian", True):
     raise FileFormatError("a legacy file of an unknown protocol or a big-endian machine")
-  storages: dict[str, tuple[Storage, np.dtype]] = {}
-  views: list[tuple[Storage, Storage, int]] = []
+  storages = _Storages(source)
+  pickled = pickles.Unpickler(data, first.pos, storages.persistent)
+  tree = pickled.load()
+  pickled = pickles.Unpickler(data, pickled.pos)
+  storages.place(pickled.load(), pickled.pos)
+  return tree
 
-  def persistent(pid):
+
+class _Storages:
+  """The storages of a file, which the pickle refers to before their offsets are known."""
+
+  def __init__(self, source: Source):
+    self.source = source
+    self.by_key: dict[str, tuple[Storage, np.dtype]] = {}
+    self.views: list[tuple[Storage, Storage, int]] = []  # (view, its storage, offset in bytes)
+
+  def persistent(self, pid: Any) -> Any:
+    """(storage, dtype) of a persistent id."""
     if pid[0] == "module":
       return pid[1]
     kind, cls, key, _, numel, view = pid
     dtype = names.storage_dtype(cls)
     if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
       raise FileFormatError("a persistent id that is not a storage")
-    if key not in storages:
+    if key not in self.by_key:
       storage = Storage(None, 0, numel * dtype.itemsize)
-      storage.limit = max(storage.limit, source.size)
-      storages[key] = storage, dtype
-    root, _ = storages[key]
+      storage.limit = max(storage.limit, self.source.size)
+      self.by_key[key] = storage, dtype
+    root, _ = self.by_key[key]
     if numel * dtype.itemsize > root.nbytes:
       raise FileFormatError(f"storage {key[:40]!r} with two sizes")
-    if view is None:
-      return root, dtype
+    return (root, dtype) if view is None else (self._view(root, dtype, view), dtype)
+
+  def _view(self, root: Storage, dtype: np.dtype, view: Any) -> Storage:
     _, offset, size = view
     part = Storage(None, 0, size * dtype.itemsize)
     part.limit = root.limit
     if not 0 <= offset * dtype.itemsize <= root.nbytes - part.nbytes:
       raise FileFormatError("a view that ends beyond its storage")
-    views.append((part, root, offset * dtype.itemsize))
-    return part, dtype
+    self.views.append((part, root, offset * dtype.itemsize))
+    return part
 
-  pickled = pickles.Unpickler(data, first.pos, persistent)
-  tree = pickled.load()
-  pickled = pickles.Unpickler(data, pickled.pos)
-  keys, pos = pickled.load(), pickled.pos
-  if type(keys) is not list or not all(type(k) is str and k in storages for k in keys):
-    raise FileFormatError("a list of storages that does not fit its tensors")
-  for key in keys:
-    storage, dtype = storages.pop(key)
-    (numel,) = struct.unpack("<q", source.read(pos, 8))
-    if numel * dtype.itemsize != storage.nbytes:
-      raise FileFormatError(f"storage {key[:40]!r} has {numel} elements, its tensors say otherwise")
-    storage.place(source, pos + 8)
-    pos += 8 + storage.nbytes
-  if storages:
-    raise FileFormatError(f"{len(storages)} storages are missing")
-  for part, root, offset in views:
-    part.place(source, root.offset + offset)
-  return tree
+  def place(self, keys: Any, pos: int) -> None:
+    """Sets the offsets. keys: the list of storages in the file, in order; pos: of the first."""
+    remaining = dict(self.by_key)
+    known = type(keys) is list and all(type(k) is str and k in remaining for k in keys)
+    if not known or len(set(keys)) != len(keys):
+      raise FileFormatError("a list of storages that does not fit its tensors")
+    for key in keys:
+      storage, dtype = remaining.pop(key)
+      (numel,) = struct.unpack("<q", self.source.read(pos, 8))
+      if numel * dtype.itemsize != storage.nbytes:
+        raise FileFormatError(
+          f"storage {key[:40]!r} has {numel} elements, its tensors say otherwise"
+        )
+      storage.place(self.source, pos + 8)
+      pos += 8 + storage.nbytes
+    if remaining:
+      raise FileFormatError(f"{len(remaining)} storages are missing")
+    for part, root, offset in self.views:
+      part.place(self.source, root.offset + offset)
 
 
 def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
