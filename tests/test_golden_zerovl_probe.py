@@ -16,8 +16,10 @@ from zerovl_golden import EMBEDDING, FINAL, LOSS, MANIFEST, close, close_gradien
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import restore
-from xmodal_jax.evaluation import lbfgs, linear_probe, metrics
+from xmodal_jax.evaluation import metrics
 from xmodal_jax.evaluation.labels import class_ranks
+from xmodal_jax.evaluation.probe import classifier as classifier_lib
+from xmodal_jax.evaluation.probe import lars
 from xmodal_jax.optim import schedules, train_state, transforms
 from xmodal_jax.runtime import setup
 
@@ -96,14 +98,14 @@ def test_features():
 def test_steps():
   """Loss, accuracies, gradients, learning rate and weights of every recorded step."""
   p, want = section(), outputs()
-  schedule = linear_probe.make_schedule(p, schedules.RunLength(p.batch_size, p.batch_size, p.total))
-  tx = linear_probe.make_optimizer(p, schedule)
+  schedule = lars.make_schedule(p, schedules.RunLength(p.batch_size, p.batch_size, p.total))
+  tx = lars.make_optimizer(p, schedule)
   params = classifier("init")
   state = train_state.TrainState(jnp.int32(0), params, {}, tx.init(params))
-  update = jax.jit(functools.partial(linear_probe.update, tx, schedule))
+  update = jax.jit(functools.partial(lars.update, tx, schedule))
   for step, label in enumerate(inputs()["label"]):
     x, label = features(step), jnp.asarray(label, jnp.int32)
-    grads = jax.grad(lambda q: linear_probe.loss(q, x, label)[0])(state.params)
+    grads = jax.grad(lambda q: lars.loss(q, x, label)[0])(state.params)
     got = {f"grad_{k}": v for k, v in torch_names(grads).items()}
     close_gradients(got, {k: want[f"step{step}/{k}"] for k in got})
     state, out = update(state, x, label)
@@ -114,7 +116,7 @@ def test_steps():
     for name, value in torch_names(state.params).items():
       close(value, want[f"step{step}/classifier.{name}"], FINAL, f"step {step}, {name}")
   label = jnp.asarray(inputs()["label"][0], jnp.int32)
-  logits = lbfgs.logits(state.params, features(0))
+  logits = classifier_lib.logits(state.params, features(0))
   close(logits, want["final/logits"], EMBEDDING)
   report = metrics.accuracy(np.asarray(class_ranks(logits, label)), np.asarray(label))
   close([report["top1"], report["top5"]], want["final/acc"], 1e-3)
@@ -125,7 +127,7 @@ def test_schedule_of_the_released_recipe():
   p = config_lib.base().probe
   run = schedules.RunLength(1281167, p.batch_size, p.total)
   assert (run.steps_per_epoch, run.total_steps) == (78, 7020)
-  lr = linear_probe.make_schedule(p, run)
+  lr = lars.make_schedule(p, run)
   half = (1 + np.cos(np.pi * (3000 - 779) / (7020 - 779))) / 2
   got = [lr(s, xp=np) for s in (0, 1, 778, 779, 3000)]
   np.testing.assert_allclose(got, p.lr * np.array([0, 1 / 779, 778 / 779, 1, half]), rtol=1e-12)

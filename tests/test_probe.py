@@ -17,8 +17,10 @@ from labelled import COUNT, NAMES, weights, write
 from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.data import inputs, pipeline
 from xmodal_jax.data.tfrecord import DatasetError
-from xmodal_jax.evaluation import features, lbfgs, linear_probe, metrics
+from xmodal_jax.evaluation import metrics
 from xmodal_jax.evaluation.labels import class_ranks, report
+from xmodal_jax.evaluation.probe import classifier as classifier_lib
+from xmodal_jax.evaluation.probe import features, lars, lbfgs, linear_probe, regression, training
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.models import team
 from xmodal_jax.optim import train_state
@@ -66,7 +68,7 @@ def lines(folder, kind):
 
 
 def classifier(folder):
-  with np.load(folder / linear_probe.CLASSIFIER) as f:
+  with np.load(folder / classifier_lib.FILE) as f:
     return dict(f)
 
 
@@ -97,7 +99,7 @@ def test_workdir(cached):
 
 def test_evaluated_again(labelled_data, tower, cached, tmp_path, monkeypatch):
   """The classifier by its file, elsewhere; and the same command, which computes nothing anew."""
-  file = str(cached / linear_probe.CLASSIFIER)
+  file = str(cached / classifier_lib.FILE)
   given = config(labelled_data, tower, probe__classifier=file)
   assert linear_probe.linear_probe(given, tmp_path)["test"] == results(cached)["test"]
   monkeypatch.setattr(pipeline, "eval_images", None)
@@ -162,7 +164,7 @@ def test_device_count_changes_nothing(labelled_data, tower, cached, tmp_path, mo
 
 
 def test_first_classifier_is_uniform():
-  draw = lambda seed: linear_probe.init_classifier(jax.random.key(seed), 400, 300)
+  draw = lambda seed: lars.init_classifier(jax.random.key(seed), 400, 300)
   for value in draw(1).values():
     assert np.abs(value).max() <= 400**-0.5
     assert np.std(value) == pytest.approx(400**-0.5 / 3**0.5, rel=0.1)
@@ -175,7 +177,7 @@ def test_first_classifier_is_uniform():
 def test_features_are_those_of_the_model(labelled_data, tower, tmp_path):
   def extract(c):
     read = inputs.from_config(c)
-    of = features.Tower(c, setup.build(c))
+    of = features.load_tower(c, setup.build(c))
     return of.extract(read, "val", tmp_path, lambda: False), next(read.images(read.split("val")))
 
   c = config(labelled_data, tower)
@@ -245,7 +247,7 @@ def test_scorer_leaves_out_padding_and_collapsed_is_chance(labelled_data):
   label = np.arange(40, dtype=np.int32) % 20
   x = rng.standard_normal((40, 8)).astype(np.float32)
   kernel = rng.standard_normal((8, 20)).astype(np.float32)
-  scorer = features.Scorer(mesh, features.Features(None, x, label), 16)  # 8 rows of padding
+  scorer = classifier_lib.Scorer(mesh, features.Features(None, x, label), 16)  # 8 rows of padding
   params = {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(20)}
   place = np.argsort(-(x @ kernel), axis=1, kind="stable")
   ranks = np.argmax(place == label[:, None], axis=1)
@@ -320,7 +322,7 @@ def test_what_a_regression_learns_from(labelled_data, monkeypatch):
   make = lambda n: features.Features(
     split, rng.standard_normal((n, 3)).astype(np.float32), rng.integers(0, 5, n).astype(np.int32)
   )
-  parts = {"train": make(19), "val": make(9), "test": make(7)}
+  parts = {"train": make(19), "val": make(9)}
 
   def fit(x, label, weight, l2):
     on = np.asarray(weight).ravel() > 0
@@ -331,7 +333,12 @@ def test_what_a_regression_learns_from(labelled_data, monkeypatch):
   monkeypatch.setattr(lbfgs, "make_fit", lambda *a: fit)
   writer = types.SimpleNamespace(scalars=lambda step, kind, values: tries.append(values["l2"]))
   c = config(labelled_data, probe__optim="lbfgs")
-  run = lambda: linear_probe._regress(c, setup.build(c), parts.__getitem__, writer, lambda: False)
+  options = dict(seed=c.seed, writer=writer, stop=lambda: False)
+
+  def run():
+    built = setup.build(c)
+    return regression.regress(c.probe, built, parts["train"], parts["val"], **options)
+
   *_, facts = run()
   assert len(tries) == len(seen) - 1 and facts["train_images"] == 28 and facts["l2"] == seen[-1][0]
   for l2, x, label in seen[:-1]:
@@ -356,7 +363,7 @@ def test_errors(labelled_data, tower, tiny_data, tmp_path):
   def run(data=labelled_data, **kw):
     linear_probe.linear_probe(config(data, tower, **kw), tmp_path / str(sorted(kw)))
 
-  with pytest.raises(ValueError, match=r"config\.probe\.optim is 'sgd'; there are lars, lbfgs"):
+  with pytest.raises(ValueError, match=r"config\.probe\.optim is 'sgd'; expected lars or lbfgs"):
     run(probe__optim="sgd")
   with pytest.raises(ValueError, match=r"config\.probe\.augment needs optim='lars'"):
     run(probe__optim="lbfgs", probe__augment=True)
@@ -364,7 +371,7 @@ def test_errors(labelled_data, tower, tiny_data, tmp_path):
     run(probe__batch_size=12)
   with pytest.raises(DatasetError, match=r"split 'val', config\.data\.test, has no class names"):
     run(tiny_data)
-  with pytest.raises(ValueError, match=r"70 pictures in batches of config\.probe\.batch_size=128"):
+  with pytest.raises(ValueError, match=r"70 images in batches of config\.probe\.batch_size=128"):
     run(probe__batch_size=128, probe__augment=True)
   with pytest.raises(step_lib.NonFiniteLossError, match=r"lower config\.probe\.lr"):
     run(probe__lr=1e30, probe__eta=1e10)
@@ -373,7 +380,7 @@ def test_errors(labelled_data, tower, tiny_data, tmp_path):
 def test_classifier_that_does_not_fit(labelled_data, tower, tmp_path):
   found = features.Features(types.SimpleNamespace(class_names=NAMES), np.zeros((1, 4)), np.zeros(1))
   of = types.SimpleNamespace(state=types.SimpleNamespace(params={}))
-  given = lambda source: linear_probe._given(source, of, found)
+  given = lambda source: classifier_lib.load(source, of, found)
   with pytest.raises(checkpointer.CheckpointError, match=r"config\.model has no classifier"):
     given("model")
   with pytest.raises(checkpointer.CheckpointError, match="there is no file"):
@@ -409,13 +416,13 @@ def test_going_on_with_something_else():
   saved = types.SimpleNamespace(restore_latest=lambda want, check: check(4, meta))
   new = lambda: jnp.zeros(1)
   with pytest.raises(checkpointer.CheckpointError, match="the model changed since step 4"):
-    linear_probe._first_state(new, saved, meta | {"source": {"sha256": "1"}}, None)
+    training.first_state(new, saved, meta | {"source": {"sha256": "1"}}, None)
   with pytest.raises(checkpointer.CheckpointError, match="the training data changed since step 4"):
-    linear_probe._first_state(new, saved, meta | {"fingerprint": "other"}, None)
+    training.first_state(new, saved, meta | {"fingerprint": "other"}, None)
 
 
 def test_random_tower_is_said_to_be_one(labelled_data, caplog):
   c = config(labelled_data)
   with caplog.at_level(logging.WARNING):
-    of = features.Tower(c, setup.build(c))
+    of = features.load_tower(c, setup.build(c))
   assert "config.init is empty" in caplog.text and of.source["kind"] == "random weights"

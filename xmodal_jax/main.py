@@ -55,7 +55,8 @@ def run() -> None:
     # CPU programs read from the cache have lost the order of their collectives and hang (jaxlib
     # 0.10.2).
     jax.config.update("jax_enable_compilation_cache", False)
-  from xmodal_jax.evaluation import linear_probe, retrieval, zero_shot
+  from xmodal_jax.evaluation import retrieval, zero_shot
+  from xmodal_jax.evaluation.probe import linear_probe
   from xmodal_jax.runtime import workdir
   from xmodal_jax.training import loop
 
