@@ -259,7 +259,7 @@ def test_scorer_leaves_out_padding_and_collapsed_is_chance(labelled_data):
 # --- logistic regression -------------------------------------------------------------------------
 
 
-def regression(n=60, d=6, classes=4):
+def regression_data(n=60, d=6, classes=4):
   rng = np.random.default_rng(3)
   label = rng.integers(0, classes, n).astype(np.int32)
   x = rng.standard_normal((n, d)).astype(np.float32) + 0.8 * np.eye(classes, d)[label]
@@ -268,7 +268,7 @@ def regression(n=60, d=6, classes=4):
 
 def test_regression_is_at_its_minimum():
   """Against Newton's method in float64; rows of weight 0 do not count."""
-  (x, label), classes, l2 = regression(), 4, 2.0
+  (x, label), classes, l2 = regression_data(), 4, 2.0
   weight = (np.arange(len(label)) % 6 != 0).astype(np.float32)
   part = lambda a: jnp.asarray(a.reshape(4, -1, *a.shape[1:]))
   fit = lbfgs.make_fit(classes, 200, None)

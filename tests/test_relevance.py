@@ -91,7 +91,7 @@ def test_rouge_l_words():
   assert ours[2, 2] == np.float32(plain_rouge("the end.", ["", "the end"]))  # "end." is no "end"
   assert ours[0, 2] == np.float32(plain_rouge("a dog  runs", ["", "the end"])) > 0  # "" is a word
   assert ours[4, 0] == 0
-  with pytest.raises(ValueError, match="1 of 2 pictures have no caption"):
+  with pytest.raises(ValueError, match="1 of 2 images have no caption"):
     ndcg.rouge_l([["a"], []])
 
 

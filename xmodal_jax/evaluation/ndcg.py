@@ -1,8 +1,8 @@
-"""Graded relevance of captions to pictures: NDCG by it, ROUGE-L, and its files (numpy only).
+"""NDCG with graded relevances, ROUGE-L relevances, and relevance files (numpy only).
 
-Relevances are float32 [T, I]: how well caption t describes picture i, 0 to 1. Their files are these
-numbers alone, raw, little-endian and without a header, although they are called .npy: those that
-TERAN (Messina et al., TOMM 2021) distributes, for ROUGE-L and SPICE, can be read as they are.
+Relevances are float32 [T, I]: how well caption t describes image i, from 0 to 1. A file holds these
+numbers in little-endian order and no header, although it is called .npy: the format of the ROUGE-L
+and SPICE files that TERAN (Messina et al., TOMM 2021) distributes.
 """
 
 import os
@@ -14,33 +14,39 @@ import numpy as np
 from xmodal_jax.evaluation import metrics
 
 METHODS = ("rougeL", "spice")
-DEPTH = 25  # ranks that count in NDCG
-_ELEMENTS = 2**24  # of a matrix that are copied at a time
+DEPTH = 25  # NDCG at 25
+_ELEMENTS = 2**24  # matrix elements copied at a time
 
-# ROUGE-L: candidates written at a time, candidates compared at a time, references beside them.
+# ROUGE-L: captions per block of rows; candidates and references compared at a time.
 _ROWS, _LANES, _REFERENCES = 1024, 64, 1024
-_BETA = 1.2
+_BETA = 1.2  # weight of recall, as in the COCO caption evaluation
 
 
 def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = DEPTH) -> np.ndarray:
   """Normalised discounted cumulative gain of the first `depth` ranks of each query.
 
-  With r_k the relevance of the candidate of 0-based rank k, DCG = sum_k (2^r_k - 1) / log2(k + 2),
-  over that of the `depth` largest relevances; 0 where that is 0. Ties of the scores go to the lower
-  index. Carrara et al., "Picture it in your mind", Information Retrieval Journal 21, 2018.
+  With r_k the relevance of the candidate of 0-based rank k, DCG = sum_k (2^r_k - 1) / log2(k + 2).
+  NDCG is DCG divided by the DCG of the `depth` largest relevances, 0 if all are 0. Ties of the
+  scores go to the lower index. Carrara et al., "Picture it in your mind", Information Retrieval
+  Journal 21, 2018.
 
   Args:
-    scores: [Q, N], compared as float32. relevance: [Q, N]. Both may be transposed views; they are
+    scores: [Q, N], compared as float32. relevance: [Q, N]. Both may be transposed views: they are
       copied in blocks.
 
   Returns:
     float64 [Q], 0 to 1.
+
+  Raises:
+    ValueError: the shapes differ.
+
+  >>> ndcg(np.array([[0.9, 0.8, 0.1]]), np.array([[1.0, 0.0, 0.5]])).round(4)
+  array([0.9566])
   """
   if scores.shape != relevance.shape:
     raise ValueError(f"scores {scores.shape} do not fit relevances {relevance.shape}")
   depth = min(depth, scores.shape[1])
   discount = 1 / np.log2(np.arange(2, depth + 2))
-  gain = lambda grades: (np.exp2(grades.astype(np.float64)) - 1) @ discount
   out = np.empty(len(scores))
   size = max(1, _ELEMENTS // scores.shape[1])
   for start in range(0, len(scores), size):
@@ -48,19 +54,24 @@ def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = DEPTH) -> np.nd
     grades = np.ascontiguousarray(relevance[start : start + size], np.float32)
     first = metrics.top(block, depth)  # by position
     order = np.argsort(-np.take_along_axis(block, first, 1), axis=1, kind="stable")
-    reached = gain(np.take_along_axis(grades, np.take_along_axis(first, order, 1), 1))
+    ranked = np.take_along_axis(grades, np.take_along_axis(first, order, 1), 1)
+    reached = _gain(ranked) @ discount
     largest = np.partition(grades, grades.shape[1] - depth, axis=1)[:, -depth:]
-    ideal = gain(np.sort(largest, axis=1)[:, ::-1])
+    ideal = _gain(np.sort(largest, axis=1)[:, ::-1]) @ discount
     out[start : start + size] = np.where(ideal > 0, reached / np.where(ideal > 0, ideal, 1), 0)
   return out
+
+
+def _gain(relevance: np.ndarray) -> np.ndarray:
+  return np.exp2(relevance.astype(np.float64)) - 1
 
 
 def means(
   method: str, i2t: np.ndarray, t2i: np.ndarray, *, published: bool = False
 ) -> dict[str, float]:
-  """Means of the NDCG [Q] of both directions, as {i2t,t2i}_ndcg_METHOD, and their sum, ndcg_METHOD.
+  """Mean NDCG of both directions as {i2t,t2i}_ndcg_METHOD, and their sum as ndcg_METHOD.
 
-  published: of image to text only over values that are not 0, as the program of TGDT has it.
+  i2t, t2i: NDCG [Q] of each query. published: the mean of i2t leaves out zeros, as TGDT's program.
   """
   if published:
     i2t = i2t[i2t > 0] if i2t.any() else i2t
@@ -69,31 +80,36 @@ def means(
 
 
 def rouge_l(captions: Sequence[Sequence[str]]) -> np.ndarray:
-  """float32 [T, I]: ROUGE-L of every caption against the captions of every picture, its own too.
+  """ROUGE-L float32 [T, I] of every caption against the captions of every image, its own included.
 
-  captions: [I] those of each picture, at least one. Captions are lower-cased and split at single
-  spaces. With L the length of the longest common subsequence of words of caption c and reference
-  r, P = max_r L / |c|, R = max_r L / |r| (maxima on their own), and the relevance is
-  (1 + b^2) P R / (R + b^2 P), b = 1.2; 0 where nothing is common. Lin, "ROUGE", ACL 2004.
+  captions: the captions of each of the I images, at least one each; lower-cased and split at single
+  spaces. With L the length of the longest common subsequence of words of caption c and reference r,
+  P = max_r L / |c| and R = max_r L / |r| (separate maxima), the relevance is
+  (1 + b^2) P R / (R + b^2 P), b = 1.2; 0 without a common word. Lin, "ROUGE", ACL 2004.
+  Raises ValueError if an image has no caption.
+
+  >>> rouge_l([["a dog runs"], ["a cat"]]).round(3)
+  array([[1.   , 0.414],
+         [0.414, 1.   ]], dtype=float32)
   """
   return np.concatenate(list(rouge_l_rows(captions)))
 
 
 def rouge_l_rows(captions: Sequence[Sequence[str]]) -> Iterator[np.ndarray]:
-  """`rouge_l` in blocks of rows, one after another: memory is that of a block.
+  """Yields `rouge_l` in blocks of rows, so that memory is bounded by one block.
 
-  Longest common subsequences are computed with a bit per word of a candidate (Hyyro, "Bit-parallel
-  LCS-length computation revisited", 2004), in integers no wider than needed, for 64 candidates and
-  1024 references of like length at a time: numpy's loops then run along SIMD lanes.
+  Longest common subsequences are computed with one bit per word of a candidate (Hyyro,
+  "Bit-parallel LCS-length computation revisited", 2004) in the narrowest integers that fit, for 64
+  candidates and 1024 references of similar length at a time, which numpy vectorises with SIMD.
   """
   counts = np.array([len(c) for c in captions])
   if not counts.size or not counts.all():
-    raise ValueError(f"{np.count_nonzero(counts == 0)} of {len(counts)} pictures have no caption")
+    raise ValueError(f"{np.count_nonzero(counts == 0)} of {len(counts)} images have no caption")
   words = [caption.lower().split(" ") for own in captions for caption in own]
   numbers: dict[str, int] = {}
   ids = [[numbers.setdefault(word, len(numbers)) for word in caption] for caption in words]
   lengths = np.array([len(caption) for caption in ids])
-  first = np.cumsum(counts) - counts  # of each picture's captions
+  first = np.cumsum(counts) - counts  # each image's first caption
   references = list(_by_length(ids, lengths))
   for start in range(0, len(ids), _ROWS):
     size = min(_ROWS, len(ids) - start)
@@ -110,8 +126,11 @@ def rouge_l_rows(captions: Sequence[Sequence[str]]) -> Iterator[np.ndarray]:
 
 
 def _by_length(ids: list[list[int]], lengths: np.ndarray) -> Iterator[tuple]:
-  """Blocks of captions of like length, longest first: (their numbers [r], ids [L, r], how many of
-  them have a word at each of the L places)."""
+  """Yields blocks of r captions of similar length, longest first, padded to L words.
+
+  Each block is (numbers of the captions [r], word ids [L, r], how many captions have a word at each
+  of the L positions).
+  """
   order = np.argsort(-lengths, kind="stable")
   for start in range(0, len(order), _REFERENCES):
     block = order[start : start + _REFERENCES]
@@ -124,11 +143,14 @@ def _by_length(ids: list[list[int]], lengths: np.ndarray) -> Iterator[tuple]:
 def _common(
   candidates: list[list[int]], references: list[tuple], vocab: int, total: int
 ) -> np.ndarray:
-  """Unsigned [T, C]: length of the longest common subsequence of each reference and candidate."""
+  """Length of the longest common subsequence of each reference and candidate, unsigned [T, C].
+
+  references: blocks from `_by_length`. vocab: number of word ids. total: T.
+  """
   longest = max(map(len, candidates))
   bits = next((b for b in (8, 16, 32) if longest <= b), 64)
   limbs, dtype = -(-longest // bits), np.dtype(f"u{bits // 8}")
-  table = np.zeros((limbs, vocab, len(candidates)), dtype)  # where each word stands
+  table = np.zeros((limbs, vocab, len(candidates)), dtype)  # positions of each word, as bits
   for lane, candidate in enumerate(candidates):
     for place, word in enumerate(candidate):
       table[place // bits, word, lane] |= dtype.type(1 << place % bits)
@@ -137,7 +159,7 @@ def _common(
     rest = np.full((limbs, len(numbers), len(candidates)), np.iinfo(dtype).max, dtype)
     for row, n in zip(ids, active, strict=True):
       carry = False
-      for limb in range(limbs):  # one, but for captions of more than 64 words
+      for limb in range(limbs):  # more than one only for captions of more than 64 words
         old = rest[limb, :n]
         hit = table[limb].take(row[:n], 0, mode="clip")
         hit &= old
@@ -153,9 +175,9 @@ def _common(
 
 
 def find(directory: Any, split: str, method: str) -> Any | None:
-  """The file NAME-SPLIT-METHOD.npy of a folder (a pathlib or epath path); None where there is none.
+  """The file NAME-SPLIT-METHOD.npy in a directory (a pathlib or epath path), or None.
 
-  Raises ValueError where there are several, FileNotFoundError where there is no such folder.
+  Raises ValueError if there are several, FileNotFoundError if the directory does not exist.
   """
   if not directory.is_dir():
     raise FileNotFoundError(
@@ -164,21 +186,21 @@ def find(directory: Any, split: str, method: str) -> Any | None:
   found = sorted(directory.glob(f"*-{split}-{method}.npy"))
   if len(found) > 1:
     listing = ", ".join(path.name for path in found)
-    raise ValueError(f"{directory} has relevances of several data sets ({listing}); keep one")
+    raise ValueError(f"{directory} has relevances of several datasets ({listing}); keep one")
   return found[0] if found else None
 
 
 def read(path: Any, captions: int, images: int) -> np.ndarray:
-  """float32 [T, I] of a file (an epath path), in the order of the split; mapped if it is local.
+  """Reads relevances float32 [T, I] in the order of the split; a local file is memory-mapped.
 
-  Raises ValueError where the size is another, and where values are not those of relevances: files
-  of SPICE mark with -1 what has not been computed.
+  path: an epath path. Raises ValueError for another size, and for negative or non-finite values:
+  SPICE files mark values that were not computed with -1.
   """
   expected, size = 4 * captions * images, path.stat().length
   if size != expected:
     raise ValueError(
-      f"{path} has {size} bytes; {captions} captions x {images} pictures of the split need "
-      f"{expected}: raw float32 without a header, a row per caption"
+      f"{path} has {size} bytes; {captions} captions x {images} images of the split need "
+      f"{expected}: raw float32 without a header, one row per caption"
     )
   if "://" in str(path):
     values = np.frombuffer(path.read_bytes(), "<f4").reshape(captions, images)
@@ -193,13 +215,13 @@ def read(path: Any, captions: int, images: int) -> np.ndarray:
   if bad:
     raise ValueError(
       f"{path}: {bad} of {values.size} relevances are negative or not finite, {absent} of them -1, "
-      "which stands for not computed; use a complete file"
+      "which means not computed; use a complete file"
     )
   return values
 
 
 def write(path: Any, rows: Iterator[np.ndarray]) -> None:
-  """Writes blocks of rows [n, I] as such a file (an epath path); a reader sees none or all."""
+  """Writes blocks of rows [n, I] to an epath path atomically: readers see no file or all of it."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
   with temporary.open("wb") as f:

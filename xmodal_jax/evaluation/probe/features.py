@@ -97,7 +97,7 @@ class Tower:
 
 
 class SplitFeatures:
-  """Features by the key of their split, extracted at first use, once for splits of the same data."""
+  """Features by split key, extracted at first use; splits of the same data share them."""
 
   def __init__(
     self, tower: Tower, inputs: inputs_lib.Inputs, folder: epath.Path, stop: Callable[[], bool]

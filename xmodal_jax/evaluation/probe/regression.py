@@ -1,4 +1,4 @@
-"""The classifier by logistic regression on all features at once, its l2 chosen on held-out images."""
+"""Logistic regression on all features at once, with l2 chosen on held-out images."""
 
 import dataclasses
 import itertools
