@@ -38,14 +38,14 @@ WITH_OPTIMIZER = [name for name in VARIANTS if optimizer_file(name).exists()]
 
 
 def some_optimizer_file() -> pathlib.Path:
-  """Of any variant; a skip where no variant has one."""
+  """The optimizer state of any variant; skips where no variant has one."""
   if not WITH_OPTIMIZER:
     golden_files.path("team", VARIANTS[0], optimizer_file(VARIANTS[0]).name)
   return optimizer_file(WITH_OPTIMIZER[0])
 
 
 def text_length(rows: Mapping) -> int:
-  """The n of the keys "ids_padded_n" of recorded captions."""
+  """The padded length of recorded captions: n of the key "ids_padded_n"."""
   return next(int(k.rpartition("_")[2]) for k in rows if k.startswith("ids_padded_"))
 
 
@@ -104,7 +104,7 @@ class Replay(team.TEAM):
 
 
 class Golden:
-  """graphdef and params of a variant with the weights of `file`."""
+  """graphdef and params of a variant with the weights of its checkpoint."""
 
   def __init__(self, name: str, **changes):
     self.path = golden_files.path("team", name, FILES[name])

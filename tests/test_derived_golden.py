@@ -74,6 +74,7 @@ def test_scores_tie(derived):
   assert len(np.unique(scores, axis=1).T) < scores.shape[1]
 
 
+@pytest.mark.full
 def test_golden_tests_pass(derived, tmp_path):
   report = tmp_path / "report.xml"
   files = [f"test_golden_{name.replace('::', '.py::')}" for name in TESTS]
