@@ -162,7 +162,7 @@ def coco_protocol(
 def _read_directions(
   directory: Any, image_ids: Sequence[int], caption_ids: Sequence[int], name: str
 ) -> tuple[Positives, Positives]:
-  """Positives of images and of captions of the data set `name`."""
+  """Positives of images and of captions of the dataset `name`."""
   return (
     read_positives(directory, f"{name}_image_to_caption", image_ids, caption_ids),
     read_positives(directory, f"{name}_caption_to_image", caption_ids, image_ids),

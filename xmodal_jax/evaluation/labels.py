@@ -18,7 +18,7 @@ def labelled_split(inputs: inputs_lib.Inputs, key: str) -> records.Split | mix.J
   if not split.class_names:
     raise DatasetError(
       f"split {split.name!r}, config.data.{key}, has no class names: classification needs labelled "
-      "images, as in data sets of `tools/prepare_data.py folders` or TFDS's imagenet2012"
+      "images, as in datasets of `tools/prepare_data.py folders` or TFDS's imagenet2012"
     )
   return split
 

@@ -117,7 +117,7 @@ def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _split_name(split: records.Split | mix.Joined) -> str:
-  """Its name in every data set that it is joined from."""
+  """The name of the split; of its parts, which share it, if it is joined from several datasets."""
   return split.parts[0].name if isinstance(split, mix.Joined) else split.name
 
 
