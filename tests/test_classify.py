@@ -1,4 +1,4 @@
-"""Zero-shot classification: prompts, both ways to join templates, counting, and errors."""
+"""Zero-shot classification: prompts, both ways to average templates, ranks, errors."""
 
 import json
 
@@ -29,7 +29,7 @@ def config(data: str, **changes):
 
 @pytest.fixture(scope="module")
 def model(labelled_data, tmp_path_factory) -> tuple[str, setup.Built]:
-  """A converted directory of a random CLIP, and its shapes."""
+  """A converted directory of a random CLIP, and its abstract model."""
   built = setup.build(config(labelled_data))
   folder = tmp_path_factory.mktemp("clip") / "model"
   meta = dict(system="clip", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
@@ -56,7 +56,7 @@ def test_prompts():
 
 
 def test_classes_by_mean_embeddings(labelled_data, model, templates, tmp_path):
-  """Against the definition, in numpy, from features of the evaluator; blocks change nothing."""
+  """Compared with the definition in numpy on the evaluator's features, for two block sizes."""
   init, built = model
   c = config(labelled_data, init=init, classify__templates=templates)
   report = zero_shot.classify(c, tmp_path / "a")
@@ -83,7 +83,7 @@ def test_classes_by_mean_embeddings(labelled_data, model, templates, tmp_path):
 
 
 class Levels(base.System):
-  """Scores of token features; texts have no one vector."""
+  """A system whose texts are several vectors, not one."""
 
   second_stage = ("tokens",)
 

@@ -27,7 +27,7 @@ def test_read_positives(tmp_path):
   (tmp_path / "packed.json.gz").write_bytes(gzip.compress(b'{"20": [6]}'))
   got = coco_lib.read_positives(tmp_path, "plain", [10, 20, 30], [5, 6, 7])
   assert got.query.tolist() == [2, 0]
-  assert got.total.tolist() == [2, 2]  # 7 counts once, 99 counts without being a candidate
+  assert got.total.tolist() == [2, 2]  # duplicates count once; 99 is no candidate but counts
   assert sorted(zip(got.pair.tolist(), got.item.tolist(), strict=True)) == [(0, 0), (0, 2), (1, 1)]
   packed = coco_lib.read_positives(tmp_path, "packed", [10, 20, 30], [5, 6, 7])
   assert (packed.query.tolist(), packed.item.tolist()) == ([1], [1])
@@ -37,7 +37,7 @@ def test_read_positives(tmp_path):
 
 @pytest.fixture(scope="module")
 def coco(shared_data):
-  """Ids of the COCO 5K test in order, and scores of a random model of rank 16 with ties."""
+  """Ids of the COCO 5K test split in order, and scores with ties of a random model of rank 16."""
   folder = shared_data / "coco_splits"
   packed = (folder / "dataset_coco_karpathy_test5k.json.gz").read_bytes()
   images = json.loads(gzip.decompress(packed))["images"]
@@ -47,7 +47,7 @@ def coco(shared_data):
   rng = np.random.default_rng(0)
   image = rng.standard_normal((len(images), 16), np.float32)
   caption = image[caption_image] + 0.7 * rng.standard_normal((len(caption_image), 16), np.float32)
-  # Steps of 1/8 as from a narrow float type: most candidates share their score with another.
+  # Multiples of 1/8, as from a narrow float type: most scores are tied.
   scores = np.rint(8 * image @ caption.T) / 8
   return scores, image_ids, caption_ids.ravel(), caption_image, folder / "eccv_caption"
 
@@ -55,8 +55,8 @@ def coco(shared_data):
 def test_coco_protocol_is_that_of_the_package(coco):
   package = pytest.importorskip("eccv_caption")
   scores, image_ids, caption_ids, _, _ = coco
-  # The package wants every candidate in order (2 GB of Python integers and minutes of work), but
-  # looks no further than the first 48; the 1K folds are compared with the golden vectors instead.
+  # The package takes a sorted list of all candidates (2 GB of Python integers, minutes), but reads
+  # only the first 48; the 1K folds are compared with the golden vectors instead.
   depth = 48
   # Multiples of 1/8 are small integers, which sort ten times faster.
   order = lambda row: np.argsort((-8 * row).astype(np.int16), kind="stable")[:depth]
@@ -77,7 +77,7 @@ def test_coco_protocol_is_that_of_the_package(coco):
     dataset, key = name.rsplit("_r", 1) if "map" not in name else ("eccv", "map_at_r")
     key = key if "map" in key else "r" + key
     for direction, value in directions.items():
-      # Equal but for the last bits of a float64 mean.
+      # Equal up to rounding of a float64 mean.
       want = pytest.approx(100 * value, rel=1e-12)
       assert ours[f"{dataset}_{direction}_{key}"] == want, (name, direction)
       assert 0 < value < 1, f"{name} cannot tell right from wrong"

@@ -1,4 +1,4 @@
-"""Evaluation: blocks, bad pictures, and models that have collapsed or diverged."""
+"""Evaluation: blocks, unreadable images, collapsed and diverged models."""
 
 import gzip
 import json
@@ -62,7 +62,7 @@ def test_scores_do_not_depend_on_blocks(config, built):
 def test_collapsed_model_scores_chance(config, built):
   state = make_state(built)
   params = jax.tree.map(jnp.zeros_like, state.params)
-  for tower in ("image", "text"):  # a constant that is not zero, whatever goes in
+  for tower in ("image", "text"):  # a non-zero constant for all inputs
     norm = "ln_post" if tower == "image" else "ln_final"
     params[tower][norm]["bias"] = jnp.ones_like(params[tower][norm]["bias"])
     params[tower]["proj"]["kernel"] = jnp.ones_like(params[tower]["proj"]["kernel"])
@@ -104,11 +104,11 @@ def test_cached_features(config, built, tmp_path):
   first = ev(state, "test", path)
   assert path.exists()
   broken = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
-  assert ev(broken, "test", path) == first  # nothing was encoded again
+  assert ev(broken, "test", path) == first  # read from the cache
 
 
 def test_coco_protocol(config, shared_data):
-  """ECCV Caption and CxC beside the plain numbers, by the ids in the records."""
+  """ECCV Caption and CxC are reported beside the plain numbers, by the ids in the records."""
   folder = shared_data / "coco_splits"
   with gzip.open(folder / "dataset_coco_karpathy_test5k.json.gz") as f:
     images = json.load(f)["images"]
@@ -150,7 +150,7 @@ def test_damaged_record_is_left_out_where_allowed(config, built, tiny_data, tmp_
 
 
 def test_few_blocks_of_texts_are_on_their_way(monkeypatch):
-  """A block is sent when the last but one is scored: devices never hold all texts."""
+  """A text block is transferred once the last but one is scored: devices never hold all texts."""
   mesh = sharding.make_mesh((("data", -1),), jax.devices()[:1])
   batch_sharding = sharding.batch_sharding(mesh)
   events, batch = [], {"valid": np.ones(2, bool), "image_id": np.arange(2)}

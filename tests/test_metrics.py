@@ -1,4 +1,4 @@
-"""Counting ranks against stable sorting, recalls by hand, and what must raise."""
+"""Ranks by counting against stable sorting, recalls by hand, and errors."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from xmodal_jax.evaluation import metrics
 
 
 def sorted_ranks(scores, caption_image):
-  """The definition: the place of the first positive in a stable descending sort, query by query."""
+  """The definition: position of the first positive in a stable descending sort, query by query."""
   scores = np.asarray(scores, np.float32)
   i2t = [
     np.isin(np.argsort(-row, kind="stable"), np.flatnonzero(caption_image == i)).argmax()
@@ -24,13 +24,13 @@ def sorted_ranks(scores, caption_image):
 
 
 def random_scores(n_images, n_captions, levels=None, seed=0):
-  """Scores [I, T]; with `levels`, only so many different values, so that most are tied."""
+  """Scores [I, T]; with `levels`, so few different values that most scores are tied."""
   scores = np.random.default_rng(seed).standard_normal((n_images, n_captions), np.float32)
   return scores if levels is None else np.floor(scores * levels / 4).astype(np.float32)
 
 
 def captions_of(n_images, layout, seed=1):
-  """caption_image [T]: five each; 1 to 7 each, adjacent; the same, scattered over the columns."""
+  """caption_image [T]: five captions per image; 1 to 7, adjacent; or 1 to 7 in random columns."""
   if layout == "five":
     return np.repeat(np.arange(n_images), 5)
   rng = np.random.default_rng(seed)
@@ -53,7 +53,7 @@ def test_counting_is_stable_sorting(layout, levels):
 
 @pytest.mark.parametrize("value", [0.0, -3.5])
 def test_more_images_than_one_block_counts(value):
-  # 600 equal scores per column: a column count passes 255 and the block of 255 rows twice.
+  # 600 equal scores per column: column counts exceed 255, and there are three blocks of rows.
   caption_image = np.arange(600)
   scores = np.full((600, 600), value, np.float32)
   scores[::7, ::3] += 1

@@ -1,4 +1,4 @@
-"""The linear probe: features kept, training cached and streamed, resuming, and what is an error."""
+"""The linear probe: cached features, training on cached and streamed ones, resuming, errors."""
 
 import functools
 import json
@@ -29,11 +29,11 @@ from xmodal_jax.runtime import step as step_lib
 
 
 def config(data: str, source: pathlib.Path | str = "", **changes):
-  """A tower without texts, which are not needed."""
+  """A small ZeroVL without a text tower."""
   c = tiny.config(data, init=str(source))
   image = dict(size=16, patch=8, width=32, depth=1, heads=2)
   c.model = dict(system="zerovl", image=image, mean=(0.5,) * 3, std=(0.5,) * 3)
-  c.data.test, c.data.image.size = "val", 48  # the model sees the middle
+  c.data.test, c.data.image.size = "val", 48  # center crop
   c.probe.batch_size, c.probe.total, c.probe.every = 16, "3 epochs", "2 epochs"
   c.probe.lr, c.probe.warmup, c.probe.eta = 1.0, "2 steps", 0.2
   c.checkpoint.every, c.log_every = "100 steps", 8
@@ -45,7 +45,7 @@ STEPS = 3 * (COUNT["train"] // 16)
 
 @pytest.fixture(scope="module")
 def tower(labelled_data, tmp_path_factory) -> pathlib.Path:
-  """A converted directory of a random tower."""
+  """A converted directory of a random image tower."""
   folder = tmp_path_factory.mktemp("tower") / "model"
   params, stats = weights(setup.build(config(labelled_data)))
   meta = dict(system="zerovl", source="drawn", sha256="0", config={}, converter=meta_lib.VERSION)
@@ -55,7 +55,7 @@ def tower(labelled_data, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def cached(labelled_data, tower, tmp_path_factory) -> pathlib.Path:
-  """The workdir of a probe."""
+  """The workdir of a finished probe on cached features."""
   folder = tmp_path_factory.mktemp("cached")
   linear_probe.linear_probe(config(labelled_data, tower), folder)
   return folder
@@ -89,16 +89,18 @@ def test_workdir(cached):
   assert saved["checkpoint"]["sha256"] == "0"
   assert [r["step"] for r in lines(cached, "train")] == [4, 8, STEPS]
   assert [r["step"] for r in lines(cached, "val")] == [8, STEPS]
-  assert lines(cached, "val")[-1]["top1"] == saved["test"]["top1"]  # the same pictures here
+  assert (
+    lines(cached, "val")[-1]["top1"] == saved["test"]["top1"]
+  )  # val is also the test split here
   found = classifier(cached)
   assert found["kernel"].shape == (32, 5) and found["kernel"].dtype == np.float32
   assert found["bias"].shape == (5,) and tuple(found["class_names"]) == NAMES
-  # Two splits, two files.
+  # One file per split.
   assert len(list(cached.glob("features-*.npz"))) == 2 and not list(cached.glob("*.tmp"))
 
 
 def test_evaluated_again(labelled_data, tower, cached, tmp_path, monkeypatch):
-  """The classifier by its file, elsewhere; and the same command, which computes nothing anew."""
+  """Evaluating classifier.npz, and rerunning the command, give the same results from the caches."""
   file = str(cached / classifier_lib.FILE)
   given = config(labelled_data, tower, probe__classifier=file)
   assert linear_probe.linear_probe(given, tmp_path)["test"] == results(cached)["test"]
@@ -108,7 +110,7 @@ def test_evaluated_again(labelled_data, tower, cached, tmp_path, monkeypatch):
 
 
 class StopAfter:
-  """Stands in for Preemption: says stop from the n-th question on."""
+  """A fake Preemption that returns True after n calls."""
 
   def __init__(self, n: int):
     self.left = n
@@ -119,7 +121,7 @@ class StopAfter:
 
 
 def run_in_parts(c, folder, questions) -> list[int | None]:
-  """Runs that are asked to stop at these questions, and one to the end. Their last saved steps."""
+  """Runs that stop after these numbers of calls, then one to the end; their last saved steps."""
   saved = []
   for n in questions:
     with pytest.MonkeyPatch.context() as patch:
@@ -131,7 +133,7 @@ def run_in_parts(c, folder, questions) -> list[int | None]:
 
 
 def test_stop_and_go_on(labelled_data, tower, cached, tmp_path):
-  """Stopped in the features of the test split, then between two epochs."""
+  """Stopped while computing features of the test split, then between two epochs."""
   batches = -(-COUNT["train"] // 16) + -(-COUNT["val"] // 16)
   saved = run_in_parts(config(labelled_data, tower), tmp_path, (1, batches + 1))
   assert saved == [None, 8]
@@ -142,8 +144,8 @@ def test_stop_and_go_on(labelled_data, tower, cached, tmp_path):
 
 @pytest.mark.full
 def test_streamed(labelled_data, tower, cached, tmp_path):
-  """Pictures that are not changed, through the tower each time and stopped within an epoch, make
-  the classifier that the kept features make; changed ones another."""
+  """Streaming without augmentation, stopped within an epoch, gives the classifier of the cached
+  features; with augmentation it gives another one."""
   c = config(labelled_data, tower, probe__augment=True)
   val = -(-COUNT["val"] // 16)
   saved = run_in_parts(c, tmp_path / "plain", (val + 2,))
@@ -205,13 +207,13 @@ def test_features_are_those_of_the_model(labelled_data, tower, tmp_path):
 
 
 def test_towers_give_their_vectors():
-  """What a classifier reads is ahead of the projection and of the norm."""
+  """probe_features are taken before the projection and the normalisation."""
   image = jnp.asarray(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), np.uint8))
   c = tiny.config("")
   c.model.image = dict(kind="resnet", size=32, width=16, depths=(1, 1, 1, 1))
   built = setup.build(c)
   abstract = lambda: nnx.merge(built.graphdef, *weights(built)).probe_features({"image": image})
-  assert jax.eval_shape(abstract).shape == (2, 16)  # the attention pool's
+  assert jax.eval_shape(abstract).shape == (2, 16)  # the width of the attention pool
 
   def both(model):
     x = model.pixels(image)
@@ -267,7 +269,7 @@ def regression_data(n=60, d=6, classes=4):
 
 
 def test_regression_is_at_its_minimum():
-  """Against Newton's method in float64; rows of weight 0 do not count."""
+  """Compared with Newton's method in float64; rows of weight 0 have no effect."""
   (x, label), classes, l2 = regression_data(), 4, 2.0
   weight = (np.arange(len(label)) % 6 != 0).astype(np.float32)
   part = lambda a: jnp.asarray(a.reshape(4, -1, *a.shape[1:]))
@@ -286,7 +288,7 @@ def test_regression_is_at_its_minimum():
     hessian = np.einsum("ni,nck,nj->icjk", rows, curve, rows).reshape(w.size, w.size)
     w = w - np.linalg.lstsq(hessian + np.diag(penalty), gradient, rcond=None)[0].reshape(w.shape)
   np.testing.assert_allclose(params["kernel"], w[:-1], rtol=0, atol=2e-4)
-  centred = lambda b: b - b.mean()  # a constant on all biases changes nothing
+  centred = lambda b: b - b.mean()  # biases are determined up to a constant
   np.testing.assert_allclose(centred(params["bias"]), centred(w[-1]), rtol=0, atol=2e-4)
 
 
@@ -298,12 +300,12 @@ def test_search_finds_the_best_strength():
     return -abs(np.log10(l2 / peak))
 
   assert lbfgs.search(score) == pytest.approx(10**1.375) and len(asked) == len(set(asked)) == 15
-  assert lbfgs.search(lambda l2: 50.0) == 1e6  # all alike: the strongest
+  assert lbfgs.search(lambda l2: 50.0) == 1e6  # ties: the largest l2
   assert lbfgs.search(functools.partial(score, peak=1e-9)) == 1e-6
 
 
 def test_regression_from_the_workdir(labelled_data, tower, cached, tmp_path, monkeypatch):
-  """Where val is the test split, the strength is chosen on held-out training pictures."""
+  """If val is the test split, l2 is chosen on held-out training images."""
   for file in cached.glob("features-*.npz"):
     (tmp_path / file.name).write_bytes(file.read_bytes())
   monkeypatch.setattr(pipeline, "eval_images", None)
@@ -316,7 +318,7 @@ def test_regression_from_the_workdir(labelled_data, tower, cached, tmp_path, mon
 
 
 def test_what_a_regression_learns_from(labelled_data, monkeypatch):
-  """Where val is not what is tested, the strength is chosen on it, and then val is learned from."""
+  """If val is not the test split, l2 is chosen on val, and the final fit includes val."""
   rng, seen, tries = np.random.default_rng(0), [], []
   split = types.SimpleNamespace(class_names=NAMES)
   make = lambda n: features.Features(
@@ -348,7 +350,7 @@ def test_what_a_regression_learns_from(labelled_data, monkeypatch):
   both = [parts["train"], parts["val"]]
   np.testing.assert_array_equal(seen[-1][1], np.concatenate([p.features for p in both]))
   np.testing.assert_array_equal(seen[-1][2], np.concatenate([p.label for p in both]))
-  # A given strength is not searched for, and leaves val alone.
+  # With a given l2 there is no search, and val is not used.
   seen.clear()
   c.probe.l2 = 3.0
   run()

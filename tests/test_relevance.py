@@ -1,4 +1,4 @@
-"""NDCG and ROUGE-L against their definitions, files of relevances, and reports that hold them."""
+"""NDCG and ROUGE-L against their definitions, relevance files, and reports with NDCG."""
 
 import types
 
@@ -70,11 +70,11 @@ def plain_rouge(candidate, references):
 
 @pytest.mark.parametrize("longest", [3, 8, 9, 16, 17, 32, 33, 64, 65, 128, 150, 300])
 def test_rouge_l_is_the_definition(longest, monkeypatch):
-  """Every width of integers, one and several of them, blocks that do not divide."""
+  """All integer widths, one and several integers per caption, blocks that do not divide evenly."""
   for name, value in (("_ROWS", 10), ("_LANES", 3), ("_REFERENCES", 4)):
     monkeypatch.setattr(ndcg, name, value)
   rng = np.random.default_rng(longest)
-  few = max(2, longest // 8)  # different words: many matches, and carries from word to word
+  few = max(2, longest // 8)  # few different words: many matches, and carries between integers
   sentence = lambda n: " ".join(rng.choice([f"w{i}" for i in range(few)], n))
   lengths = [1, longest, longest, *rng.integers(1, longest + 1, 10 if longest < 100 else 3)]
   flat = [sentence(n) for n in rng.permutation(lengths)]
@@ -88,7 +88,7 @@ def test_rouge_l_words():
   captions = [["A dog  runs", "a cat"], ["The end."], ["", "the END"]]
   ours = ndcg.rouge_l(captions)
   np.testing.assert_array_equal(ours[[0, 1, 2, 3, 4], [0, 0, 1, 2, 2]], 1)
-  assert ours[2, 2] == np.float32(plain_rouge("the end.", ["", "the end"]))  # "end." is no "end"
+  assert ours[2, 2] == np.float32(plain_rouge("the end.", ["", "the end"]))  # "end." is not "end"
   assert ours[0, 2] == np.float32(plain_rouge("a dog  runs", ["", "the end"])) > 0  # "" is a word
   assert ours[4, 0] == 0
   with pytest.raises(ValueError, match="1 of 2 images have no caption"):
@@ -105,7 +105,7 @@ def test_files(tmp_path):
   read = ndcg.read(path, 6, 4)
   assert isinstance(read, np.memmap)
   np.testing.assert_array_equal(read, values)
-  # Nothing is written into a mapped file, and nothing has to be.
+  # The mapped file is read-only, which is sufficient.
   np.testing.assert_allclose(ndcg.ndcg(np.asarray(read), read), 1)
   np.testing.assert_allclose(ndcg.ndcg(np.asarray(read).T, read.T), 1)
   assert ndcg.find(path.parent, "test", "spice") == path
@@ -144,15 +144,15 @@ OWNER = np.repeat(np.arange(12), 5)
 
 
 def evaluator(config, built, scores, second=None):
-  """An evaluator for which a model has given these scores [12, 60] of its stages."""
+  """An evaluator with given first- and second-stage scores [12, 60] in place of a model."""
   ev = retrieval.from_config(config, inputs.from_config(config), built)
   ids = {"image": np.arange(12), "text": OWNER}
   ev.encode = lambda state, side, batches, bank: ({}, ids[side])
   ev.scores = lambda *_: scores
-  places = types.SimpleNamespace(places=2 * np.arange(60))  # every other row of a bank is filling
+  places = types.SimpleNamespace(places=2 * np.arange(60))  # every other row of a bank is padding
   ev.bank = lambda steps: places if ev.second else None
-  ev.reranker.scores = lambda _, images, texts, picture, caption, stop: second[
-    picture // 2, caption // 2
+  ev.reranker.scores = lambda _, images, texts, image, caption, check_stop: second[
+    image // 2, caption // 2
   ]
   return ev
 
@@ -162,7 +162,7 @@ def test_report_of_one_stage(tiny_data, built, home, monkeypatch):
   scores = np.random.default_rng(0).random((12, 60), np.float32)
   ev = evaluator(config, built["config"], scores)
   retrieval.check_splits(config.eval, ev.inputs)
-  assert not home.exists()  # nothing is computed before it is needed
+  assert not home.exists()  # check_splits computes no ROUGE-L
   out = ev(None, "test")
   graded = ndcg.rouge_l([record.captions for record in ev.inputs.split("test")])
   (file,) = (home / "relevances").iterdir()
@@ -176,7 +176,7 @@ def test_report_of_one_stage(tiny_data, built, home, monkeypatch):
   same = ("rsum", "i2t_r1", "t2i_meanr", "folds3_i2t_medr", "t2i_ndcg_rougeL")
   assert all(out[f"published_{k}"] == out[k] for k in same)
   assert len([k for k in out if k.startswith("published_")]) * 2 == len(out)
-  monkeypatch.setattr(ndcg, "rouge_l_rows", None)  # what was computed is read again
+  monkeypatch.setattr(ndcg, "rouge_l_rows", None)  # read from the cache
   assert ev(None, "test") == out
   plain = evaluator(tiny.config(tiny_data, eval__folds=3), built["config"], scores)(None, "test")
   folds = metrics.folds(scores, OWNER, 3)
@@ -199,7 +199,7 @@ def test_given_relevances(tiny_data, home, tmp_path):
   out = report_lib.report(config.eval, read.split("test"), rank, graded, is_test=True)
   for method, values in given.items():
     assert out[f"i2t_ndcg_{method}"] == pytest.approx(ndcg.ndcg(scores, values.T).mean())
-  assert not home.exists()  # ROUGE-L is not computed where there is a file
+  assert not home.exists()  # ROUGE-L is not computed if there is a file
   fewer = lambda part: metrics.Ranked(scores[:11, :55], scores[:11, :55], np.repeat(range(11), 5))
   with pytest.raises(ValueError, match=r"\(60, 12\) for \(55, 11\) .* some could not be read"):
     report_lib.report(config.eval, read.split("test"), fewer, graded, is_test=True)
@@ -219,7 +219,7 @@ def test_unknown_names(tiny_data, key, value, message):
 
 
 def test_report_of_two_stages(tiny_data, built, home):
-  """Folds have shortlists of their own; the published program takes what is in none for found."""
+  """Each fold has its own shortlists; published_* give rank 0 to queries without a hit in them."""
   changes = dict(eval__folds=2, eval__protocol="original", eval__ndcg="rougeL")
   config = tiny.team(tiny_data, **changes)
   scores, second = np.random.default_rng(2).random((2, 12, 60), np.float32)

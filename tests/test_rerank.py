@@ -1,4 +1,4 @@
-"""The second stage: candidates, their schedule over devices, and scores against the plain loop."""
+"""The second stage: candidates, their schedule over devices, scores against a plain loop."""
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +41,20 @@ def test_promote_keeps_both_orders():
 def test_schedule_visits_every_pair_once(devices, block, shape):
   rng = np.random.default_rng(2)
   batch, share = 8, 8 // devices
-  picture, caption = rng.integers(0, 24, 300), rng.integers(0, 40, 300)
+  image, caption = rng.integers(0, 24, 300), rng.integers(0, 40, 300)
   seen = np.zeros(300, int)
-  plans = rerank.schedule(picture, caption, batch=batch, devices=devices, block=block, shape=shape)
+  plans = rerank.schedule(image, caption, batch=batch, devices=devices, block=block, shape=shape)
   for n, calls in plans.items():
     assert calls.image.shape[1:] == (devices * shape[0],)
     assert calls.caption.shape[1:] == (devices * shape[0], shape[1])
-    for pictures, captions, pairs in zip(*calls, strict=True):
-      for row, local in enumerate(pictures):
+    for images, captions, pairs in zip(*calls, strict=True):
+      for row, local in enumerate(images):
         device = row // shape[0]
         for column in np.flatnonzero(pairs[row] >= 0):
           pair = pairs[row, column]
           seen[pair] += 1
           step, place = divmod(local, share)
-          assert picture[pair] == step * batch + device * share + place
+          assert image[pair] == step * batch + device * share + place
           assert caption[pair] == n * block + captions[row, column]
   assert (seen == 1).all()
 
@@ -130,7 +130,7 @@ def test_report_has_both_stages_and_the_mix(tiny_data, caplog):
   off, state, _ = run(tiny.team(tiny_data, eval__top_k_text=0, eval__top_k_image=0))
   first = off(state, "test")
   assert {k.removeprefix("first_"): v for k, v in both.items() if k[:6] == "first_"} == first
-  # The first stage, so heavy that it decides, gives its own order again.
+  # A first stage of overwhelming weight gives the first-stage order.
   mixed, state, _ = run(tiny.team(tiny_data, **every, eval__stage_mix=1e6))
   report = mixed(state, "test")
   assert {k: report[k] for k in first} == first
@@ -172,7 +172,7 @@ def test_captions_are_cut_to_the_longest_of_a_block():
   bank = rerank.Bank(1, rows, jnp.float32)
   mask = np.arange(30) < np.array([3, 9, 30, 1])[:, None]
   tokens = np.random.default_rng(0).standard_normal((4, 30, 5)).astype(np.float32)
-  other = np.ones((4, 7), np.float32)  # not along the tokens
+  other = np.ones((4, 7), np.float32)  # has no token axis
   leaves = dict(tokens=tokens, mask=mask, other=other)
   bank.add({k: jax.device_put(v, rows) for k, v in leaves.items()}, np.ones(4, bool))
   np.testing.assert_array_equal(bank.lengths(), [3, 9, 30, 1])
