@@ -97,7 +97,7 @@ def team(c):
         attention_dropout=0.0,
       ),
       project_text=False,
-      # One block that sees more wrong pairs learns faster than two that see fewer.
+      # One block with more negatives learns faster than two blocks with fewer.
       matching=dict(depth=1, heads=heads, embed=128, dropout=0.0),
       same_image="exclude",
       negatives=3,
@@ -105,9 +105,9 @@ def team(c):
     )
   )
   c.text.tokenizer, c.text.length = "bert", 37
-  c.batch_size, c.total = 125, "20 epochs"  # many small steps: the sampled negatives need them
+  c.batch_size, c.total = 125, "20 epochs"  # sampled negatives need many small steps
   c.eval.batch_size = 250
-  c.eval.stage_mix = 1.0  # after five minutes the two stages together rank better than either
+  c.eval.stage_mix = 1.0  # after so few steps, the sum of both stages ranks better than either
   c.eval.every = "10 epochs"
   c.checkpoint.every = "10 epochs"
   o = c.optim
@@ -117,7 +117,7 @@ def team(c):
 
 
 def tgdt(c):
-  from xmodal_jax.data.preparing import shapes  # what a detector would give of the scenes
+  from xmodal_jax.data.preparing import shapes  # its regions take the place of a detector's
   from xmodal_jax.models import tgdt as tgdt_lib
 
   stack = dict(heads=4, mlp=256, dropout=0.0)
@@ -141,7 +141,7 @@ def tgdt(c):
       shared=False,
     )
     | tgdt_lib.OBJECTIVE
-    # From scratch the hardest negative alone teaches nothing for a long time.
+    # From scratch, the hinge on the hardest negative alone ("max") stalls for many epochs.
     | dict(reduce="sum")
   )
   c.data.regions = shapes.MAX_REGIONS
@@ -181,11 +181,11 @@ def hat(c):
         attention_dropout=0.0,
       ),
       levels=((3, 2), (1, 0), (2, 1)),
-      # Words that ask learn from scratch several times as fast as regions: they are what is named.
+      # From scratch, words as queries and regions as keys learn several times as fast as i2t.
       direction="t2i",
       sharpness=9.0,
       margin=0.2,
-      reduce="sum",  # from scratch; see `tgdt`
+      reduce="sum",  # from scratch, see `tgdt`
       first_levels=(),
     )
   )
