@@ -13,6 +13,7 @@ from xmodal_jax.checkpoints import model_files
 from xmodal_jax.data import inputs
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.evaluation import batching, retrieval, zero_shot
+from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.models import base
 from xmodal_jax.runtime import setup
@@ -67,7 +68,7 @@ def test_classes_by_mean_embeddings(labelled_data, model, templates, tmp_path):
   assert saved["protocol"]["images"] == COUNT["val"] and saved["protocol"]["classes"] == len(NAMES)
 
   read = inputs.from_config(c)
-  state, _ = retrieval.load_state(built, init)
+  state, _ = state_lib.load_state(built, init)
   ev = retrieval.from_config(c, read, built)
   images, ids = ev.encode(state, "image", read.images(read.split("test")))
   texts = [t.replace("{}", n) for n in NAMES for t in TEMPLATES]

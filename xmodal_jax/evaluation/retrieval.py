@@ -1,7 +1,6 @@
 """Image-text retrieval: embed a split once, score all pairs in blocks, rank, report."""
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from xmodal_jax.checkpoints import restore
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import records
 from xmodal_jax.distributed import processes, sharding
 from xmodal_jax.evaluation import batching, cache, metrics, rerank, tables
 from xmodal_jax.evaluation import report as report_lib
+from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.evaluation.batching import Interrupted
-from xmodal_jax.optim import train_state
 from xmodal_jax.runtime import setup
 from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.runtime import workdir as workdir_lib
@@ -34,7 +32,7 @@ def evaluate(config: Any, workdir: str) -> dict[str, Any]:
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)
   inputs.check_processes("test")
-  state, source = load_state(built, config.init or workdir)
+  state, source = state_lib.load_state(built, config.init or workdir)
   evaluator = from_config(config, inputs, built)
   split = inputs.split("test")
   report_lib.grades(config.eval, split, compute=False)  # files that do not fit raise early
@@ -352,31 +350,6 @@ def positions(image_id: np.ndarray, caption_image: np.ndarray) -> tuple[np.ndarr
   row = np.searchsorted(image_id, caption_image)
   kept = (row < len(image_id)) & (image_id[np.minimum(row, len(image_id) - 1)] == caption_image)
   return row[kept], kept
-
-
-def load_state(built: setup.Built, source: str) -> tuple[train_state.TrainState, dict[str, Any]]:
-  """Parameters of a file, a converted directory or a workdir on the devices; see `restore.load`.
-
-  Returns a TrainState without step and opt_state, and its provenance: kind, source and sha256.
-  Raises CheckpointError.
-  """
-  params, stats, info = restore.load(
-    source, built.system_name, built.params, built.stats, built.model_config
-  )
-  if "sha256" not in info:  # a workdir, which may reach the same step again with other parameters
-    info = dict(info) | {"sha256": _digest({"params": params, "stats": stats})}
-  params = restore.put(params, built.params_shardings)
-  stats = restore.put(stats, built.stats_shardings)
-  return train_state.TrainState(step=None, params=params, stats=stats, opt_state=None), info
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-  """sha256 of the names and bytes of host arrays in nested dicts."""
-  digest = hashlib.sha256()
-  for path, leaf in sorted(restore.flat(tree).items()):
-    digest.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
-    digest.update(np.ascontiguousarray(leaf).data)
-  return digest.hexdigest()
 
 
 def _make_cast(dtype: Any, out_sharding: Any) -> Callable[[Any], Any]:

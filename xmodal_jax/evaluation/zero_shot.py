@@ -16,6 +16,7 @@ from xmodal_jax.data import text as text_lib
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.distributed import sharding
 from xmodal_jax.evaluation import batching, labels, retrieval, tables
+from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.models.base import l2_normalize
 from xmodal_jax.runtime import setup
 from xmodal_jax.runtime import workdir as workdir_lib
@@ -38,7 +39,7 @@ def classify(config: Any, workdir: str) -> dict[str, Any]:
   inputs.check_processes("test")
   names = class_names(config.classify.names, split.name, split.class_names)
   templates = read_templates(config.classify.templates)
-  state, source = retrieval.load_state(built, config.init)
+  state, source = state_lib.load_state(built, config.init)
   batches = text_batches(
     prompts(names, templates),
     inputs.tokenizer,

@@ -15,7 +15,8 @@ from flax import nnx
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import mix, records
 from xmodal_jax.distributed import processes, sharding
-from xmodal_jax.evaluation import batching, cache, labels, metrics, retrieval
+from xmodal_jax.evaluation import batching, cache, labels, metrics
+from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.interop import torch_files
 from xmodal_jax.interop.local import local_copy
 from xmodal_jax.optim import train_state
@@ -121,7 +122,7 @@ def load_tower(config: Any, built: setup.Built) -> Tower:
   if config.init and config.init_image:
     raise ValueError("config.init is a whole model: set it or config.init_image, not both")
   if config.init:
-    state, source = retrieval.load_state(built, config.init)
+    state, source = state_lib.load_state(built, config.init)
   else:
     tx = optax.identity()
     new = functools.partial(step_lib.init_state, built.init_model, tx)
