@@ -3,19 +3,21 @@
   python -m xmodal_jax.main --config configs/coco_ft.py:vit_b32 --workdir DIR \
     --config.init=ViT-B-32.pt
 
-Data: TFDS `coco_captions` (2014, Karpathy splits), or `--config.data.dir` of a prepared data set.
-Recipes: `default` trains on train+restval with float32 master weights, chooses the checkpoint by
-RSUM on val and evaluates test once. `--config.recipe=original` is the published program: staircase
-rate, decay on everything, train only, chosen on test; `original_fp16` also its half-precision
-forward and backward with weights rounded back to fp16 after every step.
+Data: TFDS `coco_captions` (2014, Karpathy splits), or a prepared dataset (`--config.data.dir`).
+Recipes: `default` trains on train+restval with float32 master weights, selects the checkpoint by
+RSUM on val and evaluates it once on test. `--config.recipe=original` is the published program:
+staircase learning rate, weight decay on all parameters, train alone, checkpoint selected on test.
+`original_fp16` also runs forward and backward in float16 and rounds the weights to float16 after
+every step, as the published program does.
 
 Published rows, MS-COCO 5K test, image to text and text to image R@1 / R@5 / R@10:
 
   vit_b32  original, batch 256, 5 epochs   62.22 85.62 91.66   46.94 74.88 83.56
   vit_b16  original, batch 128, 5 epochs   68.76 88.66 93.94   52.45 78.66 86.66   (one GPU, 2.6 h)
 
-The other seven have no published fine-tuned row; they use the recipe of vit_b16. `tiny` is a small
-ViT from scratch for two CPU cores: point --config.data.dir at a prepared Flickr8K, or anything.
+The other seven have no published fine-tuned row and use the recipe of vit_b16. `tiny` is a small
+ViT trained from scratch on two CPU cores; set --config.data.dir to a prepared dataset, for example
+Flickr8K.
 """
 
 import math
@@ -47,11 +49,11 @@ def get_config(variant=None):
   c.batch_size = 256 if variant == "vit_b32" else 128
   c.total = "5 epochs"
   c.eval.folds = 5
-  # The scale may not exceed 100 (Radford et al., 2021, section 2.5).
+  # The logit scale is clipped to at most 100 (Radford et al., 2021, section 2.5).
   c.optim.bounds = (("^logit_scale$", 0.0, math.log(100)),)
   if variant == "tiny":
     return tiny(c)
-  c.init = FILES[variant]  # in the current folder, or --config.init
+  c.init = FILES[variant]  # in the current folder; another path with --config.init
   original = {
     "seed": 99,
     "dtype": "float32",

@@ -1,4 +1,4 @@
-"""A released CLIP file on the MS-COCO 5K test split: 5K, 1K (five folds), ECCV Caption and CxC.
+"""Zero-shot retrieval with a released CLIP on COCO 5K and 1K (five folds), ECCV Caption and CxC.
 
   python -m xmodal_jax.main --config configs/coco_zeroshot.py:vit_b32 --mode eval --workdir DIR \
     --config.init=ViT-B-32.pt [--config.eval.eccv_dir=DIR]
@@ -15,7 +15,8 @@ Expected, raw captions without a prompt, image to text and text to image R@1 / R
   vit_l14      56.36 79.50 86.66   36.54 60.97 71.16
   vit_l14_336  58.06 81.12 87.92   37.18 61.59 71.42
 
-They were scored in fp16, which ties many captions; float32 (the default here) differs by about 0.1.
+These were scored in float16, which ties many captions; float32, the default here, differs by about
+0.1.
 """
 
 from xmodal_jax import config as base

@@ -4,8 +4,8 @@
   python -m xmodal_jax.main --config configs/f30k_ft.py:vit_b32 --workdir DIR \
     --config.data.dir=DATA --config.init=ViT-B-32.pt
 
-CLIP_ITM has no published row on Flickr30K: 29,000 / 1,014 / 1,000 pictures, 5 captions each.
-Steps are short next to COCO's, so the warm-up is.
+Flickr30K has 29,000 / 1,014 / 1,000 images with 5 captions each. CLIP_ITM has no published row for
+it. There are fewer steps than on COCO, so the warm-up is shorter.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""HAT on Flickr30K and MS-COCO: Swin-B and BERT, compared at three depths.
+"""HAT on Flickr30K and MS-COCO: Swin-B and BERT with token alignment at three depths.
 
   python -m xmodal_jax.main --config configs/hat.py:f30k --workdir DIR --config.data.dir=DATA/f30k \
     --config.init_image=swin_base_patch4_window7_224_22k.pth \
@@ -7,13 +7,14 @@
     --config.data.dir=DATA/f30k --config.init=hat_f30k.ckpt
 
 Flickr30K has to be prepared (`tools/prepare_data.py karpathy`); COCO comes from TFDS
-`coco_captions`, or --config.data.dir. --config.model.direction is i2t (released), t2i, or both, the
-sum that the paper stars; --config.model.first_levels="(0,)" retrieves in two stages, candidates by
-the smallest level.
-For eleven epochs the projections alone train, then everything, at a tenth of the rate.
-Recipes: `default` trains COCO on train+restval and chooses the checkpoint by RSUM on val;
+`coco_captions`, or --config.data.dir. --config.model.direction is i2t (as released), t2i, or both
+(their sum, the rows with a star in the paper). --config.model.first_levels="(0,)" retrieves in two
+stages: the level with the fewest tokens selects the candidates.
+The towers are frozen for eleven epochs, in which only the projections are trained; then everything
+is trained at a tenth of the learning rate.
+Recipes: `default` trains on COCO's train+restval and selects the checkpoint by RSUM on val;
 `--config.recipe=original` is the published program: train alone, batches of 58, float32, and the
-checkpoint with the best R@1 of both directions.
+checkpoint with the best mean R@1 of both directions.
 
 The release has no table of results.
 """

@@ -1,6 +1,9 @@
-"""HAT's alignment over CLIP ViT-B/16 and BERT: --config.init_image=ViT-B-16.pt, init_text as usual.
+"""HAT's token alignment on CLIP's ViT-B/16 and BERT: an example of combining parts of systems.
 
-`shapes`: a small one from scratch on the embedded data set. It shows how parts of systems mix.
+  python -m xmodal_jax.main --config configs/hat_clip_vit.py --workdir DIR --config.data.dir=DATA \
+    --config.init_image=ViT-B-16.pt --config.init_text=bert-base-uncased/pytorch_model.bin
+
+Variant `shapes`: a small model trained from scratch on the embedded dataset.
 """
 
 from xmodal_jax import config as base
@@ -10,12 +13,12 @@ from xmodal_jax.models import hat
 def get_config(variant=None):
   c, model, small = base.base(), hat.preset("swin_b"), variant == "shapes"
   model["image"] = dict(kind="clip", size=224, patch=16, width=768, depth=12, heads=12)
-  model["levels"] = ((11, 11), (3, 3), (9, 9))  # blocks of both towers
+  model["levels"] = ((11, 11), (3, 3), (9, 9))  # (image block, text block)
   if small:
     model["image"] |= dict(size=48, patch=12, width=64, depth=3, heads=2)
     model["text"] |= dict(context=40, width=64, depth=3, heads=2, mlp=256, dropout=0.0)
     model |= dict(embed=64, levels=((2, 2), (0, 0), (1, 1)), reduce="sum")
-    model["direction"] = "t2i"  # learns faster from scratch
+    model["direction"] = "t2i"  # learns faster from scratch, see shapes.py
     c.data.dir = "shapes"
   c.model.update(model)
   c.text.tokenizer, c.text.length = "bert", 37 if small else 32

@@ -1,19 +1,20 @@
-"""A released TEAM in both stages: cosine of all pairs, then 16 candidates each way.
+"""Evaluates a released TEAM: cosine of all pairs, then 16 candidates re-ranked in each direction.
 
   python -m xmodal_jax.main --config configs/team_eval.py:clip_l14 --mode eval --workdir DIR \
     --config.init=pretrained_14m_clip_large.pth
 
 Data: the MS-COCO 5K test split with all captions from TFDS `coco_captions`, or --config.data.dir.
-`chinese_l14` is the model of ModelScope's `multi-modal_team-vit-large-patch14`: its pytorch_model.bin
-as init, its vocab.txt in the current folder or --config.text.vocab, and data of one's own (COCO-CN,
-Flickr30K-CN, Flickr8K-CN as Karpathy json or pairs). Published after the second stage, R@1 / R@5 /
-R@10, image to text and text to image (the Chinese model: R@1 alone):
+`chinese_l14` is ModelScope's `multi-modal_team-vit-large-patch14`: set --config.init to its
+pytorch_model.bin, have its vocab.txt in the current folder or set --config.text.vocab, and prepare
+COCO-CN, Flickr30K-CN or Flickr8K-CN (`tools/prepare_data.py karpathy` or `pairs`).
+Published after the second stage, image to text and text to image R@1 / R@5 / R@10 (the Chinese
+model: R@1 alone):
 
   vit_b16      pre-trained  74.9 91.8 95.3   54.7 79.5 86.6     fine-tuned  77.3 93.6 96.5   59.7 83.2 89.4
   clip_l14     pre-trained  82.8 95.6 97.6   63.9 85.1 90.4     fine-tuned  84.0 96.1 98.0   66.9 87.0 92.1
   chinese_l14  COCO-CN 67.7 / 66.7   Flickr30K-CN 88.1 / 69.8   Flickr8K-CN 77.7 / 63.3
 
-They were computed in float32: --config.recipe=original does so on accelerators too.
+These were computed in float32: --config.recipe=original does so on accelerators too.
 """  # noqa: E501
 
 from xmodal_jax import config as base

@@ -4,10 +4,10 @@
     --config.init=pretrained_14m_clip_large.pth
 
 Variants: coco_clip_l14, coco_vit_b16, f30k_clip_l14, f30k_vit_b16. COCO comes from TFDS
-`coco_captions` (2014, Karpathy splits), or --config.data.dir names a prepared data set; Flickr30K
-has to be prepared (`tools/prepare_data.py karpathy`).
-The authors fine-tuned with the pre-training losses and milder crops, and published no more than
-that: rate, length and batch are ours. Recipes as in configs/team_pretrain.py.
+`coco_captions` (2014, Karpathy splits) or a prepared dataset (--config.data.dir); Flickr30K has to
+be prepared (`tools/prepare_data.py karpathy`).
+The authors state only that they fine-tuned with the losses of pre-training and milder crops:
+learning rate, number of epochs and batch size are ours. Recipes as in configs/team_pretrain.py.
 
 Published, MS-COCO 5K test after the second stage, image to text and text to image R@1 / R@5 / R@10:
 
@@ -28,7 +28,7 @@ def get_config(variant=None):
   if source not in ("coco", "f30k") or tower not in FILES:
     raise ValueError(f"team_ft has no variant {variant!r}; e.g. coco_clip_l14, f30k_vit_b16")
   c = base.load(pathlib.Path(__file__).with_name("team_pretrain.py"), tower)
-  c.init = FILES[tower]  # in the current folder, or --config.init
+  c.init = FILES[tower]  # in the current folder; another path with --config.init
   c.data.crop_scale = (0.5, 1.0)
   if source == "coco":
     c.data.tfds, c.data.tfds_captions = "coco_captions", 0

@@ -1,4 +1,4 @@
-"""Pre-training TEAM on CC3M, Visual Genome, COCO and SBU (4M pictures, 5M pairs).
+"""Pre-training TEAM on CC3M, Visual Genome, COCO and SBU (4M images, 5M pairs).
 
   python tools/prepare_data.py albef --out DATA \
     --train cc3m/cc_albef_qy.json cc3m --train VG/vg_pretrain.json . \
@@ -8,12 +8,13 @@
   python -m xmodal_jax.main --config configs/team_pretrain.py:clip_l14 --workdir DIR \
     --config.data.dir=DATA --config.init_image=ViT-L-14.pt --config.init_text=bert/model.safetensors
 
-The towers start from public files: DeiT `deit_base_patch16_224` (vit_b16) or OpenAI's ViT-L/14
-(clip_l14), and Hugging Face's bert-base-uncased.
-Recipes: `default` is LAMB as optax has it, decay on matrices only, warm-up and cosine, captions of
-the same picture left out of the contrastive loss, a mended RandAugment, bfloat16 on accelerators.
-`--config.recipe=original` is the published program: LAMB over its own tensors with decay on
-everything, a staircase without warm-up, same-picture pairs at logit 0, RandAugment with its bugs.
+The towers are initialised from public files: DeiT `deit_base_patch16_224` (vit_b16) or OpenAI's
+ViT-L/14 (clip_l14), and Hugging Face's bert-base-uncased.
+Recipes: `default` is optax's LAMB with weight decay on matrices only, warm-up and cosine schedule,
+pairs of the same image excluded from the contrastive loss, RandAugment with its bugs fixed, and
+bfloat16 on accelerators. `--config.recipe=original` is the published program: LAMB with trust
+ratios per tensor of the PyTorch model, weight decay on all parameters, a staircase without warm-up,
+pairs of the same image at logit 0, and RandAugment with its bugs.
 
 Published, MS-COCO 5K test after the second stage, image to text and text to image R@1 / R@5 / R@10:
 
@@ -40,7 +41,7 @@ def get_config(variant=None):
   o.name, o.lr, o.b1, o.b2, o.eps = "lamb", 1e-3, 0.9, 0.999, 1e-6
   o.weight_decay, o.grad_clip = 0.01, 1.0
   o.warmup = "1 epochs"
-  if variant == "clip_l14":  # a strong tower: it learns at a tenth of the rate
+  if variant == "clip_l14":  # CLIP's image tower is well pre-trained: a tenth of the rate
     o.lr_mult = (("^image/", 0.1), (".*", 1.0))
   o.bounds = (("^logit_scale", 0.0, math.log(team.MAX_SCALE)),)
   c.recipes.original = original()
@@ -48,7 +49,7 @@ def get_config(variant=None):
 
 
 def data(c):
-  """Captions and pictures as every TEAM takes them."""
+  """Preprocessing of captions and images, the same for all TEAM models."""
   c.text.tokenizer, c.text.length = "bert", 30
   c.text.clean, c.text.max_words = "albef", 30
   c.data.image.resize, c.data.image.rgb_first = "exact", True

@@ -1,6 +1,9 @@
-"""TEAM's token alignment over Swin-B and BERT: --config.init_image and init_text are their files.
+"""TEAM's token alignment on Swin-B and BERT: an example of combining parts of systems.
 
-`shapes`: a small one from scratch on the embedded data set. It shows how parts of systems mix.
+  python -m xmodal_jax.main --config configs/team_swin.py --workdir DIR --config.data.dir=DATA \
+    --config.init_text=bert-base-uncased/pytorch_model.bin
+
+Variant `shapes`: a small model trained from scratch on the embedded dataset.
 """
 
 from xmodal_jax import config as base

@@ -1,6 +1,6 @@
-"""TGDT on Flickr30K and MS-COCO, from 36 bottom-up regions a picture.
+"""TGDT on Flickr30K and MS-COCO, with 36 bottom-up attention regions per image.
 
-  python tools/prepare_data.py regions ...   (see --help; both need features of every picture)
+  python tools/prepare_data.py regions ...   (see --help; both need region features of every image)
   python -m xmodal_jax.main --config configs/tgdt.py:f30k_all --workdir DIR \
     --config.data.dir=DATA/f30k --config.init_text=bert-base-uncased/pytorch_model.bin
   python -m xmodal_jax.main --config configs/tgdt.py:f30k_all --mode eval --workdir DIR \
@@ -8,12 +8,13 @@
 
 Variants, each for f30k and coco: `all`, both losses and both stages of retrieval; `global` and
 `local`, one loss and its score alone; `stage1`, the first stage of training (TERAN), and
-`stage1_shared`, its form with one stack for both sides. TERAN's others are
---config.model.mode=MwSr or symm.
-Recipes: `default` trains everything at once, local scores on the lower tokens and global ones on
-the upper stacks, which see no padding. `--config.recipe=original` is the published program, where
-`all`, `global` and `local` train the upper stacks alone: give them a workdir of `stage1` as
---config.init. Its global vectors depend on the batch, so it also fixes that of evaluation.
+`stage1_shared`, the same with one stack shared by images and texts. TERAN's other aggregations are
+--config.model.mode=MwSr and symm.
+Recipes: `default` trains all parameters at once, with local scores on the tokens of the lower
+stacks and global scores on the upper stacks, which mask padding. `--config.recipe=original` is the
+published program, where `all`, `global` and `local` train the upper stacks alone and start from a
+workdir of `stage1` (--config.init). Its upper stacks attend to padding, so embeddings depend on the
+batch, and the recipe also sets the batch size of evaluation.
 
 The authors' README has no table of results.
 """

@@ -3,12 +3,12 @@
   python -m xmodal_jax.main --config configs/zerovl_linear_probe.py --mode linear_probe \
     --workdir DIR --config.init=zerovl_100m.pth
 
-Data: TFDS `imagenet2012`, or --config.data.dir of a folder per class, prepared by
-`tools/prepare_data.py folders`.
-Recipes: `default` computes the features of every picture once and trains on those, by LARS with the
-published values; `--config.probe.optim=lbfgs` is logistic regression to convergence, with its
-strength chosen on held-out pictures. `--config.recipe=original` is the published program: pictures
-are cropped at random, anew in each of the 90 epochs, which takes 90 times the work.
+Data: TFDS `imagenet2012`, or --config.data.dir: folders of labelled images that
+`tools/prepare_data.py folders` has written as a dataset.
+Recipes: `default` computes the features of every image once and trains on them with LARS at the
+published values; `--config.probe.optim=lbfgs` is logistic regression to convergence, with the
+penalty selected on held-out images. `--config.recipe=original` is the published program: random
+crops, and so new features in each of the 90 epochs, which is 90 times the work.
 
 Published top-1 of the 100M model with the original: 80.6.
 """
@@ -26,7 +26,7 @@ def get_config(variant=None):
   c = base.base()
   c.model.update(zerovl.preset(variant))
   pretrain = base.load_module(pathlib.Path(__file__).with_name("zerovl_pretrain.py"))
-  pretrain.pictures_and_captions(c)
+  pretrain.preprocessing(c)
   c.data.tfds = "imagenet2012"
   c.data.train, c.data.val, c.data.test = "train", "validation", "validation"
   c.eval.batch_size = 1024

@@ -1,4 +1,4 @@
-"""Pre-training ZeroVL on several sets of web pairs (SBU and CC3M in the published configs).
+"""Pre-training ZeroVL on several datasets of web pairs (SBU and CC3M in the published configs).
 
   python tools/prepare_data.py csv --root sbu --name sbu --out DATA   (or img2dataset, pairs)
   python tools/prepare_data.py csv --root cc3m --name cc3m --out DATA
@@ -8,11 +8,12 @@
     --config.init_image=vit_base_patch16_224_in21k.safetensors \
     --config.init_text=bert-base-uncased/model.safetensors
 
-zerovl: batches of 1,024 out of one shuffle over everything. dga: batches of 16,384 of one data set
-each (debiased sampling), coin-flip mixup, and gradients accumulated over 16 parts.
-Recipes: `default` begins its warm-up above 0 and decays matrices only; accumulated gradients are
-exact in both. `--config.recipe=original` is the published program: decay on everything, a first
-step of rate 0, and partners of mixup within the rows that one of 8 GPUs has at a time.
+zerovl: batches of 1,024 from one shuffle over all datasets. dga: batches of 16,384, each from one
+dataset (debiased sampling), mixup of either the images or the texts, and gradient accumulation in
+16 parts (exact in both recipes).
+Recipes: `default` starts its warm-up above 0 and decays matrices only. `--config.recipe=original`
+is the published program: weight decay on all parameters, a learning rate of 0 in the first step,
+and mixup partners within the 128 samples that one of 8 GPUs encodes at a time.
 
 Published RSUM (image to text and text to image R@1 + R@5 + R@10), ViT-B/16 and BERT-base, 8 V100:
 
@@ -31,7 +32,7 @@ def get_config(variant=None):
     raise ValueError(f"zerovl_pretrain has no variant {variant!r}; there are zerovl, dga")
   c = base.base()
   c.model.update(zerovl.preset("pretrain"))
-  pictures_and_captions(c)
+  preprocessing(c)
   c.data.crop, c.data.crop_scale = "random", (0.6, 1.0)
   c.data.auto_augment = "imagenet"
   c.text.corrupt = 0.2
@@ -53,8 +54,8 @@ def get_config(variant=None):
   return c
 
 
-def pictures_and_captions(c):
-  """As every ZeroVL takes them."""
+def preprocessing(c):
+  """Preprocessing of captions and images, the same for all ZeroVL models."""
   c.text.tokenizer, c.text.length = "bert", 25
   i = c.data.image
   i.size, i.resize, i.interpolation, i.rgb_first = 256, "exact", "bilinear", True
