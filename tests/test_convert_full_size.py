@@ -143,7 +143,7 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-@pytest.mark.parametrize("name", ["ViT-B/32", *SLOW])
+@pytest.mark.parametrize("name", [pytest.param("ViT-B/32", marks=pytest.mark.full), *SLOW])
 def test_round_trip(name, tmp_path):
   assert f"clip {NAMES[name]}:" in there_and_back("clip", layout(name), tmp_path)
 

@@ -52,6 +52,7 @@ def coco(shared_data):
   return scores, image_ids, caption_ids.ravel(), caption_image, folder / "eccv_caption"
 
 
+@pytest.mark.full
 def test_coco_protocol_is_that_of_the_package(coco):
   package = pytest.importorskip("eccv_caption")
   scores, image_ids, caption_ids, _, _ = coco

@@ -247,7 +247,11 @@ def test_leaving_a_stream_does_not_hang(end):
 
 
 @pytest.mark.parametrize(
-  "reader", ["", "threading.Thread(target=list, args=[s], daemon=True).start()"]
+  "reader",
+  [
+    pytest.param("", marks=pytest.mark.full),
+    "threading.Thread(target=list, args=[s], daemon=True).start()",
+  ],
 )
 def test_the_interpreter_exits_with_streams_open(reader):
   """Also while another thread, such as a prefetcher's, is reading."""
