@@ -93,8 +93,12 @@ def parse(
   region_dim: F. region_dtype: of the features as stored.
   """
   f = _features(payload)
-  ints = lambda name: tuple(f[name].int64_list.value) if name in f else ()
-  texts = lambda name: tuple(v.decode() for v in f[name].bytes_list.value) if name in f else ()
+
+  def ints(name: str) -> tuple[int, ...]:
+    return tuple(f[name].int64_list.value) if name in f else ()
+
+  def texts(name: str) -> tuple[str, ...]:
+    return tuple(v.decode() for v in f[name].bytes_list.value) if name in f else ()
 
   def floats(name: str, width: int | None, dtype: npt.DTypeLike) -> np.ndarray | None:
     if name not in f:

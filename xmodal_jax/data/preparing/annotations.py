@@ -84,8 +84,10 @@ def _renumbered(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
     return images
   kept = sorted(i for p in images for i in p.caption_positions)
   place = {old: new for new, old in enumerate(kept)}
-  now = lambda p: tuple(place[i] for i in p.caption_positions)
-  return [dataclasses.replace(p, caption_positions=now(p)) for p in images]
+  return [
+    dataclasses.replace(p, caption_positions=tuple(place[i] for i in p.caption_positions))
+    for p in images
+  ]
 
 
 Faults = list[tuple[AnnotatedImage, str]]

@@ -149,15 +149,19 @@ class Table:
   def read(self, key: str) -> Detected:
     _, width, height, count, boxes, features = self._line(self._places[key]).split(b"\t")
     try:
-      decode = lambda field: np.frombuffer(base64.b64decode(field.strip(), validate=True), "<f4")
       rows = int(count)
       return Detected(
-        decode(features).reshape(rows, -1),
-        decode(boxes).reshape(rows, 4),
+        _decoded(features).reshape(rows, -1),
+        _decoded(boxes).reshape(rows, 4),
         (int(width), int(height)),
       )
     except ValueError as e:  # of int, of base64 and of the shapes
       raise DatasetError(f"{self.where(key)}: image_id {key} is damaged: {e}") from e
+
+
+def _decoded(field: bytes) -> np.ndarray:
+  """base64 of little-endian float32 -> array [N]."""
+  return np.frombuffer(base64.b64decode(field.strip(), validate=True), "<f4")
 
 
 class Hdf5:

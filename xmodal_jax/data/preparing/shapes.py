@@ -56,10 +56,10 @@ Scene = tuple[Object, ...]
 def scenes(seed: int, count: int) -> list[Scene]:
   """`count` different scenes; their objects are in the order of the cells."""
   rng, seen = np.random.default_rng(seed), {}
-  pick = lambda words: list(words)[int(rng.random() * len(words))]
+  kinds = tuple(COLOURS), tuple(SHAPES), tuple(_RADIUS)
   while len(seen) < count:
     cells = np.argsort(rng.random(9))[: 2 + int(rng.random() < 0.5)]
-    scene = tuple((pick(COLOURS), pick(SHAPES), pick(_RADIUS), int(c)) for c in np.sort(cells))
+    scene = tuple((*(_choice(rng, words) for words in kinds), int(c)) for c in np.sort(cells))
     seen[scene] = None
   return list(seen)
 
@@ -212,8 +212,11 @@ def _there_is(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _places_first(scene: Scene, rng: np.random.Generator) -> str:
-  verb = lambda: _choice(rng, ("is", "sits", "lies", "stands", "appears", "we find"))
-  parts = [f"{_place(o[3], rng)} {verb()} {_article(_noun(o, rng))}" for o in _shuffled(scene, rng)]
+  verbs = ("is", "sits", "lies", "stands", "appears", "we find")
+  parts = [
+    f"{_place(o[3], rng)} {_choice(rng, verbs)} {_article(_noun(o, rng))}"
+    for o in _shuffled(scene, rng)
+  ]
   return "; ".join(parts)
 
 

@@ -213,7 +213,7 @@ def _number(
     if report["records"]:
       shards.append(builder.ShardCounts(*(report[k] for k in ("records", "captions", "bytes"))))
       paths.append(_shard(folder, job))
-  moves = []
+  moves: list[tuple[epath.Path, epath.Path]] = []
   for split, paths in files.items():
     if not paths:
       raise DatasetError(f"split {split!r} is empty: its sources have no image with a caption")
@@ -221,13 +221,20 @@ def _number(
     for i, path in enumerate(paths):
       new = folder / builder.shard_name(prefix, i, len(paths))
       moves += [(path, new), (tfrecord.index_path(path), tfrecord.index_path(new))]
-  _each(lambda move: move[0].rename(move[1]), moves)
+  _each(_rename, moves)
   done = {new.name for _, new in moves}
   # Reports, and temporary files of killed workers.
-  _each(
-    lambda path: path.unlink(missing_ok=True), [p for p in folder.iterdir() if p.name not in done]
-  )
+  _each(_unlink, [path for path in folder.iterdir() if path.name not in done])
   return kept
+
+
+def _rename(move: tuple[epath.Path, epath.Path]) -> None:
+  old, new = move
+  old.rename(new)
+
+
+def _unlink(path: epath.Path) -> None:
+  path.unlink(missing_ok=True)
 
 
 def _summary(split: str, jobs: Sequence[Job], reports: Sequence[dict]) -> dict[str, Any]:
