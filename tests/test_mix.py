@@ -285,7 +285,7 @@ def test_config_names_the_data_sets(two_sets, monkeypatch):
 
   several = config(two_sets, data__eval_dir="")
   assert len(inputs.from_config(several).split("train")) == 80
-  with pytest.raises(DatasetError, match=r"set config\.data\.eval_dir .* 'val' counts as val"):
+  with pytest.raises(DatasetError, match=r"set config\.data\.eval_dir .* 'val' is used as val"):
     inputs.from_config(several).split("val")
   for bad in (f"{a},", f"{a},{a}"):
     with pytest.raises(ValueError, match="names of different datasets"):
@@ -320,8 +320,12 @@ def test_the_loss_takes_such_batches(two_sets, accumulate):
 
 def test_a_workdir_knows_what_was_trained_and_evaluated(two_sets, tmp_path):
   c = config(two_sets, data__eval_dir=two_sets[1])
-  folder = workdir.claim(tmp_path, c)
-  written = workdir.write_results(folder, c, inputs.from_config(c), {}, {})
+  folder = workdir.claim(tmp_path, workdir.flatten(c))
+  split = inputs.from_config(c).split("test")
+  name = workdir.dataset_name(c.data)
+  facts = dict(protocol={}, dataset=name, fingerprint=split.fingerprint, source={})
+  written = workdir.write_results(folder, {}, **facts)
   assert written["data"]["name"] == two_sets[1]
   with pytest.raises(workdir.WorkdirError, match=r"data\.mix: 'debias' -> 'shuffle'"):
-    workdir.claim(tmp_path, config(two_sets, "shuffle", data__eval_dir=two_sets[1]))
+    changed = config(two_sets, "shuffle", data__eval_dir=two_sets[1])
+    workdir.claim(tmp_path, workdir.flatten(changed))
