@@ -1,4 +1,4 @@
-"""Packaging. Lower bounds are the versions that the tests pass on."""
+"""Packaging. Lower bounds are versions that the tests passed with; see requirements-lock.txt."""
 
 import pathlib
 import re
@@ -36,7 +36,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8",
     "pillow>=12.3",
     "regex>=2026.11",
-    "tensorboard>=2.21",  # clu imports it, and TensorFlow no longer brings it
+    "tensorboard>=2.21",  # imported by clu; TensorFlow no longer depends on it
     "tensorflow>=2.21",
     "tensorflow-datasets>=4.9.10",
     "tensorflow-text>=2.21",
@@ -46,8 +46,9 @@ setuptools.setup(
     "cuda12": [f"jax[cuda12]>={JAX}"],
     "cuda13": [f"jax[cuda13]>={JAX}"],
     "beam": ["apache-beam>=2.77"],
-    # Compiles for TPUs that are not there (tools/compile_check.py), with the libtpu that this jax
-    # is released with. In an environment of its own: without a TPU it makes JAX slow and noisy.
+    # Ahead-of-time compilation for TPUs that are not present (tools/compile_check.py), with the
+    # libtpu that this jax was released with. Use a separate environment: without a TPU, libtpu
+    # makes JAX slow to start and noisy.
     "compile": [f"jax[tpu]>={JAX}"],
     "test": [
       "beartype>=0.23.1",
