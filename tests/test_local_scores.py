@@ -60,7 +60,7 @@ def graded(f):
 @functools.cache
 def plain(mode: str):
   _, vm, vz, _, tm, tz = inputs()
-  return graded(lambda v, t: local.plain(v, vm, vz, t, tm, tz, mode))
+  return graded(lambda v, t: local.dense_scores(v, vm, vz, t, tm, tz, mode))
 
 
 def chunked(mode: str, chunk: int):

@@ -2,11 +2,12 @@
 
 import jax
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
-  logits: Float[Array, "b c"], labels: Int[Array, " b"], smoothing: float = 0.0
+  logits: Float[ArrayLike, "b c"], labels: Int[ArrayLike, " b"], smoothing: float = 0.0
 ) -> Float[Array, ""]:
   """Mean over the batch. smoothing: share of the target spread uniformly over all classes."""
   targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)

@@ -11,7 +11,8 @@ gradients blockwise, for batches whose matrix does not fit: see losses.pairwise.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from xmodal_jax.losses.pairwise import ring as ring_lib
 from xmodal_jax.losses.pairwise.ring import Ring
@@ -25,10 +26,10 @@ INITIAL_BIAS = -10.0
 
 
 def infonce(
-  images: Float[Array, "b e"],
-  texts: Float[Array, "b e"],
-  scale: Scalar | float,
-  image_id: Int[Array, " b"] | None = None,
+  images: Float[ArrayLike, "b e"],
+  texts: Float[ArrayLike, "b e"],
+  scale: Float[ArrayLike, ""],
+  image_id: Int[ArrayLike, " b"] | None = None,
   same_image: str = "keep",
   ring: Ring | None = None,
 ) -> tuple[Scalar, Metrics]:
@@ -105,9 +106,9 @@ def _infonce_blockwise(images, texts, scale, image_id, same_image_logit, ring):
 
 
 def pair_logits(
-  queries: Float[Array, "b e"],
-  candidates: Float[Array, "b e"],
-  temperature: Scalar | float,
+  queries: Float[ArrayLike, "b e"],
+  candidates: Float[ArrayLike, "b e"],
+  temperature: Float[ArrayLike, ""],
   groups: int = 1,
 ) -> Float[Array, "g n n"]:
   """Dot products over temperature within `groups` contiguous groups of n = B / groups rows."""
@@ -117,12 +118,12 @@ def pair_logits(
 
 
 def nce(
-  logits: Float[Array, "g n n"],
+  logits: Float[ArrayLike, "g n n"],
   *,
-  mix: Scalar | float = 1.0,
+  mix: Float[ArrayLike, ""] = 1.0,
   block: int = 0,
   smoothing: float = 0.0,
-  ignore: Float[Array, "g n"] | None = None,
+  ignore: Num[ArrayLike, "g n"] | None = None,
 ) -> tuple[Scalar, Metrics]:
   """Cross entropy of each query with the candidate on the diagonal as its target.
 
@@ -156,13 +157,13 @@ def nce(
 
 
 def bidirectional_nce(
-  images: Float[Array, "b e"],
-  texts: Float[Array, "b e"],
-  temperature: Scalar | float,
+  images: Float[ArrayLike, "b e"],
+  texts: Float[ArrayLike, "b e"],
+  temperature: Float[ArrayLike, ""],
   *,
   groups: int = 1,
   gather_gradient: bool = True,
-  mix: Scalar | float = 1.0,
+  mix: Float[ArrayLike, ""] = 1.0,
   block: int = 0,
   smoothing: float = 0.0,
   ring: Ring | None = None,
@@ -248,10 +249,10 @@ def mixup_partners(rows: int, block: int = 0) -> np.ndarray:
 
 
 def sigmoid(
-  images: Float[Array, "b e"],
-  texts: Float[Array, "b e"],
-  scale: Scalar | float,
-  bias: Scalar | float,
+  images: Float[ArrayLike, "b e"],
+  texts: Float[ArrayLike, "b e"],
+  scale: Float[ArrayLike, ""],
+  bias: Float[ArrayLike, ""],
   ring: Ring | None = None,
 ) -> tuple[Scalar, Metrics]:
   """Binary cross entropy of every pair, matching or not (SigLIP, Zhai et al., 2023).

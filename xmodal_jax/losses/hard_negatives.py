@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from xmodal_jax.losses.pairwise import ring as ring_lib
@@ -24,7 +25,7 @@ class Negatives(NamedTuple):
 
 
 def sample_negatives(
-  logits: Float[Array, "q c"], excluded: Bool[Array, "q c"], n: int, key: Key[Array, ""]
+  logits: Float[ArrayLike, "q c"], excluded: Bool[ArrayLike, "q c"], n: int, key: Key[Array, ""]
 ) -> Negatives:
   """Draws n negatives per query without replacement, in proportion to the softmax of its logits.
 
@@ -81,10 +82,10 @@ class _TopKNoisy(ring_lib.Statistic):
 
 
 def sample_both(
-  images: Float[Array, "b e"],
-  texts: Float[Array, "b e"],
-  scale: Float[Array, ""],
-  image_id: Int[Array, " b"],
+  images: Float[ArrayLike, "b e"],
+  texts: Float[ArrayLike, "b e"],
+  scale: Float[ArrayLike, ""],
+  image_id: Int[ArrayLike, " b"],
   n: int,
   keys: Key[Array, "2"],
   ring: Ring | None = None,
@@ -123,10 +124,10 @@ def sample_both(
 
 
 def matching_loss(
-  positive: Float[Array, "b k"],
-  negative: Float[Array, "b n k"],
-  found: Bool[Array, "b n"],
-  scale: Float[Array, ""],
+  positive: Float[ArrayLike, "b k"],
+  negative: Float[ArrayLike, "b n k"],
+  found: Bool[ArrayLike, "b n"],
+  scale: Float[ArrayLike, ""],
 ) -> Float[Array, " k"]:
   """Cross entropy of the matching pair among its sampled negatives, mean over rows.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from xmodal_jax.losses.pairwise import ring as ring_lib
@@ -19,7 +20,7 @@ REDUCTIONS = ("max", "sum", "mean")
 
 
 def triplet_from_scores(
-  scores: Float[Array, "b b"], margin: float = 0.2, reduce: str = "max"
+  scores: Float[ArrayLike, "b b"], margin: float = 0.2, reduce: str = "max"
 ) -> Scalar:
   """Triplet loss of every row and every column of a score matrix against its diagonal entry.
 
@@ -108,8 +109,8 @@ def _accuracy(scores: Float[Array, "b b"]) -> Scalar:
 
 
 def consistency(
-  image_similarities: Float[Array, "b b"],
-  text_similarities: Float[Array, "b b"],
+  image_similarities: Float[ArrayLike, "b b"],
+  text_similarities: Float[ArrayLike, "b b"],
   margin: float = 0.3,
 ) -> Scalar:
   """Intra-modal consistency of TGDT (Liu et al., 2023, section III-C).
@@ -123,8 +124,8 @@ def consistency(
 
 def intra_modal_consistency(
   measure: Callable[[Array, Array], Array],
-  images: Float[Array, "b e"],
-  texts: Float[Array, "b e"],
+  images: Float[ArrayLike, "b e"],
+  texts: Float[ArrayLike, "b e"],
   margin: float = 0.3,
   ring: Ring | None = None,
 ) -> Scalar:

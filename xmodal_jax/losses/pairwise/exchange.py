@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Shaped
 
 from xmodal_jax.distributed import sharding
 
 
 def take_rows(
-  x: Shaped[Array, "b ..."],
-  index: Int[Array, "b n"],
+  x: Shaped[ArrayLike, "b ..."],
+  index: Int[ArrayLike, "b n"],
   batch_sharding: NamedSharding | None = None,
 ) -> Shaped[Array, "b n ..."]:
   """x[index], differentiable, by a ppermute ring over the devices that share the batch.
@@ -35,7 +36,7 @@ def take_rows(
 
 
 def _take_rows_local(
-  x: Shaped[Array, "b ..."], index: Int[Array, "b n"], *, axes: tuple[str, ...], devices: int
+  x: Shaped[ArrayLike, "b ..."], index: Int[Array, "b n"], *, axes: tuple[str, ...], devices: int
 ) -> Shaped[Array, "b n ..."]:
   """On each device; `index` holds rows of the global batch."""
   device = jax.lax.axis_index(axes)
