@@ -14,7 +14,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Checks the shapes and types in the signatures of these packages at run time, in tests only.
-install_import_hook(["xmodal_jax.losses"], "beartype.beartype")
+install_import_hook(["xmodal_jax.losses"], "typechecker.check")
 
 # Of a flag that is given twice the last value counts, so a developer's own flags win.
 os.environ["XLA_FLAGS"] = f"{programs.XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"

@@ -54,7 +54,7 @@ def config(**changes) -> dict:
       image=dict(kind="swin", **image_config()),
       text=text,
       levels=(pairs[-1], *pairs[:-1]),
-      sharpness=float(CONFIG["lambda_softmax"]),
+      sharpness=CONFIG["lambda_softmax"],
       margin=CONFIG["margin"],
       direction=CONFIG["direction"],
     )
