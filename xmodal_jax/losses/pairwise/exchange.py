@@ -27,7 +27,7 @@ def take_rows(
   """
   axes, devices = sharding.batch_mesh_axes(batch_sharding)
   if not axes:
-    return x[index]
+    return jnp.asarray(x)[index]
   local = functools.partial(_take_rows_local, axes=axes, devices=devices)
   spec = P(axes)
   return jax.shard_map(local, mesh=batch_sharding.mesh, in_specs=(spec, spec), out_specs=spec)(

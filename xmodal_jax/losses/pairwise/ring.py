@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from xmodal_jax.distributed import sharding
@@ -439,12 +440,12 @@ def _values(stats: dict[str, Statistic], states: dict) -> dict[str, Array]:
   return {name: jax.tree.leaves(states[name])[0] for name in _differentiable(stats)}
 
 
-def _is_float(x: Array) -> bool:
+def _is_float(x: ArrayLike) -> bool:
   return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def _floats(tree: Tree) -> Tree:
-  return jax.tree.map(lambda x: x if _is_float(x) else None, tree)
+  return jax.tree.map(lambda x: jnp.asarray(x) if _is_float(x) else None, tree)
 
 
 def _non_floats(tree: Tree) -> Tree:
