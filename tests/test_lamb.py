@@ -174,7 +174,10 @@ def test_eight_devices_equal_one(trust):
   axes = lambda path, x: ("embed", "mlp")[-x.ndim :] if x.ndim else ()
   rules = {"embed": "fsdp", "mlp": "model"}
   place = jax.tree_util.tree_map_with_path(
-    lambda k, x: jax.NamedSharding(mesh, sharding.spec(axes(k, x), x.shape, mesh, rules, 1)), params
+    lambda k, x: jax.NamedSharding(
+      mesh, sharding.partition_spec(axes(k, x), x.shape, mesh, rules, 1)
+    ),
+    params,
   )
   opt_place = sharding.opt_shardings(tx, params, place, mesh)
   put = lambda x, s: jax.tree.map(jax.device_put, x, s)

@@ -20,7 +20,7 @@ RULES = {"vocab": "model", "heads": "model", "mlp": "model", "embed": "fsdp"}
 def test_sharding_rules():
   mesh = sharding.make_mesh((("data", -1), ("fsdp", 2), ("model", 2)))
   assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
-  spec = lambda axes, shape, size=1: sharding.spec(axes, shape, mesh, RULES, size)
+  spec = lambda axes, shape, size=1: sharding.partition_spec(axes, shape, mesh, RULES, size)
   assert spec(("embed", "mlp"), (12, 64, 256)) == P(None, "fsdp", "model")  # a layer axis leads
   assert spec(("embed", "mlp"), (63, 256)) == P(None, "model")  # does not divide
   assert spec(("mlp", "heads"), (64, 64)) == P("model", None)  # one mesh axis once

@@ -1,4 +1,10 @@
-"""Mesh, and the rules that turn logical axes of parameters into mesh axes."""
+"""Device mesh, sharding rules for parameters, and transfer of host batches to the mesh.
+
+mesh = make_mesh((("data", -1), ("fsdp", 2), ("model", 1)))
+rules = {"vocab": "model", "heads": "model", "mlp": "model", "embed": "fsdp"}
+params_shardings = param_shardings(abstract_params, mesh, rules)
+batch = put_batch({"image": images}, batch_sharding(mesh))  # images: this process's rows
+"""
 
 import functools
 import math
@@ -20,13 +26,13 @@ BATCH_AXES = ("data", "fsdp")
 def make_mesh(
   axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """axes: (("data", -1), ("fsdp", 1), ("model", 1)); one size may be -1, what is left.
+  """A mesh with some of the axes "data", "fsdp" and "model".
 
-  "data" and "fsdp" share the rows of a batch, "fsdp" and "model" the parameters, as the rules say;
-  an axis may be left out. devices: all of them by default.
+  axes: (name, size) pairs, such as (("data", -1), ("fsdp", 1), ("model", 1)); one size may be -1,
+  for all remaining devices. Batches are sharded over "data" and "fsdp"; the sharding rules map
+  parameters to any axis, by default "fsdp" and "model". devices: all by default.
 
-  Axis types are Auto: jax.make_mesh defaults to Explicit, where `z @ z.T` over a sharded batch is
-  an error. Raises ValueError for another name, or if the sizes do not multiply to the number of
+  Raises ValueError for an unknown or repeated name, and if the sizes do not fit the number of
   devices.
   """
   names, sizes = zip(*axes, strict=True)
@@ -37,11 +43,12 @@ def make_mesh(
     sizes = np.arange(count).reshape(sizes).shape
   except ValueError as e:
     raise ValueError(f"mesh {tuple(map(tuple, axes))} does not fit {count} devices") from e
+  # jax.make_mesh defaults to Explicit axes, with which `z @ z.T` over a sharded batch is an error.
   types = (jax.sharding.AxisType.Auto,) * len(names)
   return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
 
 
-def spec(
+def partition_spec(
   axes: Sequence[str | None],
   shape: Sequence[int],
   mesh: jax.sharding.Mesh,
@@ -49,23 +56,31 @@ def spec(
   min_size: int,
   units: Mapping[str, int] | None = None,
 ) -> P:
-  """PartitionSpec of one array. `axes` name its last dimensions; leading ones are layers.
+  """PartitionSpec of one array.
 
-  A dimension that its mesh axis does not divide stays replicated, and so does an array of fewer
-  than `min_size` elements: gathering it costs more than keeping it. units: of how many parts a
-  dimension consists that are not to be cut, where it is not its size: of attention heads.
+  Args:
+    axes: logical names of its last dimensions. Leading dimensions are stacked layers, replicated.
+    shape: of the array.
+    mesh: device mesh.
+    rules: logical name -> mesh axis.
+    min_size: arrays of fewer elements are replicated, because gathering them costs more than
+      storing them.
+    units: logical name -> number of indivisible units of a dimension, if that is not its size, such
+      as the number of attention heads.
+
+  A dimension that its mesh axis does not divide evenly is replicated.
   """
   if np.prod(shape, dtype=np.int64) < min_size:
     return P()
   out: list[str | None] = [None] * (len(shape) - len(axes))
-  for name, count in _counts(axes, shape, units):
+  for name, count in _unit_counts(axes, shape, units):
     axis = rules.get(name)
     fits = axis in mesh.shape and axis not in out and count % mesh.shape[axis] == 0
     out.append(axis if fits else None)
   return P(*out)
 
 
-def misfits(
+def indivisible_axes(
   axes: Sequence[str | None],
   shape: Sequence[int],
   mesh: jax.sharding.Mesh,
@@ -73,18 +88,18 @@ def misfits(
   min_size: int,
   units: Mapping[str, int] | None = None,
 ) -> list[str]:
-  """The axes that `spec` leaves replicated because they do not divide: "heads=12 on model=8"."""
+  """Axes that `partition_spec` replicates because they do not divide: "heads=12 on model=8"."""
   if np.prod(shape, dtype=np.int64) < min_size:
     return []
   return [
     f"{name}={count} on {axis}={mesh.shape[axis]}"
-    for name, count in _counts(axes, shape, units)
+    for name, count in _unit_counts(axes, shape, units)
     if (axis := rules.get(name)) in mesh.shape and count % mesh.shape[axis]
   ]
 
 
-def _counts(axes, shape, units) -> list[tuple[str | None, int]]:
-  """(name, what a mesh axis has to divide) of the dimensions that have an entry in `axes`."""
+def _unit_counts(axes, shape, units) -> list[tuple[str | None, int]]:
+  """(name, number of units that a mesh axis must divide) of the named dimensions."""
   sizes = shape[len(shape) - len(axes) :]
   return [(name, (units or {}).get(name, size)) for name, size in zip(axes, sizes, strict=True)]
 
@@ -92,17 +107,18 @@ def _counts(axes, shape, units) -> list[tuple[str | None, int]]:
 def param_shardings(
   abstract: nnx.State, mesh: jax.sharding.Mesh, rules: Mapping[str, str], min_size: int = 2**16
 ) -> dict[str, Any]:
-  """Nested dict of NamedSharding for an abstract state whose variables carry `axes` metadata.
+  """Nested dict of NamedShardings for an abstract state whose variables have `axes` metadata.
 
-  What stays replicated because it does not divide is logged, all of it at once. Raises ValueError
-  for a rule that names no axis of meshes, and for a variable whose dimensions have no names.
+  Logs one warning with all dimensions that are replicated because they do not divide. Raises
+  ValueError for a rule with an unknown mesh axis, and for a variable without names for its
+  dimensions.
   """
   wrong = {k: v for k, v in rules.items() if v not in AXES}
   if wrong:
     raise ValueError(f"config.rules has {wrong}; a rule names one of {', '.join(AXES)}")
-  kept: dict[str, list[str]] = {}
+  replicated: dict[str, list[str]] = {}  # axis that does not divide -> parameter paths
 
-  def one(key_path, v):
+  def variable_sharding(key_path, v):
     path, metadata = "/".join(str(k.key) for k in key_path), v.get_metadata()
     axes = metadata.get("axes")
     if axes is None or len(axes) > len(v.shape):
@@ -110,14 +126,15 @@ def param_shardings(
         f"parameter {path} of shape {v.shape} has the axes {axes}; name each of them"
       )
     units = {name: metadata[name] for name in axes if name in metadata}
-    for what in misfits(axes, v.shape, mesh, rules, min_size, units):
-      kept.setdefault(what, []).append(path)
-    return v.replace(NamedSharding(mesh, spec(axes, v.shape, mesh, rules, min_size, units)))
+    for axis in indivisible_axes(axes, v.shape, mesh, rules, min_size, units):
+      replicated.setdefault(axis, []).append(path)
+    spec = partition_spec(axes, v.shape, mesh, rules, min_size, units)
+    return v.replace(NamedSharding(mesh, spec))
 
   is_variable = lambda v: isinstance(v, nnx.Variable)
-  out = jax.tree_util.tree_map_with_path(one, abstract, is_leaf=is_variable)
-  if kept:
-    lines = "\n".join(f"  {what}: {', '.join(paths)}" for what, paths in kept.items())
+  out = jax.tree_util.tree_map_with_path(variable_sharding, abstract, is_leaf=is_variable)
+  if replicated:
+    lines = "\n".join(f"  {axis}: {', '.join(paths)}" for axis, paths in replicated.items())
     logging.warning("replicated, because the mesh does not divide them:\n%s", lines)
   return nnx.to_pure_dict(out)
 
@@ -126,7 +143,7 @@ def opt_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any,
   """Shardings of tx.init(params): moments follow their parameter, the rest is replicated."""
   return optax.tree_utils.tree_map_params(
     tx,
-    lambda _, s: s,
+    lambda _, sharding: sharding,
     jax.eval_shape(tx.init, params),
     shardings,
     transform_non_params=lambda _: NamedSharding(mesh, P()),
@@ -134,12 +151,12 @@ def opt_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any,
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Rows of a batch over every data-like axis of the mesh."""
+  """Shards the rows of a batch over the mesh axes "data" and "fsdp"."""
   return NamedSharding(mesh, P(tuple(a for a in BATCH_AXES if a in mesh.shape)))
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-  """How many devices share the rows of a batch."""
+  """Number of shards that the rows of a batch are split into."""
   return math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.shape)
 
 
@@ -155,52 +172,52 @@ def batch_mesh_axes(batch_sharding: NamedSharding | None) -> tuple[tuple[str, ..
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """The process's `local_rows` [b, ...] -> global arrays [B, ...]; an explicit transfer."""
+  """Global arrays [B, ...] from the `local_rows` [b, ...] of each process; an explicit transfer."""
   if sharding.is_fully_addressable:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
   b = len(next(iter(batch.values())))
-  size = b * batch_shards(sharding.mesh) // len(_local_starts(sharding))
-  at = {int(row): i for i, row in enumerate(local_rows(sharding, size))}
+  size = b * batch_shards(sharding.mesh) // len(_local_shards(sharding))
+  position = {int(row): i for i, row in enumerate(local_rows(sharding, size))}
 
-  def one(v):
-    def part(index):
+  def put(v):
+    def shard(index):
       start, stop, _ = index[0].indices(size)
-      return v[at[start] : at[start] + stop - start]
+      return v[position[start] : position[start] + stop - start]
 
-    return _place((size, *v.shape[1:]), sharding, part)
+    return _place_shards((size, *v.shape[1:]), sharding, shard)
 
-  return {k: one(v) for k, v in batch.items()}
+  return {k: put(v) for k, v in batch.items()}
 
 
 def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
-  """int64 [b]: the rows of a batch of `size` that devices of this process hold, in order.
+  """int64 [b]: the rows of a batch of `size` that this process's devices hold, in order.
 
-  They follow from the mesh, not from the number of the process: on a slice, the chips of a host
-  are neighbours in two dimensions, and processes that only split the model hold the same rows.
-  Raises ValueError where the batch does not divide.
+  They depend on the mesh, not on the process index: on a TPU slice the chips of a host are
+  neighbours in two dimensions, and processes that differ only along "model" hold the same rows.
+  Raises ValueError if the batch does not divide evenly.
   """
   if size % (shards := batch_shards(sharding.mesh)):
     raise ValueError(f"a batch of {size} rows does not divide into {shards} parts of a mesh")
   share = size // shards
-  return np.concatenate([np.arange(i * share, (i + 1) * share) for i in _local_starts(sharding)])
+  return np.concatenate([np.arange(i * share, (i + 1) * share) for i in _local_shards(sharding)])
 
 
 @functools.lru_cache(maxsize=8)
-def _local_starts(sharding: NamedSharding) -> tuple[int, ...]:
-  """Which of the parts of a batch devices of this process hold."""
+def _local_shards(sharding: NamedSharding) -> tuple[int, ...]:
+  """Indices of the batch shards that this process's devices hold."""
   shards = batch_shards(sharding.mesh)
   index = sharding.addressable_devices_indices_map((shards,))
   return tuple(sorted({s.indices(shards)[0] for (s,) in index.values()}))
 
 
 def place(x: np.ndarray, to: NamedSharding) -> jax.Array:
-  """A host array that every process has -> a global array; an explicit transfer."""
-  return _place(np.shape(x), to, lambda index: x[index])
+  """A global array from a host array that all processes have; an explicit transfer."""
+  return _place_shards(np.shape(x), to, lambda index: x[index])
 
 
-def _place(shape: Sequence[int], to: NamedSharding, part: Callable) -> jax.Array:
-  """The array whose shards are part(index). `jax.make_array_from_callback` counts as implicit."""
+def _place_shards(shape: Sequence[int], to: NamedSharding, shard: Callable) -> jax.Array:
+  """Like jax.make_array_from_callback, which jax.transfer_guard counts as an implicit transfer."""
   shape = tuple(shape)
   index = to.addressable_devices_indices_map(shape)
-  shards = [jax.device_put(part(i), device) for device, i in index.items()]
+  shards = [jax.device_put(shard(i), device) for device, i in index.items()]
   return jax.make_array_from_single_device_arrays(shape, to, shards)
