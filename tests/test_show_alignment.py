@@ -21,7 +21,7 @@ from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.runtime import setup
 from xmodal_jax.visual import alignment
 
-GRID = alignment.Places(alignment.patches(2, 2), 1, (2, 2))
+GRID = alignment.TokenBoxes(alignment.patch_boxes(2, 2), 1, (2, 2))
 
 
 def words_of(pieces, mask=None):
@@ -34,7 +34,7 @@ def test_pieces_of_a_word_are_joined_and_padding_is_left_out():
   assert [w.text for w in found] == ["[CLS]", "a", "triangle", ",", "a", "[SEP]"]
   assert [w.tokens for w in found] == [(0,), (1,), (2, 3, 4), (5,), (6,), (7,)]
   assert [w.special for w in found] == [True, False, False, False, False, True]
-  values = alignment.joined(np.arange(20.0).reshape(10, 2), found)
+  values = alignment.word_means(np.arange(20.0).reshape(10, 2), found)
   np.testing.assert_array_equal(values, [[0, 1], [2, 3], [6, 7], [10, 11], [12, 13], [14, 15]])
 
 
@@ -47,42 +47,42 @@ def test_words_at_the_edges():
 
 
 def test_places_are_patches_or_boxes_or_an_error():
-  where = alignment.places(7, 16, 24, 8)
+  where = alignment.token_boxes(7, 16, 24, 8)
   assert where.grid == (2, 3) and where.extra == 1
   np.testing.assert_allclose(where.boxes[4], [1 / 3, 1 / 2, 2 / 3, 1])  # second row, second column
-  assert alignment.places(6, 16, 24, 8).extra == 0
+  assert alignment.token_boxes(6, 16, 24, 8).extra == 0
   boxes = np.array([[0, 0, 12, 8], [12, 8, 24, 20]], np.float32)
-  where = alignment.places(3, 16, 24, None, boxes)
+  where = alignment.token_boxes(3, 16, 24, None, boxes)
   assert where.grid is None and where.extra == 1
   np.testing.assert_allclose(where.boxes, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
   with pytest.raises(
     ValueError, match=r"9 tokens, but patches of 8 pixels make 2 x 3.*boxes of re"
   ):
-    alignment.places(9, 16, 24, 8)
+    alignment.token_boxes(9, 16, 24, 8)
   with pytest.raises(ValueError, match=r"there are no patches.*as many boxes as regions, not 2"):
-    alignment.places(9, 16, 24, None, boxes)
+    alignment.token_boxes(9, 16, 24, None, boxes)
 
 
 def test_pointing():
   """A box over the right half, and a small one around the middle of the picture."""
   boxes = np.array([[0.5, 0, 1, 1], [0.4, 0.4, 0.55, 0.6]])
   attention = np.array([[0.2, 0.1, 0.4, 0.2, 0.1], [0.5, 0.3, 0.1, 0.0, 0.1]])
-  got = alignment.pointing(attention, GRID, boxes)
+  got = alignment.pointing_metrics(attention, GRID, boxes)
   np.testing.assert_allclose(got["extra"], [0.2, 0.5])
   np.testing.assert_allclose(got["area"], [0.5, 0.03])
   np.testing.assert_allclose(got["mass"], [5 / 8, (0.3 * 0.04 + 0.1 * 0.02 + 0.1 * 0.02) / 0.5])
   # No patch has its centre in the small box: the left ones are covered most, both alike.
   assert got["hit"].tolist() == [True, True]
   np.testing.assert_allclose(got["chance"], [0.5, 0.5])
-  away = alignment.pointing(attention[:, [0, 2, 1, 4, 3]], GRID, boxes)
+  away = alignment.pointing_metrics(attention[:, [0, 2, 1, 4, 3]], GRID, boxes)
   assert away["hit"].tolist() == [False, False]
 
 
 def test_attention_without_preference_has_the_mass_of_the_area():
   rng = np.random.default_rng(0)
   low, size = rng.random((2, 50, 2)) / 2
-  where = alignment.Places(alignment.patches(4, 6), 0, (4, 6))
-  got = alignment.pointing(np.ones((50, 24)), where, np.concatenate([low, low + size], 1))
+  where = alignment.TokenBoxes(alignment.patch_boxes(4, 6), 0, (4, 6))
+  got = alignment.pointing_metrics(np.ones((50, 24)), where, np.concatenate([low, low + size], 1))
   np.testing.assert_allclose(got["mass"], got["area"], rtol=1e-5)
   assert (got["chance"] > 0).all()
 
@@ -90,30 +90,30 @@ def test_attention_without_preference_has_the_mass_of_the_area():
 def test_heat_is_scaled_to_the_strongest_place():
   attention = np.array([0.6, 0.1, 0.2, 0.0, 0.1])
   np.testing.assert_allclose(
-    alignment.heat(attention, GRID, 4, 4)[::2, ::2], [[0.5, 1], [0, 0.5]], atol=1e-6
+    alignment.heatmap(attention, GRID, 4, 4)[::2, ::2], [[0.5, 1], [0, 0.5]], atol=1e-6
   )
-  smooth = alignment.heat(attention, GRID, 4, 4, smooth=True)
+  smooth = alignment.heatmap(attention, GRID, 4, 4, smooth=True)
   assert smooth[0, 0] == 0.5 and 0.5 < smooth[0, 1] < smooth[0, 2] < smooth[0, 3] == 1
   # Boxes that overlap: the stronger is on top, whatever their order.
-  boxes = alignment.Places(np.array([[0.5, 0, 1, 1], [0, 0, 0.75, 1]], np.float32), 0)
-  np.testing.assert_allclose(alignment.heat([0.8, 0.2], boxes, 1, 4), [[0.25, 0.25, 1, 1]])
+  boxes = alignment.TokenBoxes(np.array([[0.5, 0, 1, 1], [0, 0, 0.75, 1]], np.float32), 0)
+  np.testing.assert_allclose(alignment.heatmap([0.8, 0.2], boxes, 1, 4), [[0.25, 0.25, 1, 1]])
 
 
 def test_overlay_marks_places_and_outlines_regions():
   picture = np.full((40, 40, 3), 128, np.uint8)
   got = alignment.overlay(picture, np.array([0.6, 0.0, 0.4, 0.0, 0.0]), GRID)
   assert (got[5, 5] == got[30, 30]).all() and got[5, 30, 0] > got[5, 5, 0] > got[5, 30, 2]
-  boxes = alignment.Places(np.array([[0.25, 0.25, 0.5, 0.5]], np.float32), 0)
+  boxes = alignment.TokenBoxes(np.array([[0.25, 0.25, 0.5, 0.5]], np.float32), 0)
   got = alignment.overlay(picture, np.array([1.0]), boxes)
   assert (got[10, 10:20] == 0).all() and (got[15, 15] != 0).any() and (got[25, 25] != 0).all()
 
 
 def test_page_stands_alone_and_escapes():
   panel = lambda title: alignment.Panel(title, "5%", np.zeros((2, 3, 3), np.uint8))
-  page = alignment.page('<b> & "it"', panel("plain"), [panel("<script>  +0.1")])
+  page = alignment.html_page('<b> & "it"', panel("plain"), [panel("<script>  +0.1")])
   assert "<b> &" not in page and "<script" not in page and "http" not in page
   alts = re.findall(r'alt="([^"]*)"', page)
-  assert alts == ["The picture: plain, 5%", "What the word looks at: &lt;script&gt;  +0.1, 5%"]
+  assert alts == ["Image: plain, 5%", "Attention of the word: &lt;script&gt;  +0.1, 5%"]
   data = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
   assert [Image.open(io.BytesIO(base64.b64decode(d))).size for d in data] == [(3, 2)] * 2
 
@@ -247,7 +247,7 @@ def test_measure_counts_every_word_that_names_one_object(tool, flags, tiny_data,
 
 def test_measured_numbers_of_an_oracle_and_of_a_blind_model(tool):
   """A word that looks at its own object has own 1 and other 0; one at all objects, the same."""
-  where = alignment.Places(alignment.patches(3, 3), 1, (3, 3))
+  where = alignment.TokenBoxes(alignment.patch_boxes(3, 3), 1, (3, 3))
   scenes = [where.boxes[[0, 4]], where.boxes[[2, 5, 8]]]
   onto = lambda box: np.append(0.5, 0.5 * (np.arange(9) == box))
   oracle = [(onto(4), scenes[0], 1), (onto(2), scenes[1], 0)]

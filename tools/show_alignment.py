@@ -105,10 +105,10 @@ class Model:
         "data set that has them, by --split and --index"
       ) from e
 
-  def places(self, tokens: int, boxes: np.ndarray | None = None) -> alignment.Places:
+  def places(self, tokens: int, boxes: np.ndarray | None = None) -> alignment.TokenBoxes:
     """Of the image tokens; boxes in pixels of the picture as the model saw it."""
     crop = self.inputs.transform.crop
-    return alignment.places(tokens, crop, crop, self.config.model.image.get("patch"), boxes)
+    return alignment.token_boxes(tokens, crop, crop, self.config.model.image.get("patch"), boxes)
 
   def cut(self, caption: str) -> str:
     """A remark on a caption that is too long for the model; else nothing."""
@@ -164,11 +164,11 @@ def show(model: Model, args: argparse.Namespace) -> tuple[str, alignment.Panel, 
     found = [word for word in found if not word.special]
   if not found:
     raise SystemExit("the caption has no words")
-  attention, agreement = (alignment.joined(out[k], found) for k in ("weights", "agreement"))
+  attention, agreement = (alignment.word_means(out[k], found) for k in ("weights", "agreement"))
   scores = f"first stage {out['first']:+.3f}"
   if model.second:
     scores += f", second stage {out['second']:+.3f}"
-  plain = alignment.Panel("as the model sees it", scores, alignment.enlarged(pixels))
+  plain = alignment.Panel("as the model sees it", scores, alignment.upscale(pixels))
   rest = alignment.panels(pixels, found, attention, agreement, where, args.smooth)
   return caption, plain, rest
 
@@ -232,7 +232,7 @@ def pairs(model: Model, split: str) -> Iterator[tuple[np.ndarray, records.Record
 
 
 def measure(model: Model, split: str) -> dict[str, dict[str, np.ndarray]]:
-  """{"colour" or "shape": what `alignment.pointing` gives, of all such words of the split}.
+  """{"colour" or "shape": what `alignment.pointing_metrics` gives, of all such words of the split}.
 
   With `other_hit` and `other_mass`, the means over the other objects of the word's scene: what a
   model reaches that looks at objects, whatever the word.
@@ -250,7 +250,7 @@ def measure(model: Model, split: str) -> dict[str, dict[str, np.ndarray]]:
       for word in model.words(arrays["text_ids"][n], arrays["text_mask"][n]):
         if target := named(record, scene, word.text):
           kind, item = target
-          rows[kind].append((alignment.joined(attention[n], [word])[0], boxes, item))
+          rows[kind].append((alignment.word_means(attention[n], [word])[0], boxes, item))
     for kind, named_words in rows.items():
       if named_words:
         found[kind].append(against_others(named_words, where))
@@ -259,9 +259,9 @@ def measure(model: Model, split: str) -> dict[str, dict[str, np.ndarray]]:
 
 
 def against_others(
-  named_words: list[tuple[np.ndarray, np.ndarray, int]], where: alignment.Places
+  named_words: list[tuple[np.ndarray, np.ndarray, int]], where: alignment.TokenBoxes
 ) -> dict[str, np.ndarray]:
-  """`alignment.pointing` of W words, with the means over the scene's other objects beside it.
+  """`alignment.pointing_metrics` of W words and their means over the scene's other objects.
 
   named_words: (attention [P], boxes [R, 4] of the scene, which of them is meant), R at least 2.
   """
@@ -269,7 +269,9 @@ def against_others(
   word = np.repeat(np.arange(len(counts)), counts)  # of each word and object
   own = np.concatenate([np.arange(len(boxes)) == item for _, boxes, item in named_words])
   attention = np.stack([row for row, _, _ in named_words])[word]
-  every = alignment.pointing(attention, where, np.concatenate([b for _, b, _ in named_words]))
+  every = alignment.pointing_metrics(
+    attention, where, np.concatenate([b for _, b, _ in named_words])
+  )
   out = {k: v[own] for k, v in every.items()}
   for key in ("hit", "mass"):
     total = np.bincount(word[~own], every[key][~own], len(counts))
@@ -347,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
       return
     title, plain, rest = show(model, args)
     if args.out.suffix == ".html":
-      args.out.write_text(alignment.page(title, plain, rest), encoding="utf-8")
+      args.out.write_text(alignment.html_page(title, plain, rest), encoding="utf-8")
     else:
       draw(args.out, title, plain, rest)
   except (OSError, ValueError, image.DecodeError, records.BadRecordError) as e:
