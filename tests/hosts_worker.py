@@ -28,7 +28,7 @@ from xmodal_jax.training import loop
 
 JOB, INDEX = json.loads(pathlib.Path(sys.argv[1]).read_text()), int(sys.argv[2])
 FOLDER = pathlib.Path(sys.argv[1]).parent
-STEP = 5  # of a process, in which something happens in training
+STEP = 5  # training step at which a fault is injected
 UNDO = []
 
 
@@ -39,14 +39,14 @@ def happen(what: str) -> None:
 
 
 def patch(owner, name: str, make) -> None:
-  """Puts make(original) in its place until the end of the run."""
+  """Replaces an attribute by make(original) until the end of the run."""
   original = getattr(owner, name)
   UNDO.append(lambda: setattr(owner, name, original))
   setattr(owner, name, make(original))
 
 
 def before(what: str, call: int = 1):
-  """-> make: something happens before the call of this number."""
+  """A `make` for `patch`: injects a fault before the given call of a function."""
 
   def make(original):
     calls = []
@@ -63,8 +63,8 @@ def before(what: str, call: int = 1):
 
 
 def arm(moment: str, what: str, step: int = STEP) -> None:
-  """Makes `what` happen in this process at a place in the program."""
-  if moment == "barrier":  # where the others wait for this process
+  """Injects the fault `what` into this process at a place in the program."""
+  if moment == "barrier":  # while the others wait for this process
     happen(what)
   elif moment == "compile":  # between the tracing of the first step and its compilation
 
@@ -85,11 +85,11 @@ def arm(moment: str, what: str, step: int = STEP) -> None:
       return train_step
 
     patch(setup.Built, "train_step", make)
-  elif moment == "train":  # while steps are under way
+  elif moment == "train":  # between training steps
     patch(logs.Clock, "tick", before(what, step))
-  elif moment == "eval":  # before pictures and texts are encoded
+  elif moment == "eval":  # before images and texts are encoded
     patch(retrieval.Evaluator, "encode", before(what))
-  elif moment == "save":  # while files are written
+  elif moment == "save":  # while checkpoint files are being written
 
     def make(original):
       def save(*args, **kw):
@@ -119,7 +119,7 @@ def one(run: dict) -> dict:
     workdir.check_processes(workdir.flatten(config), str(folder), "train")
   if barrier := run.get("barrier"):
     if barrier["missing"] != INDEX:
-      processes.barrier("lunch", barrier["seconds"])
+      processes.barrier("test", barrier["seconds"])
     return {}
   mode = dict(train=loop.train, eval=retrieval.evaluate)
   results = mode[run.get("mode", "train")](config, str(folder))
@@ -129,7 +129,7 @@ def one(run: dict) -> dict:
 
 
 def rows(order: list[int], shape: list[int]) -> dict:
-  """What this process reads for a mesh of devices in this order, and the batch that comes of it."""
+  """This process's batch rows for a mesh of devices in this order, and the global batch."""
   mesh = jax.sharding.Mesh(np.array(jax.devices())[order].reshape(shape), sharding.AXES)
   to, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
   own = sharding.local_rows(to, 8)

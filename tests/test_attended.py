@@ -13,7 +13,8 @@ from xmodal_jax.distributed import sharding
 from xmodal_jax.losses import cross_attention
 
 TOLERANCE = 1e-5  # of cosines and of gradients below 1: float32 sums in another order
-# Of tokens of 16 numbers, Gram matrices; of 4, fewer than tokens, attended vectors.
+# (token width, chunk). Width 16 uses Gram matrices; width 4, less than the number of tokens,
+# attended vectors.
 FORMS = [(16, 0), (16, 5), (4, 5)]
 CASES = [(direction, *form) for direction in cross_attention.DIRECTIONS for form in FORMS]
 SHARPNESS = 7.0
@@ -27,9 +28,9 @@ def exact_matmuls():
 
 @functools.cache
 def inputs(width: int = 16, images: int = 8, texts: int = 13) -> tuple[np.ndarray, ...]:
-  """What `plain` takes, of 9 regions and 7 words.
+  """Images with 9 regions, texts with 7 words, and the texts' mask.
 
-  Two texts have no words, one has a single word, and one has a hole.
+  Two texts have no valid word, one has a single word, one has an invalid word in the middle.
   """
   rng = np.random.default_rng(0)
   count = rng.integers(1, 8, texts)
@@ -38,7 +39,7 @@ def inputs(width: int = 16, images: int = 8, texts: int = 13) -> tuple[np.ndarra
   mask = np.arange(7) < count[:, None]
   mask[6, 3] = False
   topics = rng.standard_normal((5, width), np.float32)
-  # Tokens of a few topics, so that attention has something to choose between.
+  # Tokens scatter around a few topics, so that attention weights differ.
   tokens = lambda *shape: (
     topics[rng.integers(5, size=shape)] + 0.5 * rng.standard_normal((*shape, width), np.float32)
   )
@@ -71,7 +72,7 @@ def length(x, axis: int | None = None):
   return jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0)
 
 
-def graded(f, width: int = 16):
+def with_gradient(f, width: int = 16):
   """f(v, t, mask) on `inputs`, and the gradient of a weighted sum of it."""
   v, t, mask = inputs(width)
   weight = np.random.default_rng(1).standard_normal((len(v), len(t))).astype(np.float32)
@@ -85,7 +86,7 @@ def graded(f, width: int = 16):
 
 @functools.cache
 def defined(direction: str, width: int):
-  return graded(functools.partial(plain, direction=direction), width)
+  return with_gradient(functools.partial(plain, direction=direction), width)
 
 
 def close(ours, want) -> None:
@@ -95,7 +96,9 @@ def close(ours, want) -> None:
 @pytest.mark.parametrize("direction,width,chunk", CASES)
 def test_plain(direction, width, chunk):
   kw = dict(sharpness=SHARPNESS, direction=direction, chunk=chunk)
-  ours = scores, (dv, dt) = graded(functools.partial(cross_attention.attended_scores, **kw), width)
+  ours = scores, (dv, dt) = with_gradient(
+    functools.partial(cross_attention.attended_scores, **kw), width
+  )
   close(ours, defined(direction, width))
   _, _, mask = inputs(width)
   for x in (scores, dv, dt):
@@ -110,12 +113,12 @@ def test_no_words_at_all(direction):
   score = lambda v, t, mask: cross_attention.attended_scores(
     v, t, mask & False, direction=direction
   )
-  jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), graded(score))
+  jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), with_gradient(score))
 
 
 @pytest.mark.parametrize("direction", cross_attention.DIRECTIONS)
 def test_aligned(direction):
-  """Chosen pairs, some twice, score what they do among all pairs, with the same gradient."""
+  """Scores and gradients of selected pairs, some repeated, equal those among all pairs."""
   v, t, mask = inputs()
   chosen = np.random.default_rng(2).integers(len(t), size=(len(v), 4))
   chosen[0, 0], chosen[1] = 0, chosen[1, 0]  # a text without words; one text four times
@@ -139,8 +142,8 @@ def test_aligned(direction):
 
 @pytest.mark.parametrize("direction", [pytest.param("i2t", marks=pytest.mark.full), "both"])
 def test_eight_devices(direction, monkeypatch):
-  """Rows over the devices, texts gathered; no device holds the pictures of another."""
-  monkeypatch.setattr(cross_attention, "CPU_BYTES", 1)  # a tile has one picture of each device
+  """Texts are all-gathered, images are not."""
+  monkeypatch.setattr(cross_attention, "CPU_BYTES", 1)  # a tile has one image of each device
   v, t, mask = inputs(16, 16, 24)
   weight = np.random.default_rng(4).standard_normal((16, 24)).astype(np.float32)
   mesh = sharding.make_mesh((("data", -1),))
@@ -166,7 +169,7 @@ def test_eight_devices(direction, monkeypatch):
   close(compiled(*placed), one)
   gathered = [x for x in compiled.as_text().splitlines() if " all-gather(" in x]
   assert gathered
-  # Pictures are [16, 9, 16]; what is gathered are texts, [24, ...].
+  # Images are [16, 9, 16], texts [24, ...].
   assert not [x for x in gathered if "[16,9,16]" in x.partition(" all-gather(")[0]]
 
 
@@ -178,7 +181,7 @@ def test_eight_devices(direction, monkeypatch):
   ],
 )
 def test_memory(direction):
-  """Value and gradient hold neither the weights of all pairs nor, far less, attended vectors."""
+  """Neither value nor gradient stores the weights or the attended vectors of all pairs."""
   images, texts, regions, words, width = 32, 32, 784, 32, 64
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
   total = lambda v, t, mask: cross_attention.attended_scores(v, t, mask, direction=direction).sum()

@@ -1,4 +1,4 @@
-"""Losses over all pairs against loops over pairs."""
+"""Losses over all pairs against Python loops over pairs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""Runs of several processes, for real: started on loopback, with gloo collectives, at toy size.
+"""Multi-process runs: real processes on loopback with gloo collectives, at toy size.
 
-Starting a process costs more than a toy run, so that a group of them does many runs one after
-another, and tests look at what came of them.
+Starting a process costs more than a toy run, so one group of processes executes many runs in
+order, and the tests check their results.
 """
 
 import functools
@@ -35,22 +35,26 @@ SYSTEMS = ("config", "team", "zerovl", "tgdt", "hat")  # as tiny.py calls them
 CHANGES = dict(
   optim__lr=1e-3, total="20 steps", eval__every="10 steps", checkpoint__every="8 steps"
 )
-# The same steps; what is left out costs time alone.
+# The same steps without evaluations.
 SHORT = CHANGES | dict(checkpoint__every="2 steps", eval__every="0 steps", eval__test=False)
-# A run on the same devices, held by several processes, sums in another order only between them.
+# Several processes sum over the same devices in another order.
 ATOL = 1e-5
 
 
-# Process 1 of 2 is asked to stop, at each of these places.
+# Process 1 of 2 gets SIGTERM at each of these places.
 MOMENTS = ("compile", "train", "eval", "save")
 STOPPED = dict.fromkeys(MOMENTS, SHORT) | dict(eval=SHORT | dict(eval__every="2 steps"))
 
-# Devices 0 and 1 are of process 0, and 2 and 3 of process 1: (order in the mesh, its shape, rows of
-# each process in a batch of 8).
+# (device order, mesh shape, batch rows of each process for a batch of 8). Process 0 has devices 0
+# and 1, process 1 has 2 and 3.
 MESHES = (
   ([0, 1, 2, 3], (4, 1, 1), ([0, 1, 2, 3], [4, 5, 6, 7])),
   ([0, 2, 1, 3], (2, 2, 1), ([0, 1, 4, 5], [2, 3, 6, 7])),  # as on a slice, see sharding.local_rows
-  ([0, 2, 1, 3], (2, 1, 2), ([0, 1, 2, 3, 4, 5, 6, 7],) * 2),  # the model is what they share
+  (
+    [0, 2, 1, 3],
+    (2, 1, 2),
+    ([0, 1, 2, 3, 4, 5, 6, 7],) * 2,
+  ),  # the processes differ only along "model"
   ([0, 1, 2, 3], (2, 1, 2), ([0, 1, 2, 3], [4, 5, 6, 7])),
 )
 
@@ -69,7 +73,7 @@ def start(
   limit: float = 600,
   double: bool = False,
 ) -> list[End]:
-  """Starts a group of processes and waits for all of them; none outlives this call.
+  """Starts a group of processes and waits for them; kills those that remain after `limit` s.
 
   double: in float64, see float64.py.
   """
@@ -111,7 +115,7 @@ def start(
 
 
 def found(folder: pathlib.Path, name: str, count: int = 2) -> list[dict]:
-  """What each process had to say at the end of a run."""
+  """The result that each process wrote at the end of a run."""
   return [json.loads((folder / f"{name}.{i}.json").read_text()) for i in range(count)]
 
 
@@ -120,7 +124,7 @@ def params(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 
 
 def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None = None) -> None:
-  """Losses, metrics, or only those of a kind, and parameters of two runs."""
+  """Compares metrics, all or those of a kind, and parameters of two runs."""
   ours, theirs = lines(folder, kind), lines(straight, kind)
   assert [(r["step"], r["kind"]) for r in ours] == [(r["step"], r["kind"]) for r in theirs]
   for a, b in zip(ours, theirs, strict=True):
@@ -135,7 +139,7 @@ def assert_same_run(folder, straight: pathlib.Path, step: int, kind: str | None 
 
 
 def straight(config, folder: pathlib.Path, devices: int) -> dict:
-  """The same run in this process alone."""
+  """The same run in this process."""
   with pytest.MonkeyPatch.context() as patch:
     built = functools.partial(setup.build, devices=jax.devices()[:devices])
     patch.setattr(loop.setup, "build", built)
@@ -163,7 +167,7 @@ def run_of_one(toy, tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs_of_two(tiny_data, tmp_path_factory):
-  """(folder, ends): everything that two processes of two devices do in one go."""
+  """(folder, ends) of all runs of one group of two processes with two devices each."""
   folder = tmp_path_factory.mktemp("two")
   base = dict(system="toy", data=tiny_data)
   other_data = shapes.write(tmp_path_factory.mktemp("other"), sizes=tiny.SIZES, seed=1)
@@ -175,7 +179,7 @@ def runs_of_two(tiny_data, tmp_path_factory):
     dict(base, name="data", changes=SHORT, differ={"1": {"data__dir": str(other_data)}}),
     *(dict(name=f"rows.{i}", order=o, shape=s) for i, (o, s, _) in enumerate(MESHES)),
     dict(base, name="barrier", barrier={"seconds": 1, "missing": 1}),
-    dict(base, name="raise", hit=[[1, "barrier", "raise"]]),  # the last: it ends the group
+    dict(base, name="raise", hit=[[1, "barrier", "raise"]]),  # last, because it ends the group
   ]
   return folder, start(folder, runs, count=2, devices=2)
 
@@ -183,7 +187,7 @@ def runs_of_two(tiny_data, tmp_path_factory):
 def test_two_processes_are_one(runs_of_two, run_of_one):
   (folder, _), (one, results) = runs_of_two, run_of_one()
   assert_same_run(folder / "straight", one, 20)
-  for found_by in found(folder, "straight"):  # in --mode eval, of the best checkpoint
+  for found_by in found(folder, "straight"):  # from --mode eval on the best checkpoint
     assert found_by["results"] == pytest.approx(results["test"], abs=ATOL)
   assert not list(folder.glob("straight/*.tmp"))
 
@@ -198,7 +202,7 @@ def test_one_is_asked_to_stop_and_all_do(runs_of_two, moment):
   assert at <= stopped <= at + 2
   rows = lines(folder / moment)
   assert rows[-1]["step"] == stopped
-  # An evaluation that was not finished will be made up for.
+  # An interrupted evaluation is repeated on resume.
   pending = checkpointer.Checkpoints(folder / moment, keep=2, metric="rsum", read_only=True)
   assert pending.meta(stopped)["pending"] == (moment == "eval")
 
@@ -217,7 +221,7 @@ def test_what_differs_is_named_in_every_process(runs_of_two):
 def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
   folder, _ = runs_of_two
   here, _ = found(folder, "barrier")
-  assert here["error"] == "ProcessError: barrier 'lunch': process 1 of 2 did not arrive within 1 s"
+  assert here["error"] == "ProcessError: barrier 'test': process 1 of 2 did not arrive within 1 s"
 
 
 @pytest.mark.parametrize("system", ["toy", pytest.param("config", marks=pytest.mark.full)])
@@ -230,7 +234,7 @@ def test_killed_and_resumed_by_four_then_two_then_one(system, tiny_data, run_of_
     assert "process 3" in end.log, end.log[-3000:]
   ends = start(tmp_path, [dict(run, hit=[[0, "train", "SIGTERM", 2]])], 2, 2)
   assert [e.code for e in ends] == [0, 0], ends[0].log[-3000:]
-  # Of step 4 the save was under way when the process died; that of step 2 was whole.
+  # The process died while step 4 was being saved; the checkpoint of step 2 is complete.
   assert re.search("resuming from step [24]", ends[0].log)
   assert found(tmp_path, "run")[0]["results"] is None
   straight(getattr(tiny, system)(tiny_data, **SHORT), tmp_path / "run", 4)
@@ -238,14 +242,14 @@ def test_killed_and_resumed_by_four_then_two_then_one(system, tiny_data, run_of_
 
 
 def test_one_fails_and_tells(runs_of_two):
-  """Process 1, while process 0 waits for it at a barrier."""
+  """Process 1 raises while process 0 waits for it at a barrier."""
   _, ends = runs_of_two
   assert [e.code for e in ends] == [1, 1], ends[0].log[-3000:] + ends[1].log[-3000:]
   assert "process 1 of 2 failed: OSError: the disk of this machine is gone" in ends[0].log
 
 
 def test_the_first_is_killed(tiny_data, tmp_path):
-  """Process 0, through which the others hear of each other, while they wait at a barrier."""
+  """The coordinator is killed while the other process waits at a barrier."""
   run = dict(system="toy", data=tiny_data, name="run", hit=[[0, "barrier", "SIGKILL"]])
   killed, other = start(tmp_path, [run], 2, 1)
   assert killed.code == -signal.SIGKILL and other.code not in (0, None)
@@ -256,7 +260,7 @@ def test_the_first_is_killed(tiny_data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(2, 4), (4, 2)])
 def test_every_system_by_several_processes(tiny_data, tmp_path, count, devices):
-  """In float64: in float32 AdamW, and HAT even without it, enlarge rounding beyond the bounds."""
+  """In float64, because in float32 AdamW (and HAT even without it) amplifies rounding."""
   runs = [dict(system=s, data=tiny_data, name=s, changes=CHANGES) for s in SYSTEMS]
   mesh = (("data", 2), ("fsdp", 2), ("model", 2))
   runs.append(dict(runs[0], name="meshed", changes=CHANGES | dict(mesh=mesh)))

@@ -1,4 +1,4 @@
-"""losses.local: the chunked and packed forms against the plain one, on one device and on eight."""
+"""losses.local: chunked and packed scores against dense ones, on one device and on eight."""
 
 import functools
 
@@ -29,10 +29,10 @@ def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 @functools.cache
 def inputs(images: int = 8, texts: int = 13) -> tuple[np.ndarray, ...]:
-  """What `plain` takes, of 6 regions, 10 words and width 16.
+  """The arguments of `dense_scores`, with 6 regions, 10 words and width 16.
 
-  A picture and two texts have no tokens, one text has a hole, one a single word, and every other
-  row's maxima see a 0.
+  One image and two texts have no valid token, one text has an invalid token in the middle, one has
+  a single word, and the maxima of every other row include a 0.
   """
   rng = np.random.default_rng(0)
   regions, words = rng.integers(1, 7, images), rng.integers(1, 11, texts)
@@ -45,7 +45,7 @@ def inputs(images: int = 8, texts: int = 13) -> tuple[np.ndarray, ...]:
   return v, image_mask, odd(images), t, text_mask, odd(texts)
 
 
-def graded(f):
+def with_gradient(f):
   """f(v, t) on `inputs`, and the gradient of a weighted sum of it."""
   v, _, _, t, _, _ = inputs()
   weight = np.random.default_rng(1).standard_normal((len(v), len(t))).astype(np.float32)
@@ -60,13 +60,13 @@ def graded(f):
 @functools.cache
 def plain(mode: str):
   _, vm, vz, _, tm, tz = inputs()
-  return graded(lambda v, t: local.dense_scores(v, vm, vz, t, tm, tz, mode))
+  return with_gradient(lambda v, t: local.dense_scores(v, vm, vz, t, tm, tz, mode))
 
 
 def chunked(mode: str, chunk: int):
   _, vm, vz, _, tm, tz = inputs()
   kw = dict(image_zero=vz, text_zero=tz, chunk=chunk)
-  return graded(lambda v, t: local.local_scores(v, vm, t, tm, mode, **kw))
+  return with_gradient(lambda v, t: local.local_scores(v, vm, t, tm, mode, **kw))
 
 
 def close(ours, want) -> None:
@@ -88,7 +88,7 @@ def test_plain(mode, chunk):
 
 @pytest.mark.parametrize("side,mode", [("image", "MrSw"), ("text", "MwSr")])
 def test_zero(side, mode):
-  """Scores change, upwards, where a maximum also sees a 0, and nowhere else."""
+  """Scores increase where a maximum also includes a 0, and do not change elsewhere."""
   v, vm, vz, t, tm, tz = inputs()
   seen = vz if side == "image" else tz
   f = jax.jit(lambda **zero: local.local_scores(v, vm, t, tm, mode, **zero))
@@ -98,7 +98,7 @@ def test_zero(side, mode):
 
 
 def test_by_hand():
-  """MrSw of every pair, by the definition, in numpy."""
+  """MrSw of every pair in NumPy, from its definition."""
   v, vm, vz, t, tm, _ = inputs()
   want = np.zeros((len(v), len(t)))
   for i, j in np.ndindex(want.shape):
@@ -109,7 +109,7 @@ def test_by_hand():
 
 
 def test_words(monkeypatch):
-  """However many words are scored at a time, and however they fall on texts."""
+  """Packed chunks that start and end inside of texts."""
   monkeypatch.setattr(local, "WORDS", 7)
   close(chunked("MrSw", 5), plain("MrSw"))
 

@@ -1,4 +1,4 @@
-"""Losses over all pairs in tiles, on one device and in a ring of eight, against the plain form."""
+"""Blockwise losses, on one device and in a ring of eight, against the full score matrix."""
 
 import functools
 
@@ -21,8 +21,8 @@ def rows_of(devices: int, fsdp: int = 1, model: int = 1):
   return sharding.batch_sharding(sharding.make_mesh(axes, jax.devices()[:devices]))
 
 
-# Of one device no sharding, and several: all pairs in one tile, tiles that are less than a device's
-# rows, two axes that share the rows, and an axis that does not.
+# Without a sharding, with one tile for all pairs, with rows sharded over two mesh axes, and with a
+# mesh axis that does not shard rows and tiles smaller than a device's rows.
 RINGS = {
   "one device": lambda: Ring(4, None),
   "one tile": lambda: Ring(64, rows_of(1)),
@@ -33,7 +33,7 @@ RINGS = {
 
 @functools.cache
 def features() -> dict[str, np.ndarray]:
-  """Unit vectors and tokens of pairs. Three rows show one picture, two of them in the same way."""
+  """Unit vectors and tokens of pairs. Three rows share an image id, two of them the features."""
   rng = np.random.default_rng(0)
   unit = lambda *shape: _unit(rng.standard_normal(shape).astype(np.float32))
   out = {
@@ -160,7 +160,7 @@ def test_sampled_negatives_are_the_same(n, how):
 
 
 def test_more_negatives_than_rows():
-  """Those that are not there are not found, in tiles smaller than their number, too."""
+  """Missing negatives are marked as not found, also with tiles smaller than n."""
   x, keys = features(), jax.random.split(jax.random.key(3))
   same = jnp.arange(4, dtype=jnp.int32) // 2
   pair, scale = (x["images"][:4], x["texts"][:4]), jnp.float32(5)
@@ -179,7 +179,7 @@ def test_noise_is_gumbels_and_of_the_pair_alone():
   np.testing.assert_allclose(noise[100:200, 7:9], part, rtol=1e-6)
   other = hard_negatives.gumbel_noise(words + 1, jnp.arange(300), jnp.arange(400))
   assert abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 0.02
-  # P(noise < x) = exp(-exp(-x)), and no number comes twice more often than 32 bits let it.
+  # P(noise < x) = exp(-exp(-x)), and values repeat no more often than 32 bits allow.
   levels = np.array([-1.5, -0.5, 0.5, 2.0, 5.0])
   share = (noise.ravel()[:, None] < levels).mean(0)
   np.testing.assert_allclose(share, np.exp(-np.exp(-levels)), atol=4 * np.sqrt(0.25 / noise.size))
@@ -219,7 +219,7 @@ def temporaries(devices: int, local_rows: int, chunk: int, width: int = 64) -> i
 
 
 def test_memory_is_that_of_the_rows_and_a_tile():
-  """Twice the devices need no more, twice the rows twice as much; plain, a row of all pairs."""
+  """Temporaries do not grow with the devices, and grow linearly with a device's rows."""
   four, eight = (temporaries(n, 2048, 64) for n in (4, 8))
   assert eight < 1.02 * four
   rows, tile = 4 * 2048 * 64, 4 * 64 * 64
@@ -228,8 +228,8 @@ def test_memory_is_that_of_the_rows_and_a_tile():
   assert temporaries(8, 2048, 0) > 100 * eight
 
 
-def test_the_smaller_side_travels():
-  """Statistics keep their names when texts stay and pictures pass by."""
+def test_the_smaller_side_rotates():
+  """Statistics keep their sides when the left side rotates because it is smaller."""
   x, how = features(), RINGS["eight"]()
   score = lambda shared, left, right, i, j: left[:, :E] @ right[:, :E].T
   wide = jnp.pad(x["texts"], ((0, 0), (0, 9)))

@@ -18,7 +18,7 @@ SMALL = 16
 
 @functools.cache
 def objective(name: str, devices: int, loss_chunk: int):
-  """(loss, metrics), gradients of parameters and features of `align` on random numbers."""
+  """(loss, metrics), gradients of parameters and features of `objective` on random numbers."""
   config = SYSTEMS[name]("unused", batch_size=SMALL, loss_chunk=loss_chunk)
   without_dropout(config.model)
   config.mesh = (("data", -1),)
@@ -44,7 +44,7 @@ def objective(name: str, devices: int, loss_chunk: int):
   floats = lambda x: {k: v for k, v in x.items() if v.dtype == np.float32}
 
   @jax.jit
-  def run(params, moving, features, b):
+  def run(params, floats, features, b):
     def loss_fn(params, moving):
       model = merge(params)
       sides = (side | part for side, part in zip(features, moving, strict=True))
@@ -60,7 +60,7 @@ def objective(name: str, devices: int, loss_chunk: int):
 @pytest.mark.full
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_objective_in_a_ring(name):
-  """On eight devices with two tiles each against one device without; negatives drawn alike."""
+  """Eight devices with two tiles each against one device without tiles; the same negatives."""
   (loss, metrics), (of_params, of_features) = objective(name, 8, 1)
   want, (want_params, want_features) = objective(name, 1, 0)
   assert jnp.isfinite(loss) and any(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(want_features))
@@ -74,7 +74,7 @@ def test_objective_in_a_ring(name):
   "name", [n if n == "clip" else pytest.param(n, marks=pytest.mark.slow) for n in SYSTEMS]
 )
 def test_ring_trains_the_same(name):
-  """Through the towers."""
+  """The gradients of a whole train step, towers included."""
   assert_same(gradients(name, 1, 8, loss_chunk=4), gradients(name, 1, 1), HAT.get(name, 1e-5))
 
 

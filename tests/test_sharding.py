@@ -1,4 +1,4 @@
-"""Meshes: what is sharded how, and that it never changes the result or moves what it need not."""
+"""Meshes: sharding of parameters, equal results on every mesh, and no unneeded collectives."""
 
 import functools
 import logging
@@ -23,8 +23,8 @@ STEPS = 3
 
 
 def with_mesh(name: str, sizes: tuple[int, int, int]):
-  """A tiny config whose widths are powers of two and whose sequences are not: 11 words, 5 patches
-  or regions. The update hardly depends on the sign of a gradient that is rounding alone."""
+  """A tiny config whose widths are powers of two and whose sequence lengths are not: 11 words, 5
+  patches or regions. A large eps keeps Adam from amplifying gradients that are only rounding."""
   config = SYSTEMS[name]("unused", batch_size=16, optim__lr=1e-3, optim__eps=1e-2)
   config.mesh = tuple(zip(AXES, sizes, strict=True))
   with config.unlocked():
@@ -70,7 +70,7 @@ MESHES += [pytest.param(*x, marks=pytest.mark.slow) for x in sorted(SLOW)]
 
 @pytest.mark.parametrize(("name", "sizes"), MESHES)
 def test_every_mesh_is_one_device(name, sizes):
-  """Dropout and all: three steps of training."""
+  """Three training steps, with dropout."""
   losses, params, *_ = run(name, sizes)
   want_losses, want, *_ = run(name, (1, 1, 1))
   np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_every_mesh_is_one_device(name, sizes):
 @pytest.mark.full
 @pytest.mark.parametrize("name", sorted(SYSTEMS.keys() - {"clip", "team"}))
 def test_gradient_on_a_mesh_is_that_of_one_device(name):
-  """The others with less to compile: the reference is one that other tests have, too."""
+  """The other systems by gradients only; other tests share the compiled reference."""
   mesh = tuple((axis, 2) for axis in AXES)
   tolerance = {"hat": 3e-5}.get(name, 1e-5)  # as in test_accumulate
   assert_same(gradients(name, 1, 8, mesh=mesh), gradients(name, 1, 1), tolerance)
@@ -94,7 +94,7 @@ COLLECTIVE = re.compile(
 
 
 def moved(text: str) -> list[tuple[str, list[int], str]]:
-  """(kind, numbers in each result, where from) of the collectives that carry arrays as they are."""
+  """(kind, sizes of the results, op_name) of the collectives that move arrays unreduced."""
   size = lambda dims: math.prod(map(int, dims.split(",")))
   found = (COLLECTIVE.search(line) for line in text.splitlines())
   return [
@@ -106,8 +106,9 @@ def moved(text: str) -> list[tuple[str, list[int], str]]:
 
 @pytest.mark.parametrize("name", ["clip", pytest.param("team", marks=pytest.mark.full)])
 def test_parameters_move_and_activations_do_not(name):
-  """What is gathered is layers and the width of tables, never a vocabulary or activations, whose
-  size has the factor of a sequence, 11 or 5, and of more than one row. Negatives ride in a ring."""
+  """All-gathers are of layers and of the width of embedding tables, never of a vocabulary or of
+  activations, whose sizes are multiples of a sequence length, 11 or 5. Sampled negatives move by
+  ppermute, which is not counted."""
   *_, text, _ = run(name, (2, 2, 2))
   arrays = [a for a in moved(text) if "ppermute" not in a[2]]
   assert any(kind == "all-gather" and 32 * 64 in sizes for kind, sizes, _ in arrays)  # an MLP's
@@ -132,7 +133,7 @@ def spec_of(params: nnx.State, mesh, **kw) -> dict:
 
 
 def test_heads_are_not_cut_and_what_does_not_divide_is_listed_once(caplog):
-  """Two heads of 16 on four devices: their matrices stay whole, the MLP's do not."""
+  """Two heads on a "model" axis of four: attention is replicated, the MLP is sharded."""
   built = setup.build(with_mesh("clip", (1, 1, 1)), jax.devices()[:1])
   mesh = sharding.make_mesh((("data", 1), ("fsdp", 2), ("model", 4)))
   with caplog.at_level(logging.WARNING, logger="absl"):
@@ -148,7 +149,7 @@ def test_heads_are_not_cut_and_what_does_not_divide_is_listed_once(caplog):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_parameter_has_names_for_its_axes(name):
-  """All but the layers that lead; a name is one that the rules know."""
+  """All dimensions but the stacked layers have names that the rules know."""
   config = SYSTEMS[name]("unused")
   built = setup.build(config, jax.devices()[:1])
   is_variable = lambda v: isinstance(v, nnx.Variable)

@@ -1,4 +1,4 @@
-"""Sampled negatives, their exchange between devices, masks of the same picture, dropout, 8 = 1."""
+"""TEAM: sampled negatives, their exchange, same-image masks, dropout, parity across meshes."""
 
 import functools
 
@@ -36,7 +36,7 @@ def test_sampling_is_in_proportion_and_without_replacement():
   for q in range(5):
     first = np.bincount(np.asarray(drawn.index[:, q, 0]), minlength=9) / len(keys)
     np.testing.assert_allclose(first, p[q], atol=4 * np.sqrt(0.25 / len(keys)))
-    # The second draw is in proportion to what the first left over.
+    # The second draw is in proportion to the softmax over the remaining candidates.
     second = np.bincount(np.asarray(drawn.index[:, q, 1]), minlength=9) / len(keys)
     left = sum(p[q, i] * np.where(np.arange(9) == i, 0, p[q]) / (1 - p[q, i]) for i in range(9))
     np.testing.assert_allclose(second, left, atol=4 * np.sqrt(0.25 / len(keys)))
@@ -63,7 +63,7 @@ def test_rows_without_candidates():
 
 
 @pytest.mark.parametrize("same_image", contrastive.SAME_IMAGE)
-def test_same_picture_in_the_contrastive_loss(same_image):
+def test_same_image_in_the_contrastive_loss(same_image):
   rng = np.random.default_rng(1)
   i, t = (base.l2_normalize(jnp.asarray(rng.standard_normal((6, 4)))) for _ in range(2))
   ids = np.array([0, 1, 0, 2, 1, 0])
@@ -92,7 +92,7 @@ def test_exchange_is_plain_indexing(devices, fsdp):
   rows, rng = rows_of(devices, fsdp), np.random.default_rng(2)
   x = rng.standard_normal((16, 3, 5)).astype(np.float32)
   index = rng.integers(0, 16, (16, 2)).astype(np.int32)
-  index[:8] = 3  # one row that half of all ask for
+  index[:8] = 3  # one row that half of the batch needs
   weight = rng.standard_normal((16, 2, 3, 5)).astype(np.float32)
 
   def loss(x, index, weight, rows):
@@ -107,7 +107,7 @@ def test_exchange_is_plain_indexing(devices, fsdp):
   )
   np.testing.assert_array_equal(ring, plain)
   np.testing.assert_allclose(ring_grad, plain_grad, rtol=1e-6, atol=1e-6)
-  # Masks travel too, and numbers, and many rows for each.
+  # Boolean arrays, one-dimensional arrays, and many rows per query.
   take = jax.jit(lambda x, index: exchange.take_rows(x, index, rows))
   mask = take(put(x[:, 0] > 0), put(index))
   np.testing.assert_array_equal(mask, (x[:, 0] > 0)[index])
@@ -140,7 +140,7 @@ def test_exchange_needs_the_memory_of_the_local_batch():
 
 @pytest.fixture(scope="module")
 def small():
-  """A TEAM of toy size as the config of a test run has it."""
+  """config.model of a toy TEAM."""
   return tiny.team("unused", model__negatives=2).model.to_dict()
 
 
@@ -228,7 +228,7 @@ def test_objective_does_not_grow_with_the_devices(small):
   assert plain[1] - plain[0] > 10 * abs(ring[1] - ring[0])
 
 
-def test_texts_of_a_picture_together_or_alone():
+def test_texts_of_an_image_together_or_alone():
   module = token_matching.TokenMatching(dim=32, depth=3, heads=4, embed=8, rngs=nnx.Rngs(0))
   keys = jax.random.split(jax.random.key(0), 3)
   images = jax.random.normal(keys[0], (2, 10, 32))
@@ -240,7 +240,7 @@ def test_texts_of_a_picture_together_or_alone():
   for m in range(5):
     one = run(module, images, texts[:, m : m + 1], mask[:, m : m + 1])
     np.testing.assert_allclose(scores[:, m : m + 1], one, atol=1e-6)
-  # What padding holds does not matter.
+  # The values of padding tokens have no effect.
   other = jnp.where(mask[..., None], texts, 9.0)
   np.testing.assert_allclose(run(module, images, other, mask), scores, atol=1e-6)
   traced = jax.jit(lambda module: module.trace(images, texts, mask))(module)
