@@ -65,7 +65,7 @@ def infonce(
   return (i2t + t2i) / 2, metrics
 
 
-def _off_diagonal_equal(image_id: Int[Array, " b"]) -> Bool[Array, "b b"]:
+def _off_diagonal_equal(image_id: Int[ArrayLike, " b"]) -> Bool[Array, "b b"]:
   """Pairs of different rows that show the same image."""
   return (image_id[:, None] == image_id) & ~jnp.eye(len(image_id), dtype=bool)
 

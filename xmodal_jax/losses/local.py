@@ -146,7 +146,7 @@ def dense_scores(
   return score
 
 
-def _masked_max(a: Array, mask: Array, zero: Array, axis: int) -> Array:
+def _masked_max(a: Array, mask: ArrayLike, zero: ArrayLike, axis: int) -> Array:
   """Maximum over the valid entries of an axis, and 0 where `zero`; 0 if none is valid."""
   best = jnp.where(mask, a, -jnp.inf).max(axis)
   return jnp.where(jnp.isinf(best), 0, jnp.where(zero, jnp.maximum(best, 0), best))
