@@ -283,7 +283,7 @@ ERRORS = {
   "split": (["--split", "dev", "--index", "0"], "invalid choice.*dev"),
   "no index": (["--split", "test"], "needs the --index"),
   "image": (["--image", "none.png", "--caption", "a"], "no file none.png"),
-  "not an image": (["--image", __file__, "--caption", "a"], "no known picture format"),
+  "not an image": (["--image", __file__, "--caption", "a"], "no known image format"),
   "no caption": (["--image", __file__], "needs a --caption"),
   "no words": (["--split", "test", "--index", "0", "--caption", " "], "has no words"),
   "measure": (["--split", "test", "--measure"], "writes no picture"),
@@ -302,7 +302,7 @@ def test_errors_of_config_and_parameters(tool, flags, tmp_path, capsys):
   pair = ["--split", "test", "--index", "0", "--out", str(tmp_path / "a.html")]
   config, init = flags[1], flags[3]
   cases = [
-    ([f"{tmp_path}/none.py", "--init", init], "no file"),
+    ([f"{tmp_path}/none.py", "--init", init], "no config file"),
     ([config.replace(":team", ":other"), "--init", init], "no variant 'other'"),
     ([config.replace(":team", ":clip"), "--init", init], "clip has no attention of caption tokens"),
     ([config, "--init", f"{tmp_path}/none"], "does not exist"),
