@@ -1,6 +1,6 @@
 """The COCO 5K test protocol: 5K and 1K recalls, Crisscrossed Captions, ECCV Caption (numpy only).
 
-`tools/benchmark_ranks.py` times it beside the published eccv_caption package.
+`tools/benchmarks/ranks.py` times it beside the published eccv_caption package.
 """
 
 import functools
