@@ -224,7 +224,8 @@ def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
   assert here["error"] == "ProcessError: barrier 'test': process 1 of 2 did not arrive within 1 s"
 
 
-@pytest.mark.parametrize("system", ["toy", pytest.param("config", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("system", ["toy", "config"])
 def test_killed_and_resumed_by_four_then_two_then_one(system, tiny_data, run_of_one, tmp_path):
   run = dict(system=system, data=tiny_data, name="run", changes=SHORT)
   ends = start(tmp_path, [dict(run, hit=[[3, "train", "SIGKILL"]])], 4, 1)
@@ -248,6 +249,7 @@ def test_one_fails_and_tells(runs_of_two):
   assert "process 1 of 2 failed: OSError: the disk of this machine is gone" in ends[0].log
 
 
+@pytest.mark.full
 def test_the_first_is_killed(tiny_data, tmp_path):
   """The coordinator is killed while the other process waits at a barrier."""
   run = dict(system="toy", data=tiny_data, name="run", hit=[[0, "barrier", "SIGKILL"]])
