@@ -60,7 +60,8 @@ def abstract(config):
 def read(file: str):
   graphdef, want = abstract(FILES[file])
   flat, _ = conversion.to_jax(state_dict(file), RULES, want)
-  return nnx.merge(graphdef, nnx.State(restore.nested(flat)["image"]))
+  params = jax.tree.map(jnp.asarray, restore.nested(flat)["image"])
+  return nnx.merge(graphdef, nnx.State(params))
 
 
 def close_stages(tower, images, recorded):

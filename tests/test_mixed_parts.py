@@ -9,23 +9,58 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny
+from flax import nnx
 from test_configs import get_config
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.data import inputs
 from xmodal_jax.distributed import sharding
+from xmodal_jax.models import registry
+from xmodal_jax.models.towers import registry as towers
 from xmodal_jax.optim import schedules
 from xmodal_jax.runtime import setup
 from xmodal_jax.runtime import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 MIXED = ["hat_clip_vit", "team_swin"]
+VIT = dict(size=16, patch=8, width=24, depth=2, heads=2)
+IMAGE = {kind: VIT for kind in ("clip", "timm", "deit")} | {
+  "swin": dict(size=32, window=4, embed=8, depths=(1, 2), heads=(1, 2)),
+  "resnet": dict(size=32, width=8, depths=(1, 1, 1, 1)),
+}
 
 
 def read(name, tiny_data):
   config = config_lib.resolve(get_config(name, "shapes"))
   config.data.dir = tiny_data
   return config
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", towers.KINDS)
+@pytest.mark.parametrize("system", ["clip", "zerovl", "team", "hat"])
+def test_every_image_tower_in_every_system(system, kind):
+  """Combined by config alone; traced, not compiled."""
+  make = {"clip": tiny.config, "zerovl": tiny.zerovl, "team": tiny.team, "hat": tiny.hat}[system]
+  config = make("unused").model.to_dict() | {"image": dict(kind=kind, **IMAGE[kind])}
+  if system == "hat":
+    config["levels"] = ((1, 1), (0, 0))
+  size, arrays = IMAGE[kind]["size"], jax.ShapeDtypeStruct
+  batch = dict(
+    image=arrays((4, size, size, 3), np.uint8),
+    image_id=arrays((4,), np.int32),
+    text_ids=arrays((4, 12), np.int32),
+    text_mask=arrays((4, 12), np.bool_),
+  )
+
+  def run(batch):
+    model = registry.system_module(system).build(config, rngs=nnx.Rngs(0))
+    scores = model.score(model.encode_image(batch), model.encode_text(batch))
+    return scores, model.probe_features(batch), model.loss(batch, jax.random.key(0))[0]
+
+  scores, features, loss = jax.eval_shape(run, batch)
+  assert scores.shape == (4, 4) and len(features.shape) == 2 and loss.shape == ()
 
 
 @pytest.mark.full

@@ -178,7 +178,8 @@ def test_hidden_states_of_hugging_face(kind, file, tmp_path):
     )
   ours = nnx.eval_shape(lambda: team.build(model_config(), rngs=nnx.Rngs(0))).text
   graphdef, _ = nnx.split(ours)
-  text = nnx.merge(graphdef, nnx.State(restore.nested(leaves)["text"]))
+  params = jax.tree.map(jnp.asarray, restore.nested(leaves)["text"])
+  text = nnx.merge(graphdef, nnx.State(params))
   with jax.default_matmul_precision("highest"):
     run = jax.jit(lambda text, *args: (text.states(*args), text(*args)))
     states, last = run(text, jnp.asarray(ids), jnp.asarray(mask))
@@ -329,7 +330,8 @@ def test_archive_of_clip(file, tmp_path):
     np.testing.assert_array_equal(ours[rename(path)], value, path)
   graphdef, params = jax.jit(lambda: nnx.split(team.build(config, rngs=nnx.Rngs(0))))()
   params = restore.flat(nnx.to_pure_dict(params)) | ours
-  model = nnx.merge(graphdef, nnx.State(restore.nested(params)))
+  params = jax.tree.map(jnp.asarray, restore.nested(params))
+  model = nnx.merge(graphdef, nnx.State(params))
   pixels = np.random.default_rng(0).integers(0, 256, (3, image["size"], image["size"], 3), np.uint8)
   with jax.default_matmul_precision("highest"):
     embed = jax.jit(lambda model: model.encode_image({"image": jnp.asarray(pixels)})["embed"])
