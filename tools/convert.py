@@ -11,9 +11,7 @@ Values keep their dtypes and bits. --allow-missing REGEX accepts a file without 
 import argparse
 import os
 import pathlib
-import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are traced
 
 from flax import nnx
