@@ -64,7 +64,7 @@ def test_places_are_patches_or_boxes_or_an_error():
 
 
 def test_pointing():
-  """A box over the right half, and a small one around the middle of the picture."""
+  """A box over the right half, and a small one around the middle of the image."""
   boxes = np.array([[0.5, 0, 1, 1], [0.4, 0.4, 0.55, 0.6]])
   attention = np.array([[0.2, 0.1, 0.4, 0.2, 0.1], [0.5, 0.3, 0.1, 0.0, 0.1]])
   got = alignment.pointing_metrics(attention, GRID, boxes)
@@ -160,7 +160,7 @@ def text_of(capsys, main, arguments) -> str:
   return f"{e.value} {capsys.readouterr().err}"
 
 
-def test_png_of_a_picture_of_a_data_set(tool, flags, tmp_path, capsys):
+def test_png_of_an_image_of_a_dataset(tool, flags, tmp_path, capsys):
   out = tmp_path / "a.png"
   tool.main([*flags, "--split", "test", "--index", "2", "--caption_number", "1", "--out", str(out)])
   with Image.open(out) as picture:
@@ -274,11 +274,11 @@ def test_boxes_follow_the_evaluation_transform(tool):
 
 
 ERRORS = {
-  "index": (["--split", "test", "--index", "99"], r"--index 99.*pictures 0 to 11"),
-  "negative index": (["--split", "test", "--index", "-1"], "pictures 0 to 11"),
+  "index": (["--split", "test", "--index", "99"], r"--index 99.*images 0 to 11"),
+  "negative index": (["--split", "test", "--index", "-1"], "images 0 to 11"),
   "caption number": (
     ["--split", "val", "--index", "0", "--caption_number", "5"],
-    "picture 0 has 5",
+    "image 0 has 5",
   ),
   "split": (["--split", "dev", "--index", "0"], "invalid choice.*dev"),
   "no index": (["--split", "test"], "needs the --index"),
@@ -286,7 +286,7 @@ ERRORS = {
   "not an image": (["--image", __file__, "--caption", "a"], "no known image format"),
   "no caption": (["--image", __file__], "needs a --caption"),
   "no words": (["--split", "test", "--index", "0", "--caption", " "], "has no words"),
-  "measure": (["--split", "test", "--measure"], "writes no picture"),
+  "measure": (["--split", "test", "--measure"], "writes no image"),
 }
 
 
@@ -315,7 +315,7 @@ def test_errors_of_config_and_parameters(tool, flags, tmp_path, capsys):
     assert message in said
 
 
-def test_a_field_that_a_picture_file_lacks_is_named(tool):
+def test_a_field_that_an_image_file_lacks_is_named(tool):
   model = object.__new__(tool.Model)
   model.config = config_lib.base()
   model.config.model = {"system": "other"}
@@ -325,12 +325,12 @@ def test_a_field_that_a_picture_file_lacks_is_named(tool):
     return batch["regions"]
 
   model.relate = relate
-  with pytest.raises(SystemExit, match="other reads 'regions' of a picture, and this one has none"):
+  with pytest.raises(SystemExit, match="other reads 'regions' of an image, and this one has none"):
     model({"image": np.zeros((1, 2, 2, 3))})
 
 
 def test_other_data_cannot_be_measured(tool, model, monkeypatch):
   scenes = shapes.scenes
   monkeypatch.setattr(shapes, "scenes", lambda seed, count: scenes(1, count))
-  with pytest.raises(SystemExit, match="needs the embedded data set"):
+  with pytest.raises(SystemExit, match="needs the embedded dataset"):
     list(itertools.islice(tool.pairs(model, "test"), 1))

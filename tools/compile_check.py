@@ -43,7 +43,7 @@ _JSON = flags.DEFINE_string("json", "", "File for the numbers, a list with an en
 
 
 def describe(report: Report, topology: topologies.Topology, config: Any, model_flops: int) -> str:
-  """Lines for people."""
+  """The lines that are printed about a program."""
   has = f" of {report.hbm / MIB:,.0f}" if report.hbm else ""
   share = f" ({report.needed / report.hbm:.0%})" if report.hbm else ""
   if report.error:

@@ -1,6 +1,6 @@
 """Every config that trains, compiled for three slices: the tables of docs/sizing.md.
 
-  python tools/compile_table.py --json sizing.json           # takes hours; goes on where it was
+  python tools/compile_table.py --json sizing.json           # takes hours; rerunning resumes
   python tools/compile_table.py --json sizing.json --into docs/sizing.md
 
 Each row is a run of compile_check.py with the published batch on 16 chips of v5e and on 32 of v5p

@@ -59,7 +59,7 @@ def sampling(x, how):
 def _of_tokens(score: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   def loss(x, how):
     texts = {"t": x["t"], "mask": x["mask"]}
-    if how is None:  # as the systems do: pictures stay where they are
+    if how is None:  # as the systems do: images stay sharded
       whole = NamedSharding(x["rows"].mesh, P())
       texts = jax.lax.with_sharding_constraint(texts, whole)
     return triplet.triplet_loss(score, x["v"], texts, ring=how)[0]

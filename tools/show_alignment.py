@@ -1,14 +1,14 @@
-"""Shows what each word of a caption looks at in a picture, and what it scores there.
+"""Shows which image tokens each word of a caption attends to, and its score there.
 
   python tools/show_alignment.py --config configs/shapes.py:team --workdir DIR \
     --image scene.png --caption "a tiny red star at the top left" --out alignment.png
   python tools/show_alignment.py --config configs/shapes.py:team --workdir DIR \
     --split test --index 3 --out alignment.html
 
-For every system that relates tokens (TEAM). The picture is drawn as the model saw it. Shown is the
-relevance of each patch to a word's score, or, with --weights attention, where the word looks,
-whether it scores by it or not; scaled to its own strongest patch. Beside it stand the score, and
-the share that lies on the class token, which has no place.
+For systems with token attention (TEAM). The image is drawn after the model's transform, with the
+relevance of each patch to a word's score or, with --weights attention, the attention weights,
+scaled to the strongest patch. Beside it are the score and the share of the class token, which has
+no position.
 
   python tools/show_alignment.py --config configs/shapes.py:team --workdir DIR \
     --split test --measure
@@ -83,7 +83,7 @@ class Model:
     self.relate = jax.jit(relate)
 
   def batch(self, pixels: np.ndarray, captions: list[str], boxes=None, regions=None) -> dict:
-    """Pixels uint8 [N, H, W, 3] with N captions, and of N = 1 picture its regions."""
+    """Pixels uint8 [N, H, W, 3] with N captions, and of N = 1 image its regions."""
     c = self.config.text
     ids, mask = self.inputs.tokenizer(captions, c.length, c.truncate)
     out = dict(image=pixels, text_ids=ids, text_mask=mask)
@@ -101,12 +101,12 @@ class Model:
       if e.args[0] in batch:
         raise
       raise SystemExit(
-        f"{self.config.model.system} reads {e} of a picture, and this one has none: name one of a "
-        "data set that has them, by --split and --index"
+        f"{self.config.model.system} reads {e} of an image, and this one has none: name one of a "
+        "dataset that has them, by --split and --index"
       ) from e
 
   def places(self, tokens: int, boxes: np.ndarray | None = None) -> alignment.TokenBoxes:
-    """Of the image tokens; boxes in pixels of the picture as the model saw it."""
+    """Of the image tokens; boxes in pixels of the image as the model saw it."""
     crop = self.inputs.transform.crop
     return alignment.token_boxes(tokens, crop, crop, self.config.model.image.get("patch"), boxes)
 
@@ -122,7 +122,7 @@ class Model:
 
 
 def seen_boxes(boxes: np.ndarray, size: tuple[int, int], transform: image.Transform) -> np.ndarray:
-  """Boxes [R, 4] in pixels of a picture of size (width, height) -> in pixels after `transform`."""
+  """Boxes [R, 4] in pixels of an image of size (width, height) -> in pixels after `transform`."""
   width, height = transform.target(*size)
   left, top = (round((side - transform.crop) / 2) for side in (width, height))
   scaled = boxes * (np.array([width, height] * 2) / np.array(size * 2))
@@ -131,15 +131,15 @@ def seen_boxes(boxes: np.ndarray, size: tuple[int, int], transform: image.Transf
 
 
 def record_of(model: Model, split: str, index: int) -> records.Record:
-  """Picture `index` of a split, by its key in the config's data section."""
+  """Image `index` of a split, by its key in the config's data section."""
   found = model.inputs.split(split)
   if not 0 <= index < len(found):
-    raise SystemExit(f"--index {index}: split {split!r} has pictures 0 to {len(found) - 1}")
+    raise SystemExit(f"--index {index}: split {split!r} has images 0 to {len(found) - 1}")
   return found.read(index)
 
 
 def show(model: Model, args: argparse.Namespace) -> tuple[str, alignment.Panel, list]:
-  """(caption, the plain picture with the pair's scores, a panel per word)."""
+  """(caption, the plain image with the pair's scores, a panel per word)."""
   caption, boxes, regions, transform = args.caption, None, None, model.inputs.transform
   if args.image:
     encoded = args.image.read_bytes()
@@ -147,17 +147,17 @@ def show(model: Model, args: argparse.Namespace) -> tuple[str, alignment.Panel, 
     record = record_of(model, args.split, args.index)
     encoded, n = record.image, len(record.captions)
     if not encoded:
-      raise SystemExit(f"picture {args.index} of split {args.split!r} is stored without its pixels")
+      raise SystemExit(f"image {args.index} of split {args.split!r} is stored without its pixels")
     if caption is None and not 0 <= args.caption_number < n:
-      raise SystemExit(f"--caption_number {args.caption_number}: picture {args.index} has {n}")
+      raise SystemExit(f"--caption_number {args.caption_number}: image {args.index} has {n}")
     caption = record.captions[args.caption_number] if caption is None else caption
     boxes, regions = record.boxes, record.regions
-  picture = image.decode(encoded)
-  pixels = transform(picture)
+  original = image.decode(encoded)
+  pixels = transform(original)
   batch = model.batch(pixels[None], [caption], boxes, regions)
   out = {k: v[0] for k, v in model(batch).items()}
   if boxes is not None:
-    boxes = seen_boxes(boxes, picture.size, transform)
+    boxes = seen_boxes(boxes, original.size, transform)
   where = model.places(out["weights"].shape[-1], boxes)
   found = model.words(batch["text_ids"][0], batch["text_mask"][0])
   if not args.special:
@@ -200,7 +200,7 @@ def draw(path: pathlib.Path, title: str, plain: alignment.Panel, rest: list) -> 
   plt.close(figure)
 
 
-# What the captions of the embedded data set call things.
+# What the captions of the embedded dataset call things.
 COLOURS = {name: name for name in shapes.COLOURS}
 SHAPES = {word: name for name, synonyms in shapes.SHAPES.items() for word in synonyms}
 
@@ -225,7 +225,7 @@ def pairs(model: Model, split: str) -> Iterator[tuple[np.ndarray, records.Record
     said = record.captions[0].replace(",", " ").split() if record.captions else []
     have = sorted((a, SHAPES[b]) for a, b in itertools.pairwise(said) if a in COLOURS)
     if record.boxes is None or not scene or have != sorted(item[:2] for item in scene):
-      raise SystemExit("--measure needs the embedded data set: config.data.dir is 'shapes'")
+      raise SystemExit("--measure needs the embedded dataset: config.data.dir is 'shapes'")
     pixels = image.load(record.image, model.inputs.transform)
     for i in range(len(record.captions)):
       yield pixels, record, scene, i
@@ -286,7 +286,7 @@ COLUMNS = {
 
 
 def table(found: dict[str, dict[str, np.ndarray]]) -> str:
-  """Lines for people: of each kind of word, in per cent, the means."""
+  """Lines: of each kind of word, in per cent, the means."""
   lines = [f"{'':16s}{'strongest patch on':>27s}{'weight in box of':>27s}"]
   lines += [f"{'':8s}{'words':>8s}" + "".join(f"{n:>9s}" for n in COLUMNS)]
   for kind, v in found.items():
@@ -295,7 +295,7 @@ def table(found: dict[str, dict[str, np.ndarray]]) -> str:
   return "\n".join([
     *lines,
     "In %. own: the object that the word names; other: the mean of the scene's other objects;",
-    "chance: of a patch drawn at random; area: the box's share of the picture. A model that looks",
+    "chance: of a patch drawn at random; area: the box's share of the image. A model that looks",
     "at objects whatever the word has own equal to other.",
   ])  # fmt: skip
 
@@ -308,12 +308,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--workdir", help="its best checkpoint")
   source.add_argument("--init", help="a released file or a converted directory")
-  picture = parser.add_mutually_exclusive_group(required=True)
-  picture.add_argument("--image", type=pathlib.Path)
-  picture.add_argument("--split", choices=("train", "val", "test"))
-  parser.add_argument("--index", type=int, help="of the picture in the split, from 0")
-  parser.add_argument("--caption", help="with --image, or in place of the data set's own")
-  parser.add_argument("--caption_number", type=int, default=0, help="of the picture's captions")
+  shown = parser.add_mutually_exclusive_group(required=True)
+  shown.add_argument("--image", type=pathlib.Path)
+  shown.add_argument("--split", choices=("train", "val", "test"))
+  parser.add_argument("--index", type=int, help="of the image in the split, from 0")
+  parser.add_argument("--caption", help="with --image, or in place of the dataset's own")
+  parser.add_argument("--caption_number", type=int, default=0, help="of the image's captions")
   parser.add_argument("--out", type=pathlib.Path, help="a .png or .html file")
   parser.add_argument("--weights", choices=("relevance", "attention"), default="relevance")
   parser.add_argument("--smooth", action="store_true", help="bilinear between patches")
@@ -322,7 +322,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if args.measure:
     if not args.split or args.out or args.caption is not None or args.index is not None:
-      parser.error("--measure takes a whole --split and writes no picture")
+      parser.error("--measure takes a whole --split and writes no image")
     return args
   if args.out is None or args.out.suffix not in (".png", ".html"):
     parser.error("--out names the .png or .html file to write")
@@ -333,7 +333,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
   if args.image and not args.image.is_file():
     parser.error(f"--image: there is no file {args.image}")
   if args.split and args.index is None:
-    parser.error("--split needs the --index of a picture, or --measure")
+    parser.error("--split needs the --index of an image, or --measure")
   return args
 
 

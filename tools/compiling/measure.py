@@ -51,7 +51,7 @@ def measure(programs: programs_lib.Programs, compiled: Any, steps: int) -> Measu
 
 
 def noise(fields: programs_lib.Arrays, vocab: int) -> dict[str, np.ndarray]:
-  """A batch of these shapes: every picture another one, no words padded."""
+  """A batch of these shapes: distinct images, no padding."""
   rng = np.random.default_rng(0)
 
   def make(name: str, x: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -14,7 +14,7 @@ from xmodal_jax.optim import schedules
 from xmodal_jax.runtime import flops, setup
 from xmodal_jax.runtime import step as step_lib
 
-PICTURES, CAPTIONS = 5000, 25000  # of a split that is ranked: COCO 5K
+IMAGES, CAPTIONS = 5000, 25000  # of a split that is ranked: COCO 5K
 Arrays = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -101,7 +101,7 @@ class Programs:
     per_call, width = e.rerank_block
     n = per_call * (e.batch_size // rows.shard_shape((e.batch_size,))[0])
     index = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    given = bank("image", PICTURES), jax.tree.map(drop, texts), index(n), index(n, width)
+    given = bank("image", IMAGES), jax.tree.map(drop, texts), index(n), index(n, width)
     self.lower["rerank"] = lambda: evaluator.reranker.step.lower(*model, *given)
 
 
