@@ -9,16 +9,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
-import jaxtyping
 import programs
 import pytest
 from jaxtyping import install_import_hook
 
-# Checks the shapes and types in the signatures of these packages at run time, in tests only.
-install_import_hook(["xmodal_jax.losses"], "typechecker.check")
-
-# Shapes in annotations are checked in tests only. The hook has to precede the package's import.
-jaxtyping.install_import_hook("xmodal_jax.models", "beartype.beartype")
+# Checks the shapes and types in the signatures of these packages at run time, in tests only. The
+# hook has to precede their import.
+install_import_hook(["xmodal_jax.losses", "xmodal_jax.models"], "typechecker.check")
 
 # Of a flag that is given twice the last value counts, so a developer's own flags win.
 os.environ["XLA_FLAGS"] = f"{programs.XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"

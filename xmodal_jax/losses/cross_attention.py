@@ -42,7 +42,7 @@ def attended_scores(
   images: Float[ArrayLike, "i r d"],
   texts: Float[ArrayLike, "t w d"],
   text_mask: Bool[ArrayLike, "t w"],
-  sharpness: float = 9.0,
+  sharpness: float | Float[Array, ""] = 9.0,
   direction: str = "i2t",
   chunk: int = 0,
   batch_sharding: NamedSharding | None = None,
@@ -148,7 +148,7 @@ def _score_pairs(
   texts: Array,
   mask: Array,
   *,
-  sharpness: float,
+  sharpness: float | Float[Array, ""],
   direction: str,
 ) -> Array:
   """float32 [T, I]."""
@@ -166,7 +166,7 @@ def aligned_scores(
   images: Float[ArrayLike, "g r d"],
   texts: Float[ArrayLike, "g m w d"],
   text_mask: Bool[ArrayLike, "g m w"],
-  sharpness: float = 9.0,
+  sharpness: float | Float[Array, ""] = 9.0,
   direction: str = "i2t",
 ) -> Float[Array, "g m"]:
   """float32 scores of M texts for each of G images; for reranking."""
@@ -180,7 +180,7 @@ def aligned_scores(
 
 
 def _image_query_scores(
-  dots: Array, norm: Array, texts: Array, mask: Array, sharpness: float
+  dots: Array, norm: Array, texts: Array, mask: Array, sharpness: float | Float[Array, ""]
 ) -> Array:
   """Image tokens as queries, words as keys: dots [T, W, I, R] -> [T, I]."""
   valid = mask[:, :, None, None]
@@ -193,7 +193,12 @@ def _image_query_scores(
 
 
 def _text_query_scores(
-  dots: Array, gram: Array | None, images: ArrayLike, texts: Array, mask: Array, sharpness: float
+  dots: Array,
+  gram: Array | None,
+  images: ArrayLike,
+  texts: Array,
+  mask: Array,
+  sharpness: float | Float[Array, ""],
 ) -> Array:
   """Words as queries, image tokens as keys: dots [T, W, I, R] -> [T, I]."""
   valid = mask[:, :, None]
@@ -208,7 +213,9 @@ def _text_query_scores(
   return jnp.where(valid, cosine, 0).sum(1) / jnp.maximum(mask.sum(1), 1)[:, None]
 
 
-def _softmax_exponentials(dots: Array, sharpness: float, normalize_over: int) -> Array:
+def _softmax_exponentials(
+  dots: Array, sharpness: float | Float[Array, ""], normalize_over: int
+) -> Array:
   """Unnormalised softmax weights in (0, 1] of leaky ReLUs that are L2-normalised over the queries,
   the axis `normalize_over` (SCAN)."""
   a = jax.nn.leaky_relu(dots, 0.1)
