@@ -353,6 +353,7 @@ def run(*args):
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_libtpu_it_says_what_to_install():
   done = run("--config", "configs/shapes.py:clip", "--topology", "v5e:2x2")

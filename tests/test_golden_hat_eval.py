@@ -114,6 +114,7 @@ def test_from_images_to_ranks(direction, data_dir):
         compare_golden.check_recall(report[f"{side}_r{k}"], theirs, k, bounds[side])
 
 
+@pytest.mark.full
 def test_levels_and_two_stages(data_dir):
   """The top level ranks first, then the sum of all levels; with all candidates, that is the sum."""
   want = arrays("evaluation")

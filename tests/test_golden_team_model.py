@@ -29,7 +29,10 @@ def exact_matmuls():
     yield
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+  scope="module",
+  params=[VARIANTS[0], *(pytest.param(v, marks=pytest.mark.full) for v in VARIANTS[1:])],
+)
 def name(request):
   return request.param
 

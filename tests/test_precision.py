@@ -135,7 +135,9 @@ def floats(tree) -> set:
   return {k for k in kinds if jnp.issubdtype(k, jnp.floating)}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case", [c if c in SYSTEMS else pytest.param(c, marks=pytest.mark.full) for c in CASES]
+)
 def test_train_step(case):
   config, b = built(case)
   schedule = schedules.make_schedule(config.optim, schedules.RunLength(48, 16, config.total))

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import numpy as np
+import programs
 import pytest
 import reproducible_worker as worker
 import test_accumulate
@@ -24,6 +25,12 @@ from xmodal_jax.training import loop
 SYSTEMS = test_accumulate.SYSTEMS
 WITH_DROPOUT = ("zerovl",)  # one system only: dropout's random bits are slow to compile
 FULL = ("clip", "team")  # TEAM has the most complex objective; the others are slow tests
+
+
+@pytest.fixture(autouse=True)
+def fusion_emitters():
+  with programs.fusion_emitters():
+    yield
 
 
 def config(name: str, dropout: bool, **changes):
@@ -56,7 +63,8 @@ def test_every_number_of_devices(devices):
 
 
 @pytest.mark.parametrize(
-  ("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+  ("processes", "devices"),
+  [pytest.param(2, 2, marks=pytest.mark.full), pytest.param(4, 1, marks=pytest.mark.slow)],
 )
 def test_processes_equal_one_process(processes, devices):
   assert start(processes, devices, 5, "toy") == {"toy": toy_digest(1)}
@@ -107,8 +115,11 @@ def start(processes: int, devices: int, steps: int, *names: str) -> dict[str, st
   tool = pathlib.Path(worker.__file__)
   command = [sys.executable, tool, address, str(processes)]
   rest = [str(devices), str(steps), *names]
+  env = os.environ | {"XLA_FLAGS": programs.NO_LLVM_PASSES}  # see fusion_emitters
   running = [
-    subprocess.Popen([*command, str(i), *rest], stdout=subprocess.PIPE, text=True, cwd=tool.parent)
+    subprocess.Popen(
+      [*command, str(i), *rest], stdout=subprocess.PIPE, text=True, cwd=tool.parent, env=env
+    )
     for i in range(processes)
   ]
   try:
