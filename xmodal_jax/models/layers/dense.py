@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xmodal_jax.models.layers.partitioning import constrain, constrain_batch
 
+ArrayLike = Array | np.ndarray  # parameters as restored from a file are NumPy arrays
 Init = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
 
 zeros = nnx.initializers.zeros_init()
@@ -51,7 +53,7 @@ def layer_norm(dim: int, *, eps: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs
   )
 
 
-def add(x: Float[Array, "..."], param: Float[Array, "*s"]) -> Float[Array, "..."]:
+def add(x: Float[Array, "..."], param: Float[ArrayLike, "*s"]) -> Float[Array, "..."]:
   """x [..., *S] + param [*S] in x's dtype; the parameter's gradient is summed in float32.
 
   The gradient is a sum over all rows of a batch; a bfloat16 sum stops growing at 256 times its
@@ -150,7 +152,7 @@ def merge_heads(x: Float[Array, "b l h k"]) -> Float[Array, "n d"]:
 
 
 def lookup(
-  table: Float[Array, "v d"],
+  table: Float[ArrayLike, "v d"],
   ids: Int[Array, "b l"],
   dtype,
   batch_sharding: NamedSharding | None = None,
@@ -161,5 +163,7 @@ def lookup(
   sharded along its width is gathered along it first. Otherwise compilers cannot keep the batch
   sharded by rows while they sum over the devices that share the vocabulary.
   """
-  table = constrain(table, batch_sharding, lambda _: (PartitionSpec.UNCONSTRAINED, None))
+  table = constrain(
+    jnp.asarray(table), batch_sharding, lambda _: (PartitionSpec.UNCONSTRAINED, None)
+  )
   return constrain_batch(jnp.take(table, ids, axis=0), batch_sharding).astype(dtype)
