@@ -202,7 +202,7 @@ def test_negatives_are_fetched_once():
   def moved(accumulate):
     config = tiny.team("unused", batch_size=BATCH, accumulate=accumulate)
     built = setup.build(config)
-    b = batch(config)
+    b = jax.tree.map(jnp.asarray, batch(config))
 
     def loss(params):
       return nnx.merge(built.graphdef, params, {}).loss(b, jax.random.key(0))[0]

@@ -31,7 +31,7 @@ def objective(name: str, devices: int, loss_chunk: int):
     y = rng.standard_normal(x.shape).astype(x.dtype)
     return y / float(np.sqrt(x.shape[-1])) if x.ndim else y + 2
 
-  b, key = batch(config, SMALL), jax.random.key(3)
+  b, key = jax.tree.map(jnp.asarray, batch(config, SMALL)), jax.random.key(3)
   merge = lambda params: nnx.merge(built.graphdef, params, {})
   params = nnx.to_pure_dict(built.params)
 
