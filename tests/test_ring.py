@@ -9,7 +9,7 @@ import pytest
 
 from xmodal_jax.distributed import sharding
 from xmodal_jax.losses import contrastive, cross_attention, hard_negatives, local, triplet
-from xmodal_jax.losses.pairwise import ring
+from xmodal_jax.losses.pairwise import ring, statistics
 from xmodal_jax.losses.pairwise.ring import Ring
 
 B, E, R, W = 16, 6, 4, 5
@@ -238,7 +238,9 @@ def test_the_smaller_side_rotates():
   x, how = features(), RINGS["eight"]()
   score = lambda shared, left, right, i, j: left[:, :E] @ right[:, :E].T
   wide = jnp.pad(x["texts"], ((0, 0), (0, 9)))
-  of = dict(left_stats={"best": ring.MaxNegative()}, right_stats={"log": ring.LogSumExp()})
+  of = dict(
+    left_stats={"best": statistics.MaxNegative()}, right_stats={"log": statistics.LogSumExp()}
+  )
   left, right = jax.jit(lambda a, b: ring.reduce(score, a, b, how, **of))(x["images"], wide)
   s = x["images"] @ x["texts"].T
   np.testing.assert_allclose(right["log"], np.log(np.exp(s).sum(0)), rtol=1e-5)

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from xmodal_jax.losses.pairwise import ring as ring_lib
+from xmodal_jax.losses.pairwise import statistics
 from xmodal_jax.losses.pairwise.ring import Ring
 
 Scalar = Float[Array, ""]
@@ -80,9 +81,9 @@ def _infonce_blockwise(images, texts, scale, image_id, same_image_logit, ring):
 
   ids = {} if same_image_logit is None else {"id": image_id}
   stats = {
-    "logsumexp": ring_lib.LogSumExp(),
-    "positive": ring_lib.POSITIVE,
-    "max_negative": ring_lib.MaxNegative(),
+    "logsumexp": statistics.LogSumExp(),
+    "positive": statistics.POSITIVE,
+    "max_negative": statistics.MaxNegative(),
   }
   rows, columns = ring_lib.reduce(
     score,
@@ -204,13 +205,13 @@ def _nce_blockwise(
     return jnp.where(logits > -jnp.inf, logits, 0)
 
   stats = {
-    "logsumexp": ring_lib.LogSumExp(),
-    "positive": ring_lib.POSITIVE,
-    "max_negative": ring_lib.MaxNegative(),
-    "partner": ring_lib.score_at(partner),
+    "logsumexp": statistics.LogSumExp(),
+    "positive": statistics.POSITIVE,
+    "max_negative": statistics.MaxNegative(),
+    "partner": statistics.score_at(partner),
   }
   if smoothing:
-    stats["sum"] = ring_lib.Sum(finite)
+    stats["sum"] = statistics.Sum(finite)
   sides = ring_lib.reduce(
     score,
     images,
@@ -269,14 +270,14 @@ def sigmoid(
     total = jax.nn.softplus(score((scale, bias), images, texts)).sum(1)
     positive = scale * (images * texts).sum(-1) + bias
   else:
-    cost = ring_lib.Sum(lambda logits, tile: jax.nn.softplus(logits))
+    cost = statistics.Sum(lambda logits, tile: jax.nn.softplus(logits))
     rows, _ = ring_lib.reduce(
       score,
       images,
       texts,
       ring,
       # Both as statistics of the same side: their gradients then share one buffer.
-      left_stats={"total": cost, "positive": ring_lib.POSITIVE},
+      left_stats={"total": cost, "positive": statistics.POSITIVE},
       shared=(scale, bias),
     )
     total, positive = rows["total"], rows["positive"]

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from xmodal_jax.losses.pairwise import ring as ring_lib
+from xmodal_jax.losses.pairwise import statistics
 from xmodal_jax.losses.pairwise.ring import Ring
 
 
@@ -62,14 +63,14 @@ def gumbel_noise(
 
 
 @dataclasses.dataclass(frozen=True)
-class _TopKNoisy(ring_lib.Statistic):
+class _TopKNoisy(statistics.Statistic):
   """The k candidates with the largest noisy scores. key_name: of the noise's words in `shared`."""
 
   k: int
   key_name: str
 
   def init(self, n):
-    return jnp.full((n, self.k), -jnp.inf), jnp.full((n, self.k), ring_lib.NO_INDEX, jnp.int32)
+    return jnp.full((n, self.k), -jnp.inf), jnp.full((n, self.k), statistics.NO_INDEX, jnp.int32)
 
   def update(self, state, scores, tile):
     noisy = scores + gumbel_noise(tile.shared[self.key_name], tile.i, tile.j)

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from xmodal_jax.losses.pairwise import ring as ring_lib
+from xmodal_jax.losses.pairwise import statistics
 from xmodal_jax.losses.pairwise.ring import Ring
 
 Scalar = Float[Array, ""]
@@ -85,11 +86,11 @@ def triplet_loss(
     hinge = jnp.maximum(margin + scores - tile.queries["positive"][:, None], 0)
     return jnp.where(tile.i[:, None] == tile.j, 0, hinge)
 
-  stats = {"positive": ring_lib.POSITIVE, "hardest": ring_lib.Max()}
+  stats = {"positive": statistics.POSITIVE, "hardest": statistics.Max()}
   left, right = {"x": images}, {"x": texts}
   if reduce != "max":
     left["positive"] = right["positive"] = ring_lib.positive_scores(tile_score, left, right, ring)
-    stats["sum"] = ring_lib.Sum(hinge_of_negatives)
+    stats["sum"] = statistics.Sum(hinge_of_negatives)
   sides = ring_lib.reduce(tile_score, left, right, ring, left_stats=stats, right_stats=stats)
 
   def hinge(side):
@@ -140,7 +141,7 @@ def intra_modal_consistency(
     return jnp.abs(measure(left[1], right[1]) - measure(left[0], right[0]))
 
   pairs = images, texts
-  stats = {"worst": ring_lib.Max(include_diagonal=True)}
+  stats = {"worst": statistics.Max(include_diagonal=True)}
   _, columns = ring_lib.reduce(difference, pairs, pairs, ring, right_stats=stats)
   return jax.nn.relu(columns["worst"][0] - margin).sum()
 
