@@ -44,7 +44,7 @@ def objective(name: str, devices: int, loss_chunk: int):
   floats = lambda x: {k: v for k, v in x.items() if v.dtype == np.float32}
 
   @jax.jit
-  def run(params, floats, features, b):
+  def run(params, moving, features, b):
     def loss_fn(params, moving):
       model = merge(params)
       sides = (side | part for side, part in zip(features, moving, strict=True))

@@ -151,7 +151,7 @@ class TEAM(base.System):
     logs = self.logit_scale, self.logit_scale_team
     return tuple(jnp.minimum(jnp.exp(log[...]), MAX_SCALE) for log in logs)
 
-  def groups(self, batch) -> Int[Array, "b"]:
+  def groups(self, batch) -> Int[Array, " b"]:
     """Equal for rows that are not negatives of each other: rows of one image, unless these are
     kept as negatives."""
     ids = batch["image_id"]

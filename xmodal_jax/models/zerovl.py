@@ -162,7 +162,7 @@ class ZeroVL(base.System):
       "text_mix": full(jnp.where(mix_images, 1, weight)),
     }
 
-  def partner(self, x: Shaped[Array, "b *s"]) -> Shaped[Array, "b *s"]:
+  def partner(self, x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
     """The batch in the order of mixup partners: reversed within each block."""
     n = self.block or len(x)
     contrastive.mixup_partners(len(x), n)  # raises where the blocks do not divide the batch
