@@ -168,6 +168,7 @@ def test_unknown_key_is_an_error(tmp_path):
   assert out.returncode != 0 and 'Did you mean "lr" instead of "lrr"' in out.stderr
 
 
+@pytest.mark.full
 def test_missing_data_set_is_an_error(tmp_path):
   config = "--config=configs/coco_ft.py:tiny"
   data = f"--config.data.dir={tmp_path / 'none'}"

@@ -81,6 +81,7 @@ def saved(c, workdir, step) -> tuple[dict, dict]:
   return restore.flat(state.params), restore.flat(transforms.averaged(state).params)
 
 
+@pytest.mark.full
 def test_readers_of_a_workdir_get_the_average(averaged_run):
   """The evaluation used the same parameters."""
   c, workdir, results = averaged_run

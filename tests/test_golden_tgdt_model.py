@@ -165,9 +165,8 @@ def test_losses_and_gradients(run):
     assert moved == set(tgdt_golden.goldens()["params_with_gradient"])
 
 
-@pytest.mark.parametrize(
-  "mode", [m if m == "symm" else pytest.param(m, marks=pytest.mark.full) for m in STAGE_1]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("mode", STAGE_1)
 def test_first_stage(mode):
   """TERAN's objective on the same weights and batch; its gradients reach all layers."""
   (total, _), grads = trained(**STAGE_1[mode])

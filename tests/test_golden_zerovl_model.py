@@ -111,9 +111,9 @@ def program(devices: int = 1, **changes):
   return golden, rows, run
 
 
-# The default tier's programs: the plain loss, mixup, and all options at once.
+# The default tier's programs: the plain loss, mixup, and mixup in parts.
 DEFAULT = ("nce", "nce_local", "nce_temp_high", "nce_temp_low", "mix_image", "mix_text")
-DEFAULT += ("dga_mix_image", "dga_mix_text", "w2_dga_mix_image", "w2_dga_mix_text")
+DEFAULT += ("dga_mix_image", "dga_mix_text")
 
 
 def tiers(runs) -> list:

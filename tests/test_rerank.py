@@ -120,6 +120,7 @@ def test_scores_against_the_plain_loop_on_any_devices(tiny_data):
   np.testing.assert_allclose(by_text[1], one_text[1], atol=2e-6)
 
 
+@pytest.mark.full
 def test_report_has_both_stages_and_the_mix(tiny_data, caplog):
   every = dict(eval__top_k_text=60, eval__top_k_image=12)
   ev, state, _ = run(tiny.team(tiny_data, **every))

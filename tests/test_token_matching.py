@@ -178,6 +178,7 @@ def test_eight_devices_equal_one(small):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
+@pytest.mark.full
 def test_bfloat16_computes_the_same_in_few_digits(small):
   b = batch(4)
   results = []
