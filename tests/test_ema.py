@@ -99,6 +99,7 @@ def test_readers_of_a_workdir_get_the_average(averaged_run):
   assert retrieval.evaluate(again, workdir)["test"] == results["test"]
 
 
+@pytest.mark.full
 def test_resumed_run_continues_from_the_parameters(averaged_run, tmp_path):
   c, straight, _ = averaged_run
   shutil.copytree(straight, tmp_path / "run")
