@@ -269,4 +269,4 @@ def test_init_from_workdir(tiny_data, tmp_path):
 def test_upper_stacks_over_a_random_network_warn(changes, warns):
   model = tiny.tgdt("unused").model
   model.update(changes)
-  assert bool(tgdt.check_start(model)) == warns
+  assert bool(tgdt.check_start(model.to_dict())) == warns

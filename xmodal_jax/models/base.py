@@ -163,9 +163,9 @@ class System(nnx.Module):
     return self.batch_sharding is None or self.batch_sharding.mesh.size == 1
 
 
-def l2_normalize(x: Float[Array, "*n e"], eps: float = 0.0) -> Float[Array, "*n e"]:
+def l2_normalize(x: Float[Array | np.ndarray, "*n e"], eps: float = 0.0) -> Float[Array, "*n e"]:
   """x / max(|x|, eps) over the last axis, in float32."""
-  x = x.astype(jnp.float32)
+  x = jnp.asarray(x, jnp.float32)
   if not eps:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
   # The maximum is taken of the square: the gradient of the root at 0 would be NaN.
