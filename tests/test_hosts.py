@@ -225,7 +225,7 @@ def test_a_barrier_names_itself_and_who_is_missing(runs_of_two):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("system", ["toy", "config"])
+@pytest.mark.parametrize("system", ["toy", pytest.param("config", marks=pytest.mark.slow)])
 def test_killed_and_resumed_by_four_then_two_then_one(system, tiny_data, run_of_one, tmp_path):
   run = dict(system=system, data=tiny_data, name="run", changes=SHORT)
   ends = start(tmp_path, [dict(run, hit=[[3, "train", "SIGKILL"]])], 4, 1)

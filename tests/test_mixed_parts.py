@@ -64,7 +64,7 @@ def test_every_image_tower_in_every_system(system, kind):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", [MIXED[0], pytest.param(MIXED[1], marks=pytest.mark.slow)])
 def test_a_few_steps_lower_the_loss(name, tiny_data):
   config = read(name, tiny_data)
   config.batch_size, config.optim.warmup = 16, "1 steps"
