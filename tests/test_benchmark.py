@@ -68,6 +68,22 @@ def test_hierarchical_scores(tmp_path):
     assert info["padded_flops"] == 500 * 2 * 20 * 16 * (32 + 16 + 20)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("command", ["encode", "step", "data", "checkpoint"])
+def test_our_side_of_a_workload(command, tmp_path, tiny_data):
+  toy = [command, "--repeats", "1", "--warmup", "0", "--batch", "4"]
+  if command == "data":
+    toy += ["--data_dir", tiny_data, "--size", "16", "--batches", "2"]
+  else:
+    toy += ["--model", "tiny"]
+  ours = run(tmp_path, *toy)["sides"]["ours"]
+  assert ours["wall"] > 0
+  if command == "checkpoint":
+    assert ours["facts"]["restore_s"] > 0
+  else:
+    assert ours["examples_per_s"] > 0
+
+
 @pytest.mark.slow  # starts three processes with torch or TensorFlow
 def test_steps_on_a_data_set(tmp_path, tiny_data):
   toy = ["step", "--model", "tiny", "--batch", "4", "--run_steps", "2", "--data_dir", tiny_data]
