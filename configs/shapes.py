@@ -4,8 +4,8 @@
 
 Scenes of two or three coloured shapes, five captions each; 500 test scenes, chance R@1 is 0.2.
 Expected R@1, image to text and text to image, on 2 CPU cores with AVX-512: clip 38 and 35 in 95 s,
-zerovl 34 and 30 in 3 minutes, team 32 and 30 after the second stage in 7 minutes, tgdt 41 and 44 in 2
-minutes, hat 40 and 31 in 4 minutes.
+zerovl 34 and 30 in 3 minutes, team 33 and 30 after the second stage in 7 minutes, tgdt 41 and 44
+in 2 minutes, hat 40 and 31 in 4 minutes.
 """
 
 import math
