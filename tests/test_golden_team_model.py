@@ -269,9 +269,12 @@ def test_trajectories(variant, run, devices):
       np.testing.assert_allclose(
         metrics[ours], want[f"{run}/{theirs}"][k], rtol=tolerance, err_msg=f"{ours} of step {k}"
       )
-    norms = want[f"{run}/grad_norm"]  # compared relative to the largest, as gradients are
+    # At the high rate parameters differ by the tolerance itself, and the gradient norms after them:
+    # these are compared relative to the run's largest, as the manifest compares gradients.
+    norms = want[f"{run}/grad_norm"]
+    scale = norms.max() if run == "traj_hi_lr" else norms[k]
     error = abs(metrics["grad_norm"] - norms[k])
-    assert error <= tolerance * norms.max(), f"gradient norm of step {k}: {error} of {norms.max()}"
+    assert error <= tolerance * scale, f"gradient norm of step {k}: {error} of {scale}"
   final = team_golden.to_torch(state.params)
   prefix = f"{run}/final/"
   recorded = {k.removeprefix(prefix): v for k, v in want.items() if k.startswith(prefix)}
