@@ -17,6 +17,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from xmodal_jax.errors import UserError
+
 MANIFEST = "manifest"
 UNFINISHED = f"{MANIFEST} is missing: the save was interrupted before it was complete"
 # Files are hashed in blocks of this size, so that threads and processes share a single large one.
@@ -35,7 +37,7 @@ Part = dict[str, dict[int, str]]  # path in the folder -> number of a block -> d
 Share = tuple[int, int]  # (process index, number of processes)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
   """A checkpoint that is missing, damaged, or of another model."""
 
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from xmodal_jax.data import mix as mix_lib
 from xmodal_jax.data.records import BadRecordError, Split
+from xmodal_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 _NAMED = 5  # bad records whose names an error message lists
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
   """Too many records of a split are bad, or it lacks what the model reads."""
 
 

@@ -34,6 +34,8 @@ import google_crc32c
 import numpy as np
 from etils import epath
 
+from xmodal_jax.errors import UserError
+
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 OVERHEAD = HEADER.size + FOOTER.size
 _FORMAT = 1
@@ -42,7 +44,7 @@ _FORMAT = 1
 CountCaptions = Callable[[bytes], tuple[int, Sequence[int]]]
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
   """A dataset cannot be opened or written; the message has the file and the remedy."""
 
 

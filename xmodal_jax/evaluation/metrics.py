@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xmodal_jax.errors import UserError
+
 RECALL_AT = (1, 5, 10)
 # Rows per block: column counts within a block are uint8, which 255 rows cannot overflow.
 _BLOCK = 255
@@ -29,7 +31,7 @@ Shortlist = tuple[np.ndarray, np.ndarray]
 Target = tuple[np.ndarray, np.ndarray]
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
   """Embeddings or scores hold NaN or infinity."""
 
 

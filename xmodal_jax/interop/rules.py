@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from xmodal_jax.errors import UserError
+
 Pieces = tuple[np.ndarray, ...]
 
 
@@ -122,7 +124,7 @@ class Constant:
 Entry = Rule | Ignore | Alias | Tied | Constant
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
   """Keys that do not fit. Lists by kind are attributes: unknown, extra, missing, misshapen, ..."""
 
   def __init__(self, **lists: list[str]):

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from xmodal_jax.errors import UserError
 from xmodal_jax.optim.train_state import TrainState
 
 Array = jax.Array
@@ -17,7 +18,7 @@ Batch = Mapping[str, Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(UserError):
   """The loss or the gradient is NaN or infinite. Saved checkpoints are all from finite steps."""
 
 

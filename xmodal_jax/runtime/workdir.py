@@ -14,6 +14,7 @@ from etils import epath
 
 from xmodal_jax import __version__
 from xmodal_jax.distributed import processes
+from xmodal_jax.errors import UserError
 from xmodal_jax.runtime import metric_writers
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
@@ -31,7 +32,7 @@ MAY_CHANGE_ON_RESUME = (
 _VISIBLE_SECONDS = 30.0  # within which every process must see a file that process 0 wrote
 
 
-class WorkdirError(ValueError):
+class WorkdirError(UserError):
   """A workdir that was made by another config, or that not all processes share."""
 
 

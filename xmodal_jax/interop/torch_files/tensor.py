@@ -6,6 +6,8 @@ import os
 import ml_dtypes
 import numpy as np
 
+from xmodal_jax.errors import UserError
+
 # torch's storage class (without "Storage") or dtype name -> numpy dtype.
 _INTS = {
   "Byte": "uint8", "Char": "int8", "Short": "int16", "Int": "int32", "Long": "int64",
@@ -27,7 +29,7 @@ DTYPES |= {"long": DTYPES["int64"], "int": DTYPES["int32"], "short": DTYPES["int
 _FREE_BYTES = 1 << 24
 
 
-class FileFormatError(ValueError):
+class FileFormatError(UserError):
   """The file is damaged, truncated, or of an unsupported format."""
 
 
