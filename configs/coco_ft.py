@@ -57,6 +57,7 @@ def get_config(variant=None):
   original = {
     "seed": 99,
     "dtype": "float32",
+    "precision": "highest",
     "data/train": "train",
     "eval/select": "test",
     "eval/metric": "mean_r1",
@@ -66,6 +67,7 @@ def get_config(variant=None):
   }
   half = {
     "dtype": "float16",
+    "precision": "default",
     "optim/round_to": "float16",
     "optim/round_paths": clip.HALF_PATHS,
     "eval/score_dtype": "float16",

@@ -48,6 +48,7 @@ def get_config(variant=None):
     "batch_size": 58,
     "total": "100 epochs",
     "dtype": "float32",
+    "precision": "highest",
     "eval/metric": "mean_r1",
     "checkpoint/keep": 5,
   }

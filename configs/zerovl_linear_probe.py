@@ -35,5 +35,6 @@ def get_config(variant=None):
     "data/crop": "random",
     "data/crop_scale": (0.08, 1.0),
     "dtype": "float32",
+    "precision": "highest",
   }
   return c

@@ -138,6 +138,15 @@ def test_original_recipe(recipe):
     config_lib.resolve(config)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_recipes_in_float32_multiply_in_float32(path):
+  """At the default precision, accelerators round the inputs of float32 products."""
+  for recipe in config_lib.load(path).recipes.values():
+    values = {k.replace("/", "."): v for k, v in recipe.items()}
+    if values.get("dtype") == "float32":
+      assert values.get("precision") == "highest"
+
+
 def test_original_recipe_of_team():
   """LAMB with trust ratios of the original's tensors covers every parameter at full size."""
   config = get_config("team_ft", "coco_clip_l14")
@@ -249,6 +258,21 @@ def test_schedule_in_jax_is_the_float64_one(name):
   if name == "cosine":
     assert schedule(0, np) == pytest.approx(2e-8) and schedule(499, np) == pytest.approx(1e-5)
     assert schedule(run.total_steps, np) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("total", ["5 epochs", "500 steps", "300 steps"])
+def test_staircase_decays_over_the_whole_run(total):
+  """Its position after the last step is the end of the cosine, however the length is given."""
+  run = schedules.RunLength(1000, 10, total)
+  config = tiny.optim(lr=1.0, warmup="0 steps", end=0.0, schedule="clip_itm")
+  schedule = schedules.make_schedule(config, run)
+  half, end = (schedule(run.total_steps * x // 2, np) for x in (1, 2))
+  assert end == pytest.approx(0, abs=1e-9) and 0.4 < half < 0.7
+  in_epochs = schedules.RunLength(1000, 10, f"{run.total_steps / 100} epochs")
+  steps = np.arange(run.total_steps)
+  np.testing.assert_array_equal(
+    schedules.make_schedule(config, in_epochs)(steps, np), schedule(steps, np)
+  )
 
 
 def test_published_learning_rates():

@@ -94,7 +94,7 @@ def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
     s, t = step, total
     if name == "clip_itm":
       s = samples * (step // per_epoch) + step % per_epoch
-      t = samples * duration_to_steps(run.total, 1)
+      t = samples * total / per_epoch
     warm = xp.minimum((s + offset) / warmup, 1) if warmup else 1.0
     progress = xp.maximum(s - warmup, 0) / max(t - warmup, 1)
     if name == "constant":
