@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax.distributed import sharding
 from xmodal_jax.losses import contrastive
 from xmodal_jax.models import layers
 from xmodal_jax.models.layers import attention as attention_lib
-from xmodal_jax.runtime import flops, logs, metric_writers
+from xmodal_jax.runtime import flops, logs, metric_writers, setup
+from xmodal_jax.runtime import step as step_lib
+from xmodal_jax.training import loop
 
 RULES = {"vocab": "model", "heads": "model", "mlp": "model", "embed": "fsdp"}
 
@@ -130,6 +133,95 @@ def test_progress_line():
   line = logs.progress_line(120, 600, 3.2101, 256, 0.5, 0.41)
   assert line == "step 120/600  loss 3.2101  64.0 examples/s/device  MFU 41.0%  ETA 4m00s"
   assert "ETA" not in logs.progress_line(1, 600, 3.2, 256, None, None)
+  line = logs.progress_line(120, 600, 3.2101, 256, 0.5, 0.41, 0.5)
+  assert "MFU 41.0% (HFU 50.0%)  ETA 4m00s" in line
+
+
+class FakeDevice:
+  """A clock, and a device that takes `compute` seconds per step.
+
+  queue: True for dispatch that returns at once, False for dispatch that waits for the step.
+  """
+
+  def __init__(self, compute: float, load: float, queue: bool):
+    self.compute, self.load, self.queue = compute, load, queue
+    self.now = self.done = 1000.0
+
+  def step(self, compiling: float = 0.0) -> None:
+    self.now += self.load + compiling
+    self.done = max(self.done, self.now) + self.compute
+    if not self.queue:
+      self.wait()
+
+  def wait(self, _=None) -> None:
+    self.now = max(self.now, self.done)
+
+
+@pytest.mark.parametrize("queue", [True, False])
+@pytest.mark.parametrize("log_every", [1, 2, 20])
+@pytest.mark.parametrize("compute, load", [(1.0, 0.0), (1.0, 0.25), (0.25, 1.0)])
+def test_clock_measures_whole_steps(monkeypatch, queue, log_every, compute, load):
+  """Every lap after compilation is the time per step, whatever is evaluated or saved in between."""
+  device = FakeDevice(compute, load, queue)
+  monkeypatch.setattr(logs.time, "monotonic", lambda: device.now)
+  monkeypatch.setattr(logs.jax, "block_until_ready", device.wait)
+  clock, laps = logs.Clock(), []
+  for step in range(1, 61):
+    device.step(compiling=100.0 if step <= 2 else 0.0)
+    clock.tick(None)
+    if step % log_every and step % 7:
+      continue
+    device.wait()
+    if step % log_every == 0:
+      laps.append((step, clock.lap()))
+    with clock.paused():
+      device.now += 30.0 if step % 7 == 0 else 0.01
+  # Host and device work at the same time, except in the first step after a wait.
+  slower, faster = max(compute, load), min(compute, load)
+  for step, seconds in laps:
+    if step <= 2:
+      assert seconds is None
+      continue
+    counted = min(log_every, step - 2)
+    waits = 1 + sum(s % 7 == 0 for s in range(max(step - log_every, 2) + 1, step))
+    each = slower + faster * (1 if not queue else waits / counted)
+    assert seconds == pytest.approx(each), step
+
+
+def test_model_flops_are_those_without_recomputation(monkeypatch):
+  """Rematerialization adds to the FLOPs of the step, and nothing to those of the model."""
+  config = tiny.config("unused")
+  plain = count_both(config)
+  config.model.remat, config.accumulate = "nothing_saveable", 2
+  again = count_both(config)
+  assert plain[0] == plain[1] == again[0] < again[1]
+  monkeypatch.setattr(flops, "device_peak", lambda kind: 1e12)
+  throughput, (model, computed) = loop._Throughput(config), again
+  speed = throughput(0.5, *traced_step(config))
+  available = 0.5 * jax.device_count() * 1e12
+  assert speed["examples_per_second"] == 32
+  assert speed["mfu"] == pytest.approx(model / available)
+  assert speed["hfu"] == pytest.approx(computed / available)
+
+
+def traced_step(config):
+  """(train step, state, batch), the last two abstract."""
+  built, schedule = setup.build(config), lambda step: 0.1
+  tx = built.optimizer(config.optim, schedule)
+  step = built.train_step(tx, jax.random.key(0), built.state_shardings(tx), schedule)
+  state = jax.eval_shape(lambda: step_lib.init_state(built.init_model, tx))
+  batch = dict(
+    image=jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8),
+    text_ids=jax.ShapeDtypeStruct((16, 24), jnp.int32),
+    image_id=jax.ShapeDtypeStruct((16,), jnp.int32),
+  )
+  return step, state, batch
+
+
+def count_both(config) -> tuple[int, int]:
+  """FLOPs of (the model, its train step)."""
+  step, state, batch = traced_step(config)
+  return flops.of_model(config, batch), flops.count(step.trace(state, batch).jaxpr)
 
 
 @pytest.mark.full

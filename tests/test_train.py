@@ -22,7 +22,7 @@ from xmodal_jax.runtime import preemption, setup, workdir
 from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.training import loop
 
-TIMINGS = ("examples_per_second", "mfu")
+TIMINGS = ("examples_per_second", "mfu", "hfu")
 
 
 def lines(folder: pathlib.Path, kind: str | None = None) -> list[dict]:

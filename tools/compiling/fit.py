@@ -14,7 +14,7 @@ import jax
 from compiling import programs as programs_lib
 from compiling import topologies
 
-from xmodal_jax.runtime import workdir
+from xmodal_jax.runtime import flops, workdir
 
 MIB = 2**20
 POLICIES = ("dots_with_no_batch_dims_saveable", "nothing_saveable")  # from less to more recomputed
@@ -133,7 +133,7 @@ def _remat(config: Any, policy: str) -> dict[str, str]:
   """The stacks that keep more than this policy does."""
   order = ["", *POLICIES]
   weaker = config.copy_and_resolve_references()
-  keys = programs_lib.set_remat(weaker, policy)
+  keys = flops.set_remat(weaker, policy)
   flat = workdir.flatten(config)
   keys = [k.removeprefix("config.") for k in keys]
   known = [k for k in keys if flat[k] in order]

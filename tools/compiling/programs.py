@@ -1,6 +1,5 @@
 """The programs of a config, made as training and evaluation make them, but for shapes alone."""
 
-import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,32 +106,7 @@ class Programs:
 
 def model_flops(config: Any) -> int:
   """FLOPs of a training step's matmuls on all devices together, without what is computed again."""
-  config = plain(config)
-  programs = Programs(config, jax.devices("cpu")[:1])
-  return flops.count(programs.train().trace(*programs.training).jaxpr)
-
-
-def plain(config: Any) -> Any:
-  """The config on one device, without parts, rings and recomputation: it computes the same."""
-  config = config.copy_and_resolve_references()
-  config.mesh = (("data", -1), ("fsdp", 1), ("model", 1))
-  config.accumulate, config.loss_chunk, config.reproducible = 1, 0, False
-  set_remat(config, "")
-  return config
-
-
-def set_remat(config: Any, policy: str) -> list[str]:
-  """Gives every stack of blocks this policy; names of the keys. See models.layers.rematerialize."""
-  keys, queue = [], collections.deque([("config.model", config.model)])
-  while queue:
-    name, node = queue.popleft()
-    for key in node:
-      if key == "remat":
-        node[key] = policy
-        keys.append(f"{name}.{key}")
-      elif hasattr(node[key], "items"):
-        queue.append((f"{name}.{key}", node[key]))
-  return keys
+  return flops.of_model(config, batch(config, config.batch_size, None))
 
 
 def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -1,9 +1,19 @@
-"""Matmul FLOPs of a traced program and peak FLOP/s of devices, for MFU (PaLM, appendix B)."""
+"""Matmul FLOPs of models and of traced programs, and peak FLOP/s of devices, for MFU and HFU.
 
+MFU is the share of the peak that the model's own FLOPs take, HFU that of all FLOPs computed, with
+those of rematerialization (PaLM, Chowdhery et al., 2022, appendix B).
+"""
+
+import collections
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import jax
+from flax import nnx
 from jax.extend import core
+
+from xmodal_jax.runtime import setup
 
 # Dense bf16 FLOP/s per device, from the vendors' data sheets.
 PEAK = {
@@ -28,6 +38,44 @@ def device_peak(kind: str) -> float | None:
   """
   matches = [name for name in PEAK if kind.startswith(name)]
   return PEAK[max(matches, key=len)] if matches else None
+
+
+def of_model(config: Any, batch: Mapping[str, Any]) -> int:
+  """FLOPs of the loss and its gradient, without what a train step computes again.
+
+  batch: global arrays or ShapeDtypeStructs. Traces the model of `plain(config)`.
+  """
+  built = setup.build(plain(config), jax.local_devices(backend="cpu")[:1])
+  arrays = nnx.to_pure_dict(built.params), nnx.to_pure_dict(built.stats), dict(batch)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+
+  def loss(params, stats, batch):
+    return nnx.merge(built.graphdef, params, stats).loss(batch, jax.random.key(0))[0]
+
+  return count(jax.make_jaxpr(jax.grad(loss))(*shapes))
+
+
+def plain(config: Any) -> Any:
+  """The config on one device, without parts, rings and recomputation: it computes the same."""
+  config = config.copy_and_resolve_references()
+  config.mesh = (("data", -1), ("fsdp", 1), ("model", 1))
+  config.accumulate, config.loss_chunk, config.reproducible = 1, 0, False
+  set_remat(config, "")
+  return config
+
+
+def set_remat(config: Any, policy: str) -> list[str]:
+  """Gives every stack of blocks this policy; names of the keys. See models.layers.rematerialize."""
+  keys, queue = [], collections.deque([("config.model", config.model)])
+  while queue:
+    name, node = queue.popleft()
+    for key in node:
+      if key == "remat":
+        node[key] = policy
+        keys.append(f"{name}.{key}")
+      elif hasattr(node[key], "items"):
+        queue.append((f"{name}.{key}", node[key]))
+  return keys
 
 
 def count(jaxpr: Any) -> int:

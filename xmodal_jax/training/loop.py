@@ -65,7 +65,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
     rng = jax.jit(jax.random.key, static_argnums=0, out_shardings=built.replicated)(config.seed)
     train_step = built.train_step(tx, rng, shardings, schedule)
     profile = _profiler(workdir, config.profile.first_step, config.profile.steps)
-    throughput = _Throughput(run.batch_size, count_flops=not config.reproducible)
+    throughput = _Throughput(config)
     clock, last_finite, stopped = logs.Clock(), start, False
 
     with contextlib.closing(_host_batches(inputs, start)) as host_batches:
@@ -81,7 +81,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
           with jax.profiler.StepTraceAnnotation("train", step_num=step):
             batch = sharding.put_batch(host_batch, built.batch_sharding)
             state, metrics = train_step(state, batch)
-          clock.tick()
+          clock.tick(metrics)
           profile(step)
           if not (log or evaluate or save or stop()):
             continue
@@ -94,8 +94,9 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
             seconds = clock.lap()
             speed = throughput(seconds, train_step, state, batch)
             writer.scalars(step, "train", {k: float(v) for k, v in metrics.items()} | speed)
-            loss, mfu = float(metrics["loss"]), speed.get("mfu")
-            line = logs.progress_line(step, total, loss, run.batch_size, seconds, mfu)
+            used = {k: speed.get(k) for k in ("mfu", "hfu")}
+            loss = float(metrics["loss"])
+            line = logs.progress_line(step, total, loss, run.batch_size, seconds, **used)
             logging.info("%s", line)
 
         with clock.paused():
@@ -178,26 +179,30 @@ def _profiler(workdir: epath.Path, first_step: int, steps: int) -> Callable[[int
 
 
 class _Throughput:
-  """Examples per second, and MFU on devices whose peak is known."""
+  """Examples per second, and MFU and HFU on devices whose peak is known; see runtime.flops."""
 
-  def __init__(self, batch_size: int, count_flops: bool):
-    """count_flops: False for a step whose loops have lengths unknown at trace time."""
-    kind = jax.devices()[0].device_kind
-    self.batch_size, self.flops = batch_size, None
-    self.peak = flops.device_peak(kind) if count_flops else None
+  def __init__(self, config: Any):
+    self.config, self.flops = config, None
+    self.peak = flops.device_peak(jax.devices()[0].device_kind)
 
   def __call__(
     self, seconds: float | None, train_step: Any, state: Any, batch: Any
   ) -> dict[str, float]:
-    """seconds: per step. The FLOPs of train_step(state, batch) are counted at the first call."""
+    """seconds: per step. FLOPs are counted at the first call. hfu is left out if it is the mfu."""
     if not seconds:
       return {}
-    speed = {"examples_per_second": self.batch_size / seconds}
+    speed = {"examples_per_second": self.config.batch_size / seconds}
     if not self.peak:
       return speed
     if self.flops is None:
-      self.flops = flops.count(train_step.trace(state, batch).jaxpr)
-    return speed | {"mfu": self.flops / seconds / jax.device_count() / self.peak}
+      self.flops = {"mfu": flops.of_model(self.config, batch)}
+      # The loops of the reproducible step have lengths that are unknown at trace time.
+      if not self.config.reproducible:
+        computed = flops.count(train_step.trace(state, batch).jaxpr)
+        if computed != self.flops["mfu"]:
+          self.flops["hfu"] = computed
+    available = seconds * jax.device_count() * self.peak
+    return speed | {name: n / available for name, n in self.flops.items()}
 
 
 def _best_state(
