@@ -62,6 +62,7 @@ def get_config(variant=None):
     "eval/select": "test",
     "eval/metric": "mean_r1",
     "optim/schedule": "clip_itm",
+    "optim/warmup": "500 steps",
     "optim/decay": ((".*", 1.0),),
     "optim/bounds": (),
   }

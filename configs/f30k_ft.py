@@ -5,7 +5,7 @@
     --config.data.dir=DATA --config.init=ViT-B-32.pt
 
 Flickr30K has 29,000 / 1,014 / 1,000 images with 5 captions each. CLIP_ITM has no published row for
-it. There are fewer steps than on COCO, so the warm-up is shorter.
+it.
 """
 
 import pathlib
@@ -18,5 +18,7 @@ def get_config(variant=None):
   c.data.tfds = ""
   c.data.train = "train"
   c.eval.folds = 0
-  c.optim.warmup = "200 steps"
+  for recipe in c.recipes.values():
+    if "optim/warmup" in recipe:
+      recipe["optim/warmup"] = "200 steps"  # there are fewer steps than on COCO
   return c

@@ -25,6 +25,6 @@ def get_config(variant=None):
   c.batch_size, c.total = (40, "1 epochs") if small else (64, "20 epochs")
   c.eval.batch_size, c.eval.block, c.eval.every = 64, (64, 512), "1 epochs" if small else "4 epochs"
   c.optim.lr, c.optim.grad_clip = 1e-3 if small else 1e-4, 2.0
-  c.optim.warmup = "30 steps" if small else "100 steps"
+  c.optim.warmup = "20 %" if small else "1 %"
   c.optim.lr_mult = ((r"^image/", 1.0 if small else 0.1), (".*", 1.0))
   return c

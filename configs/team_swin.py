@@ -25,5 +25,5 @@ def get_config(variant=None):
   c.batch_size, c.total = (64, "4 epochs") if small else (512, "10 epochs")
   c.eval.batch_size, c.eval.every = 128, "4 epochs"
   c.optim.lr, c.optim.grad_clip = 1e-3 if small else 1e-4, 1.0
-  c.optim.warmup = "20 steps" if small else "100 steps"
+  c.optim.warmup = "18 %" if small else "1 %"
   return c

@@ -50,7 +50,7 @@ def get_config(variant=None):
   c.eval.batch_size = 128
   o = c.optim
   o.lr, o.b2, o.eps, o.weight_decay, o.grad_clip = 2e-5, 0.999, 1e-8, 0.0, 2.0
-  o.warmup = "1000 steps"
+  o.warmup = "3 %"
   c.recipes.original = original(source, first)
   return c
 

@@ -368,3 +368,13 @@ def test_shares_of_several_processes(tmp_path, monkeypatch):
   found = [manifest_lib.content_problems(tmp_path, listed, (i, 3)) for i in range(3)]
   assert [len(x) for x in found] == [0, 1, 0]  # block 10
   assert "a/large is not what was written" in found[1][0] and "from 640 on" in found[1][0]
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_keep_0_or_less_keeps_all(tmp_path, keep):
+  with contextlib.closing(opened(tmp_path, keep=keep)) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, state_of(step), META)
+  with contextlib.closing(opened(tmp_path, keep=keep)) as checkpoints:
+    assert same(checkpoints.restore_latest(want())[2], 3)
+    assert checkpoints.folders.complete_steps() == [1, 2, 3]

@@ -240,5 +240,5 @@ def test_step_schedule():
   np.testing.assert_allclose(schedule(steps, np), want, rtol=1e-12)
   np.testing.assert_allclose(jax.jit(schedule)(steps), want, rtol=1e-5)
   assert float(jax.jit(schedule)(25)) == pytest.approx(0.05)
-  with pytest.raises(ValueError, match=r"optim\.step_every='0\.01 epochs' is 0 steps"):
-    schedules.make_schedule(c | dict(step_every="0.01 epochs", step_factor=0.1), run)
+  with pytest.raises(ValueError, match=r"optim\.step_every='0 epochs' is 0 steps"):
+    schedules.make_schedule(c | dict(step_every="0 epochs", step_factor=0.1), run)

@@ -16,8 +16,9 @@ ConfigDict = ml_collections.ConfigDict
 def base() -> ConfigDict:
   """The default config.
 
-  Durations are strings: "500 steps" or "5 epochs". Rules are lists of (regex, value) pairs over
-  parameter paths; the first match wins.
+  Durations are strings: "500 steps" or "5 epochs"; a number above 0 is at least one step. Periods
+  of 0 mean never, but for the last step. Rules are lists of (regex, value) pairs over parameter
+  paths; the first match wins.
   """
   c = ConfigDict()
   c.seed = 0  # of initialisation, data order, augmentation and dropout
@@ -48,7 +49,7 @@ def base() -> ConfigDict:
   # Costs one more forward pass of the towers. See runtime/deterministic.py.
   c.reproducible, c.micro_shards = False, 8
   c.total = "5 epochs"
-  c.log_every = 20  # steps
+  c.log_every = 20  # steps; 0: only the last
   c.profile = ConfigDict(dict(first_step=0, steps=5))  # first_step 0: no profile
 
   d = c.data = ConfigDict()
@@ -113,10 +114,10 @@ def base() -> ConfigDict:
   # (regex, duration): parameters frozen for the duration; their moments start after it.
   o.freeze = ()
   o.grad_clip = 0.0  # global norm; 0: none
-  # A warm-up may also be a fraction of all steps, "2.5 %". warmup_from, with steps s from 0:
+  # A warm-up may also be a share of all steps, "2.5 %". warmup_from, with steps s from 0:
   # "first": lr (s + 1) / warmup; "zero": lr s / warmup, so that the first step changes nothing;
   # "second": lr (s + 2) / warmup (TGDT).
-  o.schedule, o.warmup, o.end, o.warmup_from = "cosine", "500 steps", 0.0, "first"
+  o.schedule, o.warmup, o.end, o.warmup_from = "cosine", "5 %", 0.0, "first"
   o.cycles = 0.5  # periods of the cosine; 0.5: it only decreases
   o.step_every, o.step_factor = "10 epochs", 0.1  # schedule "step": lr * factor ** (step // every)
   o.milestones = ()  # schedule "milestones": lr * step_factor at each of these durations
@@ -151,6 +152,7 @@ def base() -> ConfigDict:
   e.protocol = "right"
   e.cache = False  # keep embeddings in the workdir; first stage only
 
+  # keep: the latest checkpoints that are kept beside the best one; 0 or -1: all.
   c.checkpoint = ConfigDict(dict(every="1000 steps", keep=2))
 
   # --mode linear_probe: a linear classifier on features of the frozen image tower, trained on

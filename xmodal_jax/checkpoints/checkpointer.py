@@ -43,6 +43,7 @@ def _accept(step: int, meta: Mapping[str, Any]) -> None:
 class Checkpoints:
   """The checkpoints of one workdir: the latest `keep`, and the best by `metric` (higher is better).
 
+  keep: 0 or less keeps all of them.
   A reader may pass an empty `metric`: the one that the run stored is used. With read_only nothing
   is renamed or removed, and damaged steps are skipped.
 
@@ -137,6 +138,8 @@ class Checkpoints:
 
   def _remove_old(self) -> None:
     """Removes complete steps that are neither among the latest `keep` nor the best."""
+    if self.keep < 1:
+      return
     complete = self.folders.complete_steps()
     best = self._by_metric(self._readable(complete), self.metric)[-1:]
     for step in complete[: max(0, len(complete) - self.keep)]:

@@ -1,11 +1,15 @@
 """Durations and learning rate schedules from the `optim` section of a config."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from absl import logging
+
+from xmodal_jax.errors import ConfigError
 
 Schedule = Callable[..., Any]
 
@@ -34,17 +38,30 @@ class RunLength:
     return duration_to_steps(self.total, self.steps_per_epoch)
 
 
+_DURATION = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(steps?|epochs?|%)\s*")
+
+
+def is_duration(text: Any, share: bool = False) -> bool:
+  """Whether `duration_to_steps` reads this; share: or a share of the run, "2.5 %"."""
+  m = _DURATION.fullmatch(text) if isinstance(text, str) else None
+  return m is not None and math.isfinite(float(m[1])) and (share or m[2] != "%")
+
+
 def duration_to_steps(duration: str, steps_per_epoch: int) -> int:
-  """The number of steps of a duration in steps or epochs, rounded. Raises ValueError.
+  """The number of steps of a duration in steps or epochs, rounded. Raises ConfigError.
+
+  Only a number of 0 is no step: what is shorter than one step is one step.
 
   >>> duration_to_steps("500 steps", 10), duration_to_steps("2.5 epochs", 10)
   (500, 25)
+  >>> duration_to_steps("0.01 epochs", 10), duration_to_steps("0 epochs", 10)
+  (1, 0)
   """
-  m = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?)\s*", duration)
-  if not m:
-    raise ValueError(f"duration {duration!r}: expected e.g. '500 steps' or '5 epochs'")
-  number = float(m[1])
-  return round(number * steps_per_epoch if m[2].startswith("epoch") else number)
+  if not is_duration(duration):
+    raise ConfigError(f"duration {duration!r}: expected e.g. '500 steps' or '5 epochs'")
+  m = _DURATION.fullmatch(duration)
+  steps = float(m[1]) * (steps_per_epoch if m[2].startswith("epoch") else 1)
+  return max(round(steps), 1) if steps else 0
 
 
 WARMUP_FROM = ("zero", "first", "second")
@@ -66,7 +83,7 @@ def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
     clip_itm:   the cosine of CLIP_ITM, whose position is samples * epoch + step in the epoch: its
                 run length is in captions while its step counts batches, which makes a staircase
 
-  `schedule(step, xp=np)` computes in float64 on the host. Raises ValueError for an invalid section.
+  `schedule(step, xp=np)` computes in float64 on the host. Raises ConfigError for a wrong section.
 
     schedule = make_schedule(config.optim, RunLength(samples, config.batch_size, config.total))
     float(schedule(100))
@@ -75,20 +92,20 @@ def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
   end, name, total = config["end"], config["schedule"], run.total_steps
   per_epoch, samples = run.steps_per_epoch, run.samples
   if name not in SCHEDULES:
-    raise ValueError(f"optim.schedule is {name!r}; there are {', '.join(SCHEDULES)}")
+    raise ConfigError(f"config.optim.schedule is {name!r}; there are {', '.join(SCHEDULES)}")
   if config["warmup_from"] not in WARMUP_FROM:
     choices = ", ".join(WARMUP_FROM)
-    raise ValueError(f"optim.warmup_from is {config['warmup_from']!r}; there are {choices}")
+    raise ConfigError(f"config.optim.warmup_from is {config['warmup_from']!r}; there are {choices}")
   offset = WARMUP_FROM.index(config["warmup_from"])
   factor = config["step_factor"]
   every = duration_to_steps(config["step_every"], per_epoch)
   if name == "step" and every < 1:
-    raise ValueError(
-      f"optim.step_every={config['step_every']!r} is {every} steps; expected at least one"
+    raise ConfigError(
+      f"config.optim.step_every={config['step_every']!r} is {every} steps; expected at least one"
     )
   milestones = [duration_to_steps(m, per_epoch) for m in config["milestones"]]
   if name == "milestones" and not milestones:
-    raise ValueError("optim.milestones is empty; name durations such as '10 epochs'")
+    raise ConfigError("config.optim.milestones is empty; name durations such as '10 epochs'")
 
   def schedule(step, xp=jnp):
     s, t = step, total
@@ -113,10 +130,39 @@ def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
 
 
 def _warmup(duration: str, run: RunLength) -> int:
-  """Steps of a duration, which may also be a share of the run: "2.5 %", rounded down."""
-  if duration.strip().endswith("%"):
-    try:
-      return int(run.total_steps * float(duration.strip()[:-1]) / 100)
-    except ValueError:
-      pass
+  """Steps of a duration, which may also be a share of the run: "2.5 %", rounded down to one."""
+  if is_duration(duration, share=True) and duration.strip().endswith("%"):
+    steps = run.total_steps * float(duration.strip()[:-1]) / 100
+    return max(int(steps), 1) if steps else 0
   return duration_to_steps(duration, run.steps_per_epoch)
+
+
+def unreached(config: Mapping[str, Any], run: RunLength) -> list[str]:
+  """What a run is too short for: a warm-up without an end, a decay that does not begin.
+
+  config: the `optim` section. Returns a sentence with the numbers for each.
+  """
+  total, steps, out = run.total_steps, f"the run has {run.total_steps} steps", []
+  warmup = _warmup(config["warmup"], run)
+  share = (total - 1 + WARMUP_FROM.index(config["warmup_from"])) / max(warmup, 1)
+  if warmup and share < 1:
+    decays = config["schedule"] in ("cosine", "linear", "clip_itm")
+    out.append(
+      f"the warm-up {config['warmup']!r} has {warmup} steps and {steps}: the learning rate reaches "
+      f"{share:.2g} of {config['lr']:g}{' and never decays' if decays else ''}. A share of the "
+      "run, such as '5 %', fits any length"
+    )
+  every = duration_to_steps(config["step_every"], run.steps_per_epoch)
+  if config["schedule"] == "step" and every >= total:
+    out.append(f"step_every={config['step_every']!r} is {every} steps and {steps}: no decay")
+  if config["schedule"] == "milestones":
+    ends = {m: duration_to_steps(m, run.steps_per_epoch) for m in config["milestones"]}
+    if late := [f"{m!r} (step {n})" for m, n in ends.items() if n >= total]:
+      out.append(f"{steps}: the milestones {', '.join(late)} are not reached")
+  return out
+
+
+def warn_of_unreached(config: Mapping[str, Any], run: RunLength, section: str = "optim") -> None:
+  """Logs the sentences of `unreached`, which are no errors: a first try may well be short."""
+  for line in unreached(config, run):
+    logging.warning("config.%s: %s", section, line)

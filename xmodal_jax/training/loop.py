@@ -38,6 +38,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   eval_every = schedules.duration_to_steps(config.eval.every, run.steps_per_epoch)
   save_every = schedules.duration_to_steps(config.checkpoint.every, run.steps_per_epoch)
   schedule = schedules.make_schedule(config.optim, run)
+  schedules.warn_of_unreached(config.optim, run)
   tx = built.optimizer(config.optim, schedule, run.steps_per_epoch)
   shardings = built.state_shardings(tx)
   logging.info("\n%s", factory.table(config.optim, built.params, built.params_shardings))

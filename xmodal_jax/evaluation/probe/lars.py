@@ -65,7 +65,9 @@ def make_schedule(options: Any, run: schedules.RunLength) -> schedules.Schedule:
   """Warm-up and half a cosine to 0. options: config.probe."""
   own = {k: options[k] for k in ("lr", "warmup", "warmup_from")}
   default = config_lib.base().optim.to_dict()
-  return schedules.make_schedule(default | own | dict(schedule="cosine", end=0.0), run)
+  optim = default | own | dict(schedule="cosine", end=0.0)
+  schedules.warn_of_unreached(optim, run, "probe")
+  return schedules.make_schedule(optim, run)
 
 
 def make_optimizer(options: Any, schedule: schedules.Schedule) -> optax.GradientTransformation:
