@@ -25,6 +25,7 @@ from xmodal_jax.runtime import step as step_lib
 
 PACKAGE = pathlib.Path(step_lib.__file__).parents[1]
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+EXACT = (jax.lax.Precision.HIGHEST,) * 2  # of both operands
 
 RESNET = dict(kind="resnet", size=32, width=8, depths=(1, 2, 1, 1))
 VIT = dict(kind="clip", size=16, patch=8, width=24, depth=2, heads=2)
@@ -33,6 +34,12 @@ MIXUP = {"mixup": dict(beta=0.1, block=0)}
 CASES = {name: (name, MIXUP if name == "zerovl" else {}) for name in SYSTEMS} | {
   "clip resnet": ("clip", {"image": RESNET}),
   "clip sigmoid": ("clip", {"loss": "sigmoid"}),
+}
+# Variants whose scores are computed by other products.
+SCORED = {
+  "hat both": ("hat", {"direction": "both", "first_levels": (0,)}),
+  "tgdt local": ("tgdt", {"first_stage": "local"}),
+  "tgdt scan": ("tgdt", {"first_stage": "local", "mode": "scan-sentences"}),
 }
 ENCODERS = {
   "team swin": ("team", {"image": SWIN}),
@@ -102,6 +109,8 @@ def wrong(jaxpr) -> list[str]:
     if name in ("dot_general", "conv_general_dilated"):
       if kinds[:2] == [F32, F32] and not matches(source, FLOAT32_MATMULS):
         report("float32 matmul")
+      elif kinds[:2] == [F32, F32] and eqn.params["precision"] != EXACT:
+        report("float32 matmul below highest precision")
       rounded = BF16 in kinds[:2] and eqn.outvars[0].aval.dtype != F32
       if rounded and matches(source, ("losses/*",)):
         report("scores in bfloat16")
@@ -116,7 +125,7 @@ def wrong(jaxpr) -> list[str]:
 
 @functools.cache
 def built(case: str):
-  name, changes = (CASES | ENCODERS)[case]
+  name, changes = (CASES | ENCODERS | SCORED)[case]
   config = SYSTEMS[name]("unused", dtype="bfloat16")
   with config.unlocked():
     for key, value in changes.items():
@@ -163,7 +172,7 @@ def test_train_step(case):
   assert len(half) > 20  # it does compute in bfloat16
 
 
-@pytest.mark.parametrize("case", CASES | ENCODERS)
+@pytest.mark.parametrize("case", CASES | ENCODERS | SCORED)
 def test_embed_and_score(case):
   config, b = built(case)
 

@@ -229,7 +229,9 @@ def _cosine(dot: Array, length: Array, total_weight: Array) -> Array:
 
 
 def _product(formula: str, a: ArrayLike, b: ArrayLike) -> Array:
-  return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+  """einsum to float32. Full precision: by default TPUs and GPUs round float32 operands to bfloat16
+  or TF32."""
+  return jnp.einsum(formula, a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _norm(tokens: ArrayLike) -> Array:

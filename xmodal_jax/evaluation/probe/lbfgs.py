@@ -83,7 +83,8 @@ def make_fit(
 
 def _moments(features: Array, weight: Array) -> tuple[Array, Array]:
   """Weighted mean [D], and the standard deviation [] over all entries, 1 if it is 0."""
-  total, mean = weight.sum(), jnp.einsum("sb,sbd->d", weight, features) / weight.sum()
+  total = weight.sum()
+  mean = jnp.einsum("sb,sbd->d", weight, features, precision="highest") / total
 
   def variance(block):
     w, x = block
