@@ -1,10 +1,14 @@
 """Decoding and transforms of images."""
 
+import concurrent.futures
 import io
+import resource
+import time
+import warnings
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageFilter
 from test_pipeline import encoded
 
 from xmodal_jax.data import augment
@@ -12,6 +16,7 @@ from xmodal_jax.data import image as image_lib
 
 SIZE = 8
 TRANSFORM = image_lib.clip_transform(SIZE)
+RNG = lambda: np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
@@ -24,16 +29,106 @@ def test_damaged_files_are_decode_errors(form):
       image_lib.load(damaged, TRANSFORM)
 
 
-def test_decompression_bomb(monkeypatch):
-  data = encoded(0)
-  monkeypatch.setattr(
-    Image, "MAX_IMAGE_PIXELS", 139
-  )  # 14 x 10 is one pixel more; Pillow only warns
-  with pytest.raises(image_lib.DecodeError, match="14 x 10"), pytest.warns(Warning):
-    image_lib.load(data, TRANSFORM)
-  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # beyond twice the bound Pillow raises
-  with pytest.raises(image_lib.DecodeError, match="BombError"):
-    image_lib.load(data, TRANSFORM)
+def test_one_bound_on_pixels(monkeypatch):
+  """It is max_pixels, whatever Pillow's own says, for training, evaluation and the check alike."""
+  data = encoded(0)  # 14 x 10
+  for call in (lambda n: image_lib.load(data, TRANSFORM, n), lambda n: image_lib.check(data, n)):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # Pillow refuses from twice that
+    call(140)
+    with pytest.raises(image_lib.DecodeError, match="14 x 10 pixels, more than max_pixels = 139"):
+      call(139)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(image_lib.DecodeError, match="max_pixels = 19") as error:
+      call(19)
+    assert error.value.kind == "too large"
+
+
+def png(height: int, width: int, *channels: int) -> bytes:
+  file = io.BytesIO()
+  pixels = np.zeros((height, width, *channels), np.uint8)
+  pixels[height // 2 :, width // 2 :] = 200
+  Image.fromarray(pixels).save(file, "PNG")
+  return file.getvalue()
+
+
+def test_a_large_photograph_is_readable():
+  """Of 108 megapixels, where PIL and torchvision only warn."""
+  file = io.BytesIO()
+  Image.new("1", (12000, 9000), 1).save(file, "PNG")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert (image_lib.load(file.getvalue(), TRANSFORM) == 255).all()
+
+
+def test_one_large_image_is_in_memory_at_a_time(monkeypatch):
+  monkeypatch.setattr(image_lib, "_LARGE", 139)
+  inside, most = [], []
+
+  def transform(image):
+    inside.append(image)
+    most.append(len(inside))
+    time.sleep(0.01)
+    inside.remove(image)
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda i: image_lib.load(encoded(i), transform), range(8)))
+  assert most == [1] * 8
+
+
+@pytest.mark.parametrize("shape", [(60_000, 1, 3), (1, 60_000, 3), (200_000, 2), (3, 2_000_000)])
+@pytest.mark.parametrize("resize", ["shorter", "exact"])
+@pytest.mark.parametrize("rgb_first", [True, False])
+def test_extreme_shapes_cost_what_the_crop_needs(shape, resize, rgb_first):
+  """A file of 312 bytes became 224 x 13 million pixels, 12 GB."""
+  transform = image_lib.Transform(256, 224, resize=resize, rgb_first=rgb_first)
+  data, peak = png(*shape), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  got = image_lib.load(data, transform)
+  assert got.shape == (224, 224, 3) and got.min() < 50 and got.max() > 150
+  assert augment.build(transform, crop="random")(image_lib.decode(data), RNG()).shape == got.shape
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300_000  # kB
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(30, 400), (400, 30), (90, 70)])
+def test_the_box_of_an_extreme_shape_is_that_of_the_whole(monkeypatch, interpolation, size):
+  x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+  pixels = np.stack([x * 5 % 200, y * 3 % 200, x + y], -1).astype(np.uint8)
+  image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(2))
+  transform = image_lib.Transform(48, 40, interpolation=interpolation)
+  whole = transform(image).astype(int)
+  monkeypatch.setattr(image_lib, "_WHOLE", 0)
+  assert abs(transform(image) - whole).max() <= 1
+
+
+def test_formats_are_a_closed_list(monkeypatch):
+  from PIL import EpsImagePlugin
+
+  calls = []
+  monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kw: calls.append(args))
+  eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+  with pytest.raises(image_lib.DecodeError, match=r"no known image format \(JPEG, PNG, ") as error:
+    image_lib.load(eps, TRANSFORM)
+  assert not calls and error.value.kind == "unknown format"
+  with pytest.raises(image_lib.DecodeError, match="the file is empty"):
+    image_lib.load(b"", TRANSFORM)
+
+
+@pytest.mark.parametrize(
+  "values, want",
+  [
+    (np.uint16([[0, 255]]), None),
+    (np.uint16([[300, 40000]]), "16-bit greyscale with values from 300 to 40000"),
+    (np.int32([[-5, 90]]), "32-bit greyscale with values from -5 to 90"),
+    (np.float32([[0, 0.9]]), "float greyscale with values from 0 to 0.9"),
+    (np.float32([[0, 200]]), None),
+    (np.uint8([[0, 200]]), None),
+  ],
+)
+def test_the_check_names_greyscale_that_turns_blank(values, want):
+  file = io.BytesIO()
+  Image.fromarray(values).save(file, "TIFF")
+  found = image_lib.check(file.getvalue())
+  assert found is None if want is None else found.startswith(want)
 
 
 def test_transform_parameters():

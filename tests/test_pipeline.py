@@ -191,7 +191,9 @@ def test_too_many_bad_records_end_the_stream(threads):
       next(batches)
   message = str(error.value)
   assert "4 of the 30 records of split 'fake' are bad" in message or threads > 1
-  assert "max_bad_fraction = 0.1" in message and ".png) of split 'fake': OSError" in message
+  assert (
+    "config.data.max_bad_fraction = 0.1" in message and ".png) of split 'fake': OSError" in message
+  )
   with pytest.raises(StopIteration):
     next(batches)
   # The default bound allows no bad record in such a small split.
@@ -199,6 +201,23 @@ def test_too_many_bad_records_end_the_stream(threads):
     take(40, FakeSplit(broken={7}), threads=1)
   with pytest.raises(pipeline.DataError, match="in a row are bad"):
     take(1, FakeSplit(n=10, unreadable=range(10)), max_bad_fraction=1.0)
+
+
+def test_messages_name_the_keys_of_the_bounds():
+  """Images are 14 x 10: the same bound in training and evaluation, and the key that allows more."""
+  split, reason = FakeSplit(n=16), "14 x 10 pixels, more than max_pixels = 139"
+  cases = (
+    (lambda **kw: take(1, split, threads=1, **kw), "data.max_bad_fraction = 0.0001 allows"),
+    (lambda **kw: list(images_of(split, **kw)), "data.eval_max_bad_fraction = 0 allows"),
+    (lambda **kw: list(images_of(split, max_bad_key="data.x", **kw)), "config.data.x = 0 allows"),
+  )
+  for call, key in cases:
+    call(max_pixels=140)
+    with pytest.raises(pipeline.DataError) as error:
+      call(max_pixels=139)
+    assert key in str(error.value) and reason in str(error.value)
+  with pytest.raises(pipeline.DataError, match=r"config\.data\.eval_max_bad_fraction = 0"):
+    list(texts_of(FakeSplit(n=16, unreadable={3})))
 
 
 def test_other_errors_reach_the_consumer_as_they_are():

@@ -18,6 +18,7 @@ import test_train
 import tiny
 
 from xmodal_jax.checkpoints import checkpointer, model_files
+from xmodal_jax.data import inputs
 from xmodal_jax.distributed import sharding
 from xmodal_jax.runtime import preemption, setup, workdir
 from xmodal_jax.training import loop
@@ -192,3 +193,12 @@ def test_loss_chunk_is_fixed_on_resume():
   for reproducible, expected in ((False, []), (True, ["loss_chunk: 0 -> 8"])):
     old, new = (flat(reproducible=reproducible, loss_chunk=n) for n in (0, 8))
     assert workdir.difference(old, new) == expected
+
+
+def test_bounds_on_bad_records_may_change_on_resume():
+  """So that a photograph of a test split cannot cost the evaluation of a finished run."""
+  old, changed = tiny.config("unused"), tiny.config("unused")
+  changed.data.max_pixels = 100
+  changed.data.max_bad_fraction = changed.data.eval_max_bad_fraction = 0.1
+  assert workdir.difference(workdir.flatten(old), workdir.flatten(changed)) == []
+  assert inputs.from_config(changed).max_pixels == 100

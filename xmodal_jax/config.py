@@ -88,6 +88,7 @@ def base() -> ConfigDict:
   d.erase_count = (1, 1)  # minimum and maximum number of boxes
   d.max_bad_fraction = 1e-4  # training records that may fail to decode, as a fraction
   d.eval_max_bad_fraction = 0.0  # the same for evaluation
+  d.max_pixels = 178_956_970  # width x height of an image; a larger one is a bad record
   d.threads = 0  # host threads for decoding; 0: TensorFlow chooses
 
   t = c.text = ConfigDict()

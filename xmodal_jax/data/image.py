@@ -5,9 +5,11 @@ reproduces; Pillow also releases the GIL while it decodes and resizes. Batches a
 normalises them on the device.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
+import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,42 +22,113 @@ Augment = Callable[[Image.Image, np.random.Generator], np.ndarray]
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
+# Pillow has some 45 readers. One of them runs Ghostscript (EPS), others guess without a signature.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+MAX_PIXELS = 178_956_970
+"""Default bound on width x height: twice Pillow's MAX_IMAGE_PIXELS, from where Pillow refuses."""
+
+_LARGE = 2**25  # pixels from which images are decoded one at a time, each with 4 bytes a pixel
+_ONE_LARGE = threading.Lock()
+_WHOLE = 2**24  # pixels up to which a resized image is made whole, and then cropped
+
+
 class DecodeError(Exception):
-  """The bytes are not an image, or it is truncated, damaged or too large."""
+  """The bytes are not an image, or it is truncated, damaged or too large.
+
+  kind: "empty", "unknown format", "too large" or "damaged".
+  """
+
+  def __init__(self, message: str, kind: str = "damaged"):
+    super().__init__(message)
+    self.kind = kind
 
 
-def decode(source: bytes | np.ndarray | Image.Image) -> Image.Image:
-  """Bytes of any format that Pillow reads, or pixels uint8 [H, W] or [H, W, 3 or 4], to an image.
+def decode(source: bytes | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+  """Bytes of one of FORMATS, or pixels uint8 [H, W] or [H, W, 3 or 4], to an image.
 
   Keeps the file's mode. EXIF orientation is left to `Transform`: most published systems ignore it.
-  Raises DecodeError.
+  Raises DecodeError, also for bytes of an image of more than max_pixels.
   """
+  return _loaded(_opened(source, max_pixels))
+
+
+def load(
+  source: bytes | np.ndarray | Image.Image,
+  transform: Callable[[Image.Image], np.ndarray],
+  max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+  """Decodes and transforms to uint8 [H, W, 3]. Raises DecodeError as `decode`.
+
+  Of images above 33 megapixels, one at a time is in memory, whatever the number of threads.
+  """
+  image = _opened(source, max_pixels)
+  with _turn(image):
+    return transform(_loaded(image))
+
+
+def check(source: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
+  """Decodes an image; returns a remark if its conversion to 8 bits loses what is in it, else None.
+
+  Raises DecodeError as `decode`.
+  """
+  image = _opened(source, max_pixels)
+  with _turn(image):
+    image = _loaded(image)
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+      return None
+    low, high = image.getextrema()
+  if low >= 0 and 1 < high <= 255:
+    return None
+  kind = "float" if image.mode == "F" else "16-bit" if ";" in image.mode else "32-bit"
+  return (
+    f"{kind} greyscale with values from {low:g} to {high:g}, of which 8 bits keep 0 to 255 and "
+    "clip the rest, as PIL and torchvision do: nearly white or black; convert it to 8 bits"
+  )
+
+
+def _opened(source: bytes | np.ndarray | Image.Image, max_pixels: int) -> Image.Image:
+  """Reads the header, and checks the size by it. Raises DecodeError."""
   if isinstance(source, Image.Image):
     return source
   if isinstance(source, np.ndarray):
     return Image.fromarray(source)
+  if not source:
+    raise DecodeError("the file is empty", "empty")
+  # The bound is max_pixels. Pillow has a global one, which warns first, and refuses from twice it.
+  if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+    Image.MAX_IMAGE_PIXELS = max_pixels
   try:
-    image = Image.open(io.BytesIO(source))
-    # Pillow only warns up to twice its bound.
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-      raise DecodeError(f"{image.width} x {image.height} pixels: a decompression bomb?")
-    image.load()  # open() reads only the header; a truncated file raises here
-  except DecodeError:
-    raise
+    image = Image.open(io.BytesIO(source), formats=FORMATS)
+  except Image.DecompressionBombError as e:
+    raise DecodeError(f"{e} The bound is max_pixels = {max_pixels}", "too large") from None
   except UnidentifiedImageError:
     # Pillow's message prints the BytesIO object.
-    raise DecodeError(f"no known image format, first bytes {source[:8]!r}") from None
+    known = ", ".join(FORMATS)
+    raise DecodeError(
+      f"no known image format ({known}), first bytes {source[:8]!r}", "unknown format"
+    ) from None
+  except Exception as e:
+    raise DecodeError(f"{type(e).__name__}: {e}") from e
+  if image.width * image.height > max_pixels:
+    raise DecodeError(
+      f"{image.width} x {image.height} pixels, more than max_pixels = {max_pixels}", "too large"
+    )
+  return image
+
+
+def _turn(image: Image.Image) -> contextlib.AbstractContextManager:
+  return _ONE_LARGE if image.width * image.height > _LARGE else contextlib.nullcontext()
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+  """Decodes the pixels of an open image. Raises DecodeError."""
+  try:
+    image.load()  # open() reads only the header; a truncated file raises here
   except Exception as e:
     # Decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
     raise DecodeError(f"{type(e).__name__}: {e}") from e
   return image
-
-
-def load(
-  source: bytes | np.ndarray | Image.Image, transform: Callable[[Image.Image], np.ndarray]
-) -> np.ndarray:
-  """Decodes and transforms to uint8 [H, W, 3]. Raises DecodeError."""
-  return transform(decode(source))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -124,13 +197,27 @@ class Transform:
     if self.rgb_first:
       image = to_rgb(image)
     width, height = target = self.target(image.width, image.height)
+    # Python's round, half to even: an offset of 0.5 is 0, of 1.5 and 2.5 is 2.
+    left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
+    box = (left, top, left + self.crop, top + self.crop)
+    if width * height > _WHOLE:
+      return pixels(self._resized_box(image, box))
     if image.size != target:
-      image = image.resize(target, FILTERS[self.interpolation])
+      image = _resized(image, target, FILTERS[self.interpolation])
     if target != (self.crop, self.crop):
-      # Python's round, half to even: an offset of 0.5 is 0, of 1.5 and 2.5 is 2.
-      left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
-      image = image.crop((left, top, left + self.crop, top + self.crop))
+      image = image.crop(box)
     return pixels(image)
+
+  def _resized_box(self, image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """A box of the resized image without the rest: 1 x 60,000 pixels become 224 x 13 million.
+
+    Pillow chooses which axis to resize first by the sizes, so roundings differ from the whole's.
+    """
+    width, height = self.target(image.width, image.height)
+    x, y = image.width / width, image.height / height
+    left, top, right, bottom = box
+    source = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
+    return image.resize((self.crop, self.crop), FILTERS[self.interpolation], box=source)
 
   def target(self, width: int, height: int) -> tuple[int, int]:
     """(width, height) after the resize."""
@@ -139,6 +226,16 @@ class Transform:
     if width <= height:
       return self.size, int(self.size * height / width)
     return int(self.size * width / height), self.size
+
+
+def _resized(
+  image: Image.Image, target: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+  """Pillow's resize; many versions change the width first, which makes a tall image huge."""
+  width, height = target
+  if width > image.width and width * image.height > _WHOLE:
+    image = image.resize((image.width, height), resample)
+  return image.resize(target, resample)
 
 
 def clip_transform(size: int) -> Transform:

@@ -73,6 +73,7 @@ def from_config(config: Any, batch_sharding: NamedSharding | None = None) -> "In
     mix=data.mix,
     max_bad_fraction=data.max_bad_fraction,
     eval_max_bad_fraction=data.eval_max_bad_fraction,
+    max_pixels=data.max_pixels,
     threads=data.threads or None,
     batch_sharding=batch_sharding,
   )
@@ -152,6 +153,7 @@ class Inputs:
   mix: order.Mix
   max_bad_fraction: float
   eval_max_bad_fraction: float
+  max_pixels: int
   threads: int | None
   batch_sharding: NamedSharding | None
   _splits: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -214,6 +216,7 @@ class Inputs:
       seed=self.seed,
       step=step,
       max_bad_fraction=self.max_bad_fraction,
+      max_pixels=self.max_pixels,
       threads=self.threads,
       rows=self.local_rows(batch_size),
       **texts,
@@ -235,6 +238,8 @@ class Inputs:
       image_transform=self.transform,
       regions=self.regions,
       max_bad_fraction=self.max_bad_fraction if training else self.eval_max_bad_fraction,
+      max_bad_key=f"data.{'' if training else 'eval_'}max_bad_fraction",
+      max_pixels=self.max_pixels,
       threads=self.threads,
       rows=self.local_rows(self.eval_batch_size),
     )

@@ -73,14 +73,17 @@ class _ImageFields(NamedTuple):
 
 
 def _image_fields(
-  regions: Regions | None, transform: Callable | None, ledger: Ledger
+  regions: Regions | None, transform: Callable | None, ledger: Ledger, max_pixels: int
 ) -> _ImageFields:
   """transform: (image, generator) -> uint8 [H, W, 3]; not needed for regions."""
   if regions is None:
 
     def read_pixels(content: Record, record: int, rng) -> list[np.ndarray] | None:
-      found = _pixels(content, lambda image: transform(image, rng), ledger, record)
-      return None if found is None else [found]
+      try:
+        return [image_lib.load(content.image, lambda image: transform(image, rng), max_pixels)]
+      except image_lib.DecodeError as e:
+        ledger.add(record, e, content.filename)
+        return None
 
     blank = _blank(lambda image: transform(image, order_lib.generator(0, 0, 0)))
     return _ImageFields(("image",), [blank], read_pixels)
@@ -112,6 +115,7 @@ def train_batches(
   step: int = 0,
   rows: Sequence[int] | None = None,
   max_bad_fraction: float = 1e-4,
+  max_pixels: int = image_lib.MAX_PIXELS,
   order: Callable[[int], np.ndarray] | None = None,
   augment: image_lib.Augment | None = None,
   regions: Regions | None = None,
@@ -136,6 +140,7 @@ def train_batches(
     seed: of the order, the augmentation and the corruption.
     rows: rows of the global batch to read, b in number; None: all.
     max_bad_fraction: of all records of the split that may be bad before DataError is raised.
+    max_pixels: width x height from which an image is a bad record.
     order: epoch -> sample indices, instead of the shuffle; the same number in every epoch.
     augment: (image, generator) -> uint8 [H, W, 3], instead of image_transform.
     regions: read instead of pixels; a record that they do not fit raises DataError.
@@ -163,7 +168,8 @@ def train_batches(
     offsets=offsets,
     order=order,
   )
-  fields = _image_fields(regions, augment or _without_generator(image_transform), ledger)
+  changed = augment or _without_generator(image_transform)
+  fields = _image_fields(regions, changed, ledger, max_pixels)
   labelled = captions == "none"
 
   def example(i: np.ndarray):
@@ -241,17 +247,6 @@ def _read(split: Split, ledger: Ledger, record: int) -> Record | None:
     return None
 
 
-def _pixels(
-  content: Record, transform: Transform, ledger: Ledger, record: int
-) -> np.ndarray | None:
-  """uint8 [H, W, 3], or None if the image does not decode."""
-  try:
-    return image_lib.load(content.image, transform)
-  except image_lib.DecodeError as e:
-    ledger.add(record, e, content.filename)
-    return None
-
-
 def _blank(transform: Transform) -> np.ndarray:
   """Zeros of the shape and dtype of the transform's output."""
   return np.zeros_like(transform(Image.new("RGB", (64, 64))))
@@ -265,6 +260,8 @@ def eval_images(
   regions: Regions | None = None,
   rows: Sequence[int] | None = None,
   max_bad_fraction: float = 0.0,
+  max_bad_key: str = "data.eval_max_bad_fraction",
+  max_pixels: int = image_lib.MAX_PIXELS,
   on_bad: Callable[[int, str], None] | None = None,
   threads: int | None = None,
 ) -> Stream:
@@ -273,12 +270,13 @@ def eval_images(
   Fields: image uint8 [b, H, W, 3], image_id int32 [b], valid bool [b]; a split with class names
   adds label int32 [b]. The last batch is padded with rows that are not valid, whose image_id and
   label are -1. A bad image is not valid either, but keeps its id. Raises DataError if more than
-  max_bad_fraction of the split are bad. The arguments are those of `train_batches`.
+  max_bad_fraction of the split are bad. max_bad_key: its key in the config, for that message. The
+  other arguments are those of `train_batches`.
   """
   own = _own_rows(rows, batch_size)
   local = len(own)
-  ledger = Ledger(split, max_bad_fraction, on_bad)
-  fields = _image_fields(regions, _without_generator(image_transform), ledger)
+  ledger = Ledger(split, max_bad_fraction, on_bad, max_bad_key)
+  fields = _image_fields(regions, _without_generator(image_transform), ledger, max_pixels)
 
   def example(i: np.ndarray):
     this_step, row = divmod(int(i), local)
@@ -328,7 +326,8 @@ def eval_texts(
   """
   own = _own_rows(rows, batch_size)
   local = len(own)
-  ledger, offsets = Ledger(split, max_bad_fraction, on_bad), _offsets(split)
+  offsets = _offsets(split)
+  ledger = Ledger(split, max_bad_fraction, on_bad, "data.eval_max_bad_fraction")
 
   def read(step: np.ndarray):
     caption = int(step) * batch_size + own  # [b]

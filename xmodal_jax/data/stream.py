@@ -31,7 +31,8 @@ class DataError(UserError):
 class Ledger:
   """Counts the distinct bad records of a split, and keeps the error that ends the stream, if any.
 
-  on_bad(record, reason) is called once per bad record, after it was logged. Thread-safe.
+  on_bad(record, reason) is called once per bad record, after it was logged. key: the key of the
+  config that is max_bad_fraction, for messages. Thread-safe.
   """
 
   def __init__(
@@ -39,8 +40,10 @@ class Ledger:
     split: Split | mix_lib.Joined,
     max_bad_fraction: float,
     on_bad: Callable[[int, str], None] | None = None,
+    key: str = "data.max_bad_fraction",
   ):
     self.split, self.max_bad_fraction, self.on_bad = split, max_bad_fraction, on_bad
+    self.key = key
     self.bad: dict[int, str] = {}
     self.failure: Exception | None = None
     self.closed = False
@@ -63,7 +66,8 @@ class Ledger:
       names = "".join(f"\n  {name}" for name in bad[:_NAMED]) + "\n  ..." * (len(bad) > _NAMED)
       raise DataError(
         f"{len(bad)} of the {len(self.split)} records of split {self.split.name!r} are bad, more "
-        f"than max_bad_fraction = {self.max_bad_fraction:g} allows:{names}"
+        f"than config.{self.key} = {self.max_bad_fraction:g} allows; raise it, or prepare the data "
+        f"again without them:{names}"
       )
 
   def named(self, record: int, filename: str) -> str:

@@ -24,6 +24,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow",
 MAY_CHANGE_ON_RESUME = (
   "mesh", "rules", "min_shard", "loss_chunk", "log_every", "profile", "checkpoint",
   "data.dir", "data.eval_dir", "data.threads",
+  "data.max_bad_fraction", "data.eval_max_bad_fraction", "data.max_pixels",
   "eval.batch_size", "eval.block", "eval.rerank_block",
   "eval.cache", "eval.eccv_dir", "eval.folds", "eval.ndcg", "eval.relevance_dir", "eval.protocol",
   "classify",
