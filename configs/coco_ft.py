@@ -36,10 +36,12 @@ FILES = {
   "vit_l14": "ViT-L-14.pt",
   "vit_l14_336": "ViT-L-14-336px.pt",
 }
+VARIANTS = (*FILES, "tiny")
+DEFAULT = "vit_b32"
 
 
 def get_config(variant=None):
-  variant = variant or "vit_b32"
+  variant = base.choose_variant(variant, VARIANTS, DEFAULT)
   c = base.base()
   c.model.update(clip.preset(variant))
   if variant.startswith("vit_l14"):

@@ -24,8 +24,9 @@ from xmodal_jax.models import clip
 
 
 def get_config(variant=None):
+  variant = base.choose_variant(variant, clip.PRESETS, "vit_b32")
   c = base.base()
-  c.model.update(clip.preset(variant or "vit_b32"))
+  c.model.update(clip.preset(variant))
   c.data.tfds = "coco_captions"
   c.eval.folds = 5
   return c

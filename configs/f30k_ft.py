@@ -14,7 +14,8 @@ from xmodal_jax import config as base
 
 
 def get_config(variant=None):
-  c = base.load(pathlib.Path(__file__).with_name("coco_ft.py"), variant)
+  coco = base.load_module(pathlib.Path(__file__).with_name("coco_ft.py"))
+  c = coco.get_config(base.choose_variant(variant, coco.VARIANTS, coco.DEFAULT))
   c.data.tfds = ""
   c.data.train = "train"
   c.eval.folds = 0

@@ -24,9 +24,7 @@ from xmodal_jax.models import hat
 
 
 def get_config(variant=None):
-  variant = variant or "f30k"
-  if variant not in ("f30k", "coco"):
-    raise ValueError(f"hat has no variant {variant!r}; there are f30k, coco")
+  variant = base.choose_variant(variant, ("f30k", "coco"))
   c = base.base()
   c.model.update(hat.preset("swin_b"))
   i = c.data.image

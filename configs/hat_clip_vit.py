@@ -11,7 +11,8 @@ from xmodal_jax.models import hat
 
 
 def get_config(variant=None):
-  c, model, small = base.base(), hat.preset("swin_b"), variant == "shapes"
+  small = base.choose_variant(variant, ("", "shapes")) == "shapes"
+  c, model = base.base(), hat.preset("swin_b")
   model["image"] = dict(kind="clip", size=224, patch=16, width=768, depth=12, heads=12)
   model["levels"] = ((11, 11), (3, 3), (9, 9))  # (image block, text block)
   if small:

@@ -20,7 +20,7 @@ def get_config(variant=None):
   c.eval.block = (512, 2560)
   c.eval.every = c.checkpoint.every = "5 epochs"
   variants = {"clip": clip, "zerovl": zerovl, "team": team, "tgdt": tgdt, "hat": hat}
-  return variants[variant or "clip"](c)
+  return variants[base.choose_variant(variant, variants)](c)
 
 
 def clip(c):

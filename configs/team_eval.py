@@ -22,7 +22,7 @@ from xmodal_jax.models import team
 
 
 def get_config(variant=None):
-  variant = variant or "clip_l14"
+  variant = base.choose_variant(variant, team.PRESETS, "clip_l14")
   c = base.base()
   c.model.update(team.preset(variant))
   c.text.tokenizer, c.text.length = "bert", 30

@@ -23,10 +23,8 @@ FILES = {"vit_b16": "pretrained_4m.pth", "clip_l14": "pretrained_14m_clip_large.
 
 
 def get_config(variant=None):
-  variant = variant or "coco_clip_l14"
-  source, _, tower = variant.partition("_")
-  if source not in ("coco", "f30k") or tower not in FILES:
-    raise ValueError(f"team_ft has no variant {variant!r}; e.g. coco_clip_l14, f30k_vit_b16")
+  variants = [f"{source}_{tower}" for source in ("coco", "f30k") for tower in FILES]
+  source, _, tower = base.choose_variant(variant, variants, "coco_clip_l14").partition("_")
   c = base.load(pathlib.Path(__file__).with_name("team_pretrain.py"), tower)
   c.init = FILES[tower]  # in the current folder; another path with --config.init
   c.data.crop_scale = (0.5, 1.0)

@@ -29,7 +29,7 @@ from xmodal_jax.models import team
 
 
 def get_config(variant=None):
-  variant = variant or "vit_b16"
+  variant = base.choose_variant(variant, ("vit_b16", "clip_l14"))
   c = base.base()
   c.model.update(team.preset(variant))
   data(c)

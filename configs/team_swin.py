@@ -12,7 +12,8 @@ from xmodal_jax.models.towers import swin
 
 
 def get_config(variant=None):
-  c, model, small = base.base(), team.preset("vit_b16"), variant == "shapes"
+  small = base.choose_variant(variant, ("", "shapes")) == "shapes"
+  c, model = base.base(), team.preset("vit_b16")
   model["image"] = dict(kind="swin", **swin.SIZES["base"])
   model["project_text"], model["matching"]["heads"] = True, 16
   if small:

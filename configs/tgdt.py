@@ -28,10 +28,8 @@ PARTS = ("all", "global", "local", *NETWORKS)
 
 
 def get_config(variant=None):
-  variant = variant or "f30k_all"
-  source, _, part = variant.partition("_")
-  if source not in BATCH or part not in PARTS:
-    raise ValueError(f"tgdt has no variant {variant!r}; e.g. f30k_all, coco_stage1")
+  variants = [f"{source}_{part}" for source in BATCH for part in PARTS]
+  source, _, part = base.choose_variant(variant, variants).partition("_")
   c = base.base()
   first = part.startswith("stage1")
   c.model.update(tgdt.preset(NETWORKS.get(part, "tgdt")))

@@ -17,9 +17,7 @@ from xmodal_jax.models import zerovl
 
 
 def get_config(variant=None):
-  variant = variant or "100m"
-  if variant not in ("14m", "100m"):
-    raise ValueError(f"zerovl_eval has no variant {variant!r}; there are 14m, 100m")
+  variant = base.choose_variant(variant, ("14m", "100m"), "100m")
   c = base.base()
   c.model.update(zerovl.preset(variant))
   pretrain().preprocessing(c)

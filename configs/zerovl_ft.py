@@ -17,11 +17,9 @@ from xmodal_jax.models import zerovl
 
 
 def get_config(variant=None):
-  variant = variant or "coco"
-  source, _, model = variant.partition("_")
+  variants = ("coco", "f30k", "coco_14m", "f30k_14m")
+  source, _, model = base.choose_variant(variant, variants).partition("_")
   model = model or "100m"
-  if source not in ("coco", "f30k") or model not in ("14m", "100m"):
-    raise ValueError(f"zerovl_ft has no variant {variant!r}; e.g. coco, f30k, coco_14m")
   c = base.load(pathlib.Path(__file__).with_name("zerovl_pretrain.py"), "zerovl")
   c.model.update(zerovl.preset(model))
   c.init = f"zerovl_{model}.pth"  # in the current folder; another path with --config.init

@@ -27,9 +27,7 @@ from xmodal_jax.models import zerovl
 
 
 def get_config(variant=None):
-  variant = variant or "zerovl"
-  if variant not in ("zerovl", "dga"):
-    raise ValueError(f"zerovl_pretrain has no variant {variant!r}; there are zerovl, dga")
+  variant = base.choose_variant(variant, ("zerovl", "dga"))
   c = base.base()
   c.model.update(zerovl.preset("pretrain"))
   preprocessing(c)

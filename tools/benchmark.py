@@ -26,6 +26,8 @@ import os
 
 from benchmarks import checkpoint, clip_model, data, ranks, rerank, runner, token_scores
 
+from xmodal_jax.runtime import cli
+
 WORKLOADS = {
   "ranks": ranks.RANKS,
   "data": data.DATA,
@@ -39,7 +41,7 @@ WORKLOADS = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
   commands = parser.add_subparsers(dest="command", required=True)
   for name, workload in WORKLOADS.items():
     command = commands.add_parser(name, help=workload.help)
@@ -59,8 +61,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-def main() -> None:
-  args = parse()
+@cli.program
+def main(argv: list[str] | None = None) -> None:
+  args = parse(argv)
   workload = WORKLOADS[args.command]
   if args.serve:
     runner.serve(workload, args.serve, args)

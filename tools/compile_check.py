@@ -22,15 +22,17 @@ import pathlib
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from compiling import cost, fit, measure, topologies
 from compiling import programs as programs_lib
 from compiling.fit import MIB, Report
 from ml_collections import config_flags
 
 from xmodal_jax import config as config_lib
+from xmodal_jax.errors import UserError
+from xmodal_jax.runtime import cli
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = config_lib.define_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu:8", f"What to compile for: {topologies.NAMES}.")
 _SIZES = flags.DEFINE_list("sizes", [], "Batch size x accumulate, e.g. 1024x1,4096x4.")
 _PROGRAMS = flags.DEFINE_list("programs", [], "Of train, image, text, score, rerank; default all.")
@@ -149,7 +151,7 @@ def check(
   programs = programs_lib.Programs(config, topology.devices)
   unknown = set(names) - set(programs.lower)
   if unknown:
-    raise app.UsageError(f"no programs {sorted(unknown)}; this config has {list(programs.lower)}")
+    raise cli.UsageError(f"no programs {sorted(unknown)}; this config has {list(programs.lower)}")
   mesh = ", ".join(f"{k} {v}" for k, v in programs.built.mesh.shape.items())
   print(f"batch {config.batch_size} in {config.accumulate} parts on {mesh}", flush=True)
   names = names or list(programs.lower)
@@ -175,18 +177,17 @@ def check(
 
 
 def main(argv: list[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+  del argv
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
   config = config_lib.resolve(_CONFIG.value, overrides)
   if _TOPOLOGY.value != "gpu" and "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
   if _MEASURE.value and _TOPOLOGY.value.partition(":")[0] not in ("gpu", "cpu"):
-    raise app.UsageError(f"--measure runs on this machine, which has no {_TOPOLOGY.value}")
+    raise cli.UsageError(f"--measure runs on this machine, which has no {_TOPOLOGY.value}")
   try:
     topology = topologies.get(_TOPOLOGY.value)
   except (ValueError, RuntimeError) as e:
-    raise app.UsageError(str(e)) from e
+    raise UserError(str(e)) from e
   hbm = int(_HBM.value * 1e9) if _HBM.value else topology.chip and topology.chip.hbm
   print(describe_topology(topology), flush=True)
   sizes = [tuple(map(int, size.split("x"))) for size in _SIZES.value]
@@ -212,4 +213,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  cli.run_with_flags(main)

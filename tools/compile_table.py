@@ -18,6 +18,7 @@ import tempfile
 from typing import Any
 
 from xmodal_jax import config as config_lib
+from xmodal_jax.runtime import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -163,15 +164,16 @@ def _short(kind: str) -> str:
   )
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(
+@cli.program
+def main(argv: list[str] | None = None) -> None:
+  parser = cli.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--json", required=True, type=pathlib.Path, help="what was found so far")
   parser.add_argument("--limit", type=int, default=0, help="rows to compile now; 0: all")
   parser.add_argument("--print", action="store_true", help="the tables, compiling nothing")
   parser.add_argument("--into", type=pathlib.Path, help="a file whose tables are replaced by these")
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   found = json.loads(args.json.read_text()) if args.json.exists() else {}
   if args.print or args.into:
     text = table(found) + "\n\n" + scaling(found)

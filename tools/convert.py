@@ -20,6 +20,7 @@ from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.interop import conversion, tables, torch_files
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.models import registry
+from xmodal_jax.runtime import cli
 
 
 def abstract(module, config) -> tuple[dict, set[str]]:
@@ -115,8 +116,9 @@ def to_torch(system: str, source: pathlib.Path, out: pathlib.Path) -> str:
   return f"{out.name}: {len(state)} tensors, {out.stat().st_size:,} bytes"
 
 
+@cli.program
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
+  parser = cli.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--system", required=True, choices=sorted(registry.SYSTEMS))
@@ -126,13 +128,10 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--allow-missing", metavar="REGEX")
   parser.add_argument("--variant", help="the preset, if a file fits several")
   args = parser.parse_args(argv)
-  try:
-    if args.to == "jax":
-      print(to_jax(args.system, args.checkpoint, args.out, args.allow_missing, args.variant))
-    else:
-      print(to_torch(args.system, args.checkpoint, args.out))
-  except (OSError, torch_files.FileFormatError, conversion.ConversionError) as e:
-    raise SystemExit(str(e)) from e
+  if args.to == "jax":
+    print(to_jax(args.system, args.checkpoint, args.out, args.allow_missing, args.variant))
+  else:
+    print(to_torch(args.system, args.checkpoint, args.out))
 
 
 if __name__ == "__main__":

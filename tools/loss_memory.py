@@ -8,7 +8,6 @@ these sizes exists. Devices are 16 host devices, or those of a topology, for whi
 installed (`pip install -e .[compile]`).
 """
 
-import argparse
 import os
 import re
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from xmodal_jax.distributed import sharding
 from xmodal_jax.losses import contrastive, cross_attention, hard_negatives, local, triplet
 from xmodal_jax.losses.pairwise.ring import Ring
+from xmodal_jax.runtime import cli
 
 DEVICES = 16
 SCALE = 10.0
@@ -123,11 +123,12 @@ def temporaries(loss, shapes: dict[str, tuple[int, ...]], pairs: int, chunk: int
   return f"{used / 1e6:,.1f}"
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@cli.program
+def main(argv: list[str] | None = None) -> None:
+  parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--topology", default="", help="e.g. v5e:4x4; host devices without it")
   parser.add_argument("--only", default="", help="losses, with commas between them")
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   if args.topology:
     from jax.experimental import topologies
 

@@ -44,6 +44,7 @@ from xmodal_jax.data.preparing import (
   shards,
   sources,
 )
+from xmodal_jax.runtime import cli
 
 SPLITS = ("train", "val", "test")
 
@@ -58,7 +59,7 @@ def _count(value: str) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
   raw = argparse.RawDescriptionHelpFormatter
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+  parser = cli.ArgumentParser(description=__doc__, formatter_class=raw)
   parser.set_defaults(max_missing=0)  # of sources without this option
   commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
   for add in (
@@ -339,16 +340,14 @@ def _write_img2dataset(args: argparse.Namespace, where: dict) -> epath.Path:
   )
 
 
+@cli.program
 def main(argv: list[str] | None = None) -> None:
-  """Runs one command line. Exits with the message of a DatasetError."""
+  """Runs one command line."""
   args = _parser().parse_args(argv)
   logging.basicConfig(level=logging.INFO, format="%(message)s")
   # At INFO, Beam logs every worker's start and end.
   logging.getLogger("apache_beam").setLevel(logging.WARNING)
-  try:
-    path = _write(args)
-  except builder.DatasetError as e:
-    raise SystemExit(f"prepare_data.py: {e}") from None
+  path = _write(args)
   if path:
     print(path)
 

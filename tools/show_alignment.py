@@ -35,9 +35,10 @@ from xmodal_jax.checkpoints import restore
 from xmodal_jax.data import image, records
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data.preparing import shapes
+from xmodal_jax.errors import UserError
 from xmodal_jax.evaluation import rerank
 from xmodal_jax.models import base
-from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import cli, setup
 from xmodal_jax.visual import alignment
 
 BATCH = 50  # pairs that are measured at a time
@@ -47,8 +48,8 @@ def load_config(name: str) -> Any:
   """configs/shapes.py:team -> its config, resolved, for one device."""
   try:
     config = config_lib.load(name)
-  except (FileNotFoundError, ValueError) as e:
-    raise SystemExit(f"--config: {e}") from e
+  except UserError as e:
+    raise UserError(f"--config: {e}") from e
   config.mesh = (("data", -1), ("fsdp", 1), ("model", 1))
   return config_lib.resolve(config)
 
@@ -301,7 +302,7 @@ def table(found: dict[str, dict[str, np.ndarray]]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
+  parser = cli.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]")
@@ -337,6 +338,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
   return args
 
 
+@cli.program
 def main(argv: list[str] | None = None) -> None:
   args = arguments(argv)
   import tensorflow as tf
@@ -352,8 +354,8 @@ def main(argv: list[str] | None = None) -> None:
       args.out.write_text(alignment.html_page(title, plain, rest), encoding="utf-8")
     else:
       draw(args.out, title, plain, rest)
-  except (OSError, ValueError, image.DecodeError, records.BadRecordError) as e:
-    raise SystemExit(str(e)) from e
+  except (ValueError, image.DecodeError, records.BadRecordError) as e:
+    raise UserError(str(e)) from e
   print(f"{args.out}: {len(rest)} words, {plain.detail}{model.cut(title)}")
 
 

@@ -3,12 +3,16 @@
 import importlib.util
 import os
 import pathlib
+import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
-from ml_collections import config_dict
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from xmodal_jax.errors import ConfigError
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -186,17 +190,17 @@ def base() -> ConfigDict:
 
 
 def load_module(path: str | os.PathLike) -> types.ModuleType:
-  """A config file as a module, wherever its folder is. Raises FileNotFoundError, ValueError."""
-  path = pathlib.Path(path)
+  """A config file as a module, wherever its folder is. Raises ConfigError."""
+  path = pathlib.Path(path).expanduser()
   if not path.is_file():
-    raise FileNotFoundError(f"there is no config file {path}")
+    raise ConfigError(f"there is no config file {path}")
   spec = importlib.util.spec_from_file_location(path.stem, path)
   if spec is None:
-    raise ValueError(f"{path} is not a Python file")
+    raise ConfigError(f"{path} is not a Python file")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  _call(path, spec.loader.exec_module, module)
   if not hasattr(module, "get_config"):
-    raise ValueError(f"{path} has no function get_config")
+    raise ConfigError(f"{path} has no function get_config")
   return module
 
 
@@ -204,27 +208,71 @@ def load(name: str | os.PathLike, variant: str | None = None) -> ConfigDict:
   """The config of a file, as `--config` loads it, before `resolve`.
 
   name: path of a config file, with `:variant` behind it unless `variant` is given, e.g.
-  "configs/coco_ft.py:vit_b32". Raises FileNotFoundError; ValueError for a file that is no config
-  or has no such variant.
+  "configs/coco_ft.py:vit_b32". Raises ConfigError for a file that is no config or has no such
+  variant.
   """
   path, _, named = os.fspath(name).partition(":")
-  variant = variant or named or None
+  return _call(path, load_module(path).get_config, variant or named or None)
+
+
+def _call(path: str | os.PathLike, function: Any, *args: Any) -> Any:
+  """Calls code of a config file; an error in it becomes a ConfigError with its file and line."""
   try:
-    return load_module(path).get_config(variant)
-  except KeyError as e:
-    raise ValueError(f"{path} has no variant {variant!r} ({e})") from e
+    return function(*args)
+  except ConfigError as e:
+    raise ConfigError(f"{path}: {e}") from e
+  except Exception as e:
+    if isinstance(e, KeyError) and e.args == args:  # variants[variant]
+      raise ConfigError(f"{path}: there is no variant {args[0]!r}") from e
+    where = os.fspath(path)
+    own = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == where]
+    line = e.lineno if isinstance(e, SyntaxError) else own[-1].lineno if own else None
+    where += f", line {line}" if line else ""
+    raise ConfigError(f"{where}: {type(e).__name__}: {e}") from e
+
+
+def choose_variant(variant: str | None, variants: Iterable[str], default: str | None = None) -> str:
+  """The variant that a config file makes: the one that was asked for, or the default.
+
+  variants: all that exist. default: by default the first of them. Raises ConfigError, which lists
+  them, for one that does not exist.
+  """
+  names = list(variants)
+  chosen = variant or (names[0] if default is None else default)
+  if chosen not in names:
+    listing = ", ".join(filter(None, names))
+    raise ConfigError(f"there is no variant {variant!r}; there are {listing}")
+  return chosen
+
+
+class _FileParser(flags.ArgumentParser):
+  """ml_collections' parser of a config file, with the errors of `load`."""
+
+  def parse(self, path: Any) -> Any:
+    config = load(path)
+    config.lock()
+    return config
+
+
+def define_flag() -> flags.FlagHolder[ConfigDict]:
+  """Defines `--config FILE[:VARIANT]` and its overrides `--config.key=value`."""
+  holder = config_flags.DEFINE_config_file(
+    "config", lock_config=True, help_string="A file of configs/, with :VARIANT behind it."
+  )
+  flags.FLAGS["config"].parser = _FileParser()
+  return holder
 
 
 def resolve(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   """Returns a locked copy with config.recipes[config.recipe] applied.
 
-  overrides: keys set on the command line, which take precedence over the recipe. Raises ValueError
+  overrides: keys set on the command line, which take precedence over the recipe. Raises ConfigError
   for an unknown recipe or a recipe that sets an unknown key.
   """
   config = config.copy_and_resolve_references()
   config.lock()
   if config.recipe not in config.recipes:
-    raise ValueError(
+    raise ConfigError(
       f"config.recipe is {config.recipe!r}; this config has {', '.join(sorted(config.recipes))}"
     )
   for key, value in config.recipes[config.recipe].items():
@@ -239,9 +287,9 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
   node = config
   for name in parents:
     if name not in node:
-      raise ValueError(f"recipe {config.recipe!r} sets {key!r}, but there is no key {name!r}")
+      raise ConfigError(f"recipe {config.recipe!r} sets {key!r}, but there is no key {name!r}")
     node = node[name]
   if last not in node:
-    raise ValueError(f"recipe {config.recipe!r} sets {key!r}, which does not exist")
+    raise ConfigError(f"recipe {config.recipe!r} sets {key!r}, which does not exist")
   with node.ignore_type():
     node[last] = value

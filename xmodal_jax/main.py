@@ -5,14 +5,14 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.distributed import processes
-from xmodal_jax.runtime import logs
+from xmodal_jax.runtime import cli, logs
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = config_lib.define_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and results; local or gs://.")
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -35,15 +35,14 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+  del argv
   import tensorflow as tf
 
   # TensorFlow only reads data: keep it from reserving accelerator memory.
   tf.config.set_visible_devices([], "GPU")
   tf.config.set_visible_devices([], "TPU")
   processes.initialize(_COORDINATOR.value, _COUNT.value, _INDEX.value, cluster=_DISTRIBUTED.value)
-  with processes.exit_together():
+  with processes.exit_together(cli.message):
     run()
 
 
@@ -74,4 +73,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run_with_flags(main)

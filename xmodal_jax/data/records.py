@@ -322,7 +322,10 @@ def open_tfds(
   """
   import tensorflow_datasets as tfds
 
-  builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir))
+  try:
+    builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir))
+  except tfds.core.DatasetNotFoundError:
+    raise DatasetError(f"TFDS has no dataset {name!r}; `tfds.list_builders()` lists them") from None
   where = epath.Path(builder.data_path)
   if not (where / "dataset_info.json").exists():
     command = f"tfds build {name}" + (f" --data_dir={os.fspath(data_dir)}" if data_dir else "")

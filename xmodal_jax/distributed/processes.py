@@ -26,6 +26,8 @@ import jax
 from absl import logging
 from jax._src import distributed  # the key-value store has no public API
 
+from xmodal_jax.errors import UserError
+
 TIMEOUT = 300.0  # default of how long processes wait for each other, in seconds
 HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a process counts as dead
 _EXIT_GRACE = 6.0  # seconds a process has to exit by itself after another one failed
@@ -34,7 +36,7 @@ _HEARTBEAT_PERIOD = 0.5  # seconds
 _ROOT = "xmodal_jax"  # prefix of all keys in the store
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError):
   """Processes of a run disagree, or some of them are missing."""
 
 
@@ -63,8 +65,8 @@ def initialize(
     heartbeat_timeout: seconds without a heartbeat after which a process counts as dead.
 
   Raises:
-    ValueError: some, but not all, of coordinator, count and index are given.
-    ProcessError: the other processes did not connect within `timeout` seconds.
+    ProcessError: some, but not all, of coordinator, count and index are given, or the other
+      processes did not connect within `timeout` seconds.
   """
   coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
   count = _int_from_env(count, "JAX_NUM_PROCESSES")
@@ -74,7 +76,7 @@ def initialize(
     cluster = "SLURM_STEP_NODELIST" in os.environ and tasks > 1
   given = bool(coordinator), count is not None, index is not None
   if any(given) and not all(given):
-    raise ValueError(
+    raise ProcessError(
       f"--coordinator={coordinator or None} --process_count={count} --process_id={index}: "
       "processes that are started by hand need all three (or JAX_COORDINATOR_ADDRESS, "
       "JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
@@ -115,7 +117,10 @@ def initialize(
 
 def _int_from_env(value: int | None, name: str) -> int | None:
   if value is None and name in os.environ:
-    return int(os.environ[name])
+    try:
+      return int(os.environ[name])
+    except ValueError:
+      raise ProcessError(f"${name} is {os.environ[name]!r}, not a number") from None
   return value
 
 
@@ -429,8 +434,14 @@ def report_failure() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_together() -> Iterator[None]:
-  """Wraps the program's work: its processes all succeed, or all exit with a non-zero code."""
+def exit_together(
+  message: Callable[[BaseException], str | None] = lambda error: None,
+) -> Iterator[None]:
+  """Wraps the program's work: its processes all succeed, or all exit with a non-zero code.
+
+  message: the text that is logged for an error instead of its traceback, or None. With one process,
+  errors pass through.
+  """
   if _heartbeat is None:
     yield
     return
@@ -438,8 +449,12 @@ def exit_together() -> Iterator[None]:
     with report_failure():
       yield
       barrier("the end", 2 * TIMEOUT)
-  except BaseException:
-    logging.exception("process %d of %d failed", jax.process_index(), jax.process_count())
+  except BaseException as e:
+    index, count, text = jax.process_index(), jax.process_count(), message(e)
+    if text is None:
+      logging.exception("process %d of %d failed", index, count)
+    else:
+      logging.error("process %d of %d failed: %s", index, count, text)
     _heartbeat.exit_after_failure()
   _heartbeat.stopped.set()
   _heartbeat.join()

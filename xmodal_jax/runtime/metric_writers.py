@@ -9,12 +9,20 @@ import numpy as np
 from clu import metric_writers
 from etils import epath
 
+JSONL = "metrics.jsonl"
+
+
+def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """The rows of a workdir's metrics.jsonl, without a line that a killed process left incomplete."""
+  lines = (epath.Path(workdir) / JSONL).read_text().splitlines()
+  return [json.loads(line) for line in lines if _is_complete(line)]
+
 
 class JsonlWriter:
   """metrics.jsonl: one json object per line with its step and kind, in order of the steps."""
 
   def __init__(self, workdir: epath.PathLike):
-    self.path = epath.Path(workdir) / "metrics.jsonl"
+    self.path = epath.Path(workdir) / JSONL
 
   def resume(self, step: int, *, drop: str | None = None) -> None:
     """Removes the lines that a run resumed at `step` writes again.
@@ -23,13 +31,12 @@ class JsonlWriter:
     """
     if jax.process_index() != 0 or not self.path.exists():
       return
-    lines = [line for line in self.path.read_text().splitlines() if _is_complete(line)]
-    keep = []
-    for line in lines:
-      row = json.loads(line)
-      if row["step"] < step or (row["step"] == step and row["kind"] not in ("test", drop)):
-        keep.append(line + "\n")
-    temporary = self.path.parent / "metrics.jsonl.tmp"
+    keep = [
+      json.dumps(row) + "\n"
+      for row in read_rows(self.path.parent)
+      if row["step"] < step or (row["step"] == step and row["kind"] not in ("test", drop))
+    ]
+    temporary = self.path.parent / f"{JSONL}.tmp"
     temporary.write_text("".join(keep))
     temporary.replace(self.path)
 
