@@ -107,6 +107,21 @@ def test_cached_features(config, built, tmp_path):
   assert ev(broken, "test", path) == first  # read from the cache
 
 
+def test_cache_depends_on_what_embeddings_depend_on(config, built, tmp_path):
+  def path(**changes):
+    other = config.copy_and_resolve_references()
+    other.eval.cache = True
+    for key, value in changes.items():
+      section, _, name = key.rpartition("__")
+      (other[section] if section else other)[name] = value
+    ev = evaluator(other, built)
+    return ev.cache_path(tmp_path, ev.inputs.split("test"), {"step": 1})
+
+  changed = (dict(precision="highest"), dict(dtype="bfloat16"), dict(eval__batch_size=8))
+  assert len({path(), *(path(**change) for change in changed)}) == 4
+  assert path() == path(eval__folds=5, log_every=7)
+
+
 def test_coco_protocol(config, shared_data):
   """ECCV Caption and CxC are reported beside the plain numbers, by the ids in the records."""
   folder = shared_data / "coco_splits"

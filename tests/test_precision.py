@@ -17,6 +17,7 @@ from jax.extend import core
 from test_accumulate import SYSTEMS, batch
 
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models import layers
 from xmodal_jax.models.layers import attention as attention_lib
 from xmodal_jax.optim import schedules
@@ -193,6 +194,38 @@ def test_embed_and_score(case):
   for side in (images, texts):
     first = {k: v for k, v in side.items() if k not in b.system.second_stage}
     assert first and floats(first) <= {F32}
+
+
+def precisions(b, config) -> set:
+  """Of the float32 matmuls of the image tower, as traced now."""
+
+  def encode(params, stats, batch):
+    return nnx.merge(b.graphdef, params, stats).encode_image(batch)
+
+  pure = [nnx.to_pure_dict(s) for s in (b.params, b.stats)]
+  traced = jax.jit(encode).trace(*pure, shapes(config))
+  found = {
+    eqn.params["precision"]
+    for eqn, _ in equations(traced.jaxpr)
+    if eqn.primitive.name == "dot_general" and eqn.invars[0].aval.dtype == F32
+  }
+  assert found
+  return found
+
+
+def test_precision_is_of_the_model_and_not_of_the_process():
+  """Programs are traced long after they were built, with other models built in between."""
+  high, plain = (SYSTEMS["clip"]("unused", precision=p) for p in ("high", "default"))
+  process = jax.config.jax_default_matmul_precision
+  built = setup.build(high), setup.build(plain)
+  assert jax.config.jax_default_matmul_precision == process
+  assert precisions(built[0], high) == {(jax.lax.Precision.HIGH,) * 2}
+  assert precisions(built[1], plain) == {None}
+  with jax.default_matmul_precision("highest"):
+    assert precisions(setup.build(plain), plain) == {EXACT}
+    assert precisions(setup.build(high), high) == {(jax.lax.Precision.HIGH,) * 2}
+  with pytest.raises(ConfigError, match=r"config\.precision is 'hgh': expected default, high"):
+    setup.build(SYSTEMS["clip"]("unused", precision="hgh"))
 
 
 def test_every_system_is_here():

@@ -207,6 +207,22 @@ def test_index_of_a_read_only_folder_is_cached(tmp_path, monkeypatch):
   assert read_all(records.open_split(folder, "train")) == []
 
 
+def test_cached_index_is_of_the_absolute_path(tmp_path, monkeypatch):
+  """The same relative path in two working directories is two shards."""
+  found = set()
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    relative = tfrecord.cached_index_path("data/x.tfrecord-00000-of-00001")
+    assert relative == tfrecord.cached_index_path(
+      tmp_path / name / "data/x.tfrecord-00000-of-00001"
+    )
+    found.add(relative)
+  assert len(found) == 2
+  remote = "gs://bucket/x.tfrecord"
+  assert tfrecord.cached_index_path(remote) == tfrecord.cached_index_path(remote)
+
+
 def test_unparsable_record_is_met_when_the_index_is_made(tmp_path):
   """Its captions cannot be counted; with a count of one it is read, and reported."""
   folder = write(tmp_path)

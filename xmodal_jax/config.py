@@ -36,7 +36,7 @@ def base() -> ConfigDict:
   c.init_optimizer = ""
   c.model = ConfigDict()  # a preset of the system, set by the config file
   c.dtype = "auto"  # compute dtype: bfloat16 on accelerators, float32 on CPU; or a dtype's name
-  c.precision = "default"  # of float32 matmuls: default, high, highest
+  c.precision = "default"  # of float32 matmuls: default, high, highest; see docs/sharding.md
   c.mesh = (("data", -1), ("fsdp", 1), ("model", 1))
   c.rules = ConfigDict(dict(vocab="model", heads="model", mlp="model", embed="fsdp"))
   c.min_shard = 2**16  # parameters with fewer elements are replicated

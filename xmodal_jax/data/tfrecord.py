@@ -170,7 +170,10 @@ def index_path(shard: epath.PathLike) -> epath.Path:
 def cached_index_path(shard: epath.PathLike) -> epath.Path:
   """Path of the index of a shard in a read-only folder."""
   base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  key = hashlib.sha256(os.fspath(epath.Path(shard)).encode()).hexdigest()[:16]
+  shard = os.fspath(shard)
+  # A relative path is another shard in another working directory.
+  absolute = shard if "://" in shard else os.path.realpath(shard)
+  key = hashlib.sha256(absolute.encode()).hexdigest()[:16]
   return epath.Path(base) / "xmodal_jax" / "index" / f"{key}-{epath.Path(shard).name}.index"
 
 

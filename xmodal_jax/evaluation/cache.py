@@ -17,15 +17,16 @@ from xmodal_jax.runtime import workdir as workdir_lib
 Side = tuple[Any, np.ndarray]
 
 
-def config_keys(config: Any, sections: Sequence[str]) -> dict[str, Any]:
-  """The part of a flat config that cached features depend on.
+def config_keys(config: Any, sections: Sequence[str], platform: str) -> dict[str, Any]:
+  """The part of a flat config that cached features depend on, and the platform they come from.
 
-  sections: dotted keys; each selects itself and all keys below it.
+  sections: dotted keys; each selects itself and all keys below it. platform: of the devices, which
+  decides what dtype "auto" and precision "default" mean.
 
-  >>> config_keys(config, ("dtype", "data.image"))
-  {"dtype": "auto", "data.image.size": 0, "data.image.resize": "shorter", ...}
+  >>> config_keys(config, ("dtype", "data.image"), "cpu")
+  {"platform": "cpu", "dtype": "auto", "data.image.size": 0, "data.image.resize": "shorter", ...}
   """
-  return {
+  return {"platform": platform} | {
     key: value
     for key, value in workdir_lib.flatten(config).items()
     if any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -20,8 +20,9 @@ from xmodal_jax.runtime import setup
 from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.runtime import workdir as workdir_lib
 
-# Sections of the config that embeddings depend on.
-_CACHE_SECTIONS = ("model", "text", "dtype", "data")
+# Sections of the config that embeddings depend on; of eval.batch_size those of a model that attends
+# to the padding of a batch (tgdt's model.mask_upper_stack).
+_CACHE_SECTIONS = ("model", "text", "dtype", "precision", "data", "eval.batch_size")
 
 
 def evaluate(config: Any, workdir: str) -> dict[str, Any]:
@@ -57,9 +58,8 @@ def from_config(
   stop: Callable[[], bool] = lambda: False,
 ) -> "Evaluator":
   """The evaluator that the whole config describes."""
-  return Evaluator(
-    config.eval, inputs, built, cache_keys=cache.config_keys(config, _CACHE_SECTIONS), stop=stop
-  )
+  cache_keys = cache.config_keys(config, _CACHE_SECTIONS, built.platform)
+  return Evaluator(config.eval, inputs, built, cache_keys=cache_keys, stop=stop)
 
 
 class Evaluator:

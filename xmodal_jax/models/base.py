@@ -1,5 +1,6 @@
 """The interface of a retrieval system, which training, evaluation and conversion rely on."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,23 @@ from xmodal_jax.losses.pairwise.ring import Ring
 
 Batch = Mapping[str, Array | np.ndarray]
 Features = dict[str, Array]
+
+# Methods of a system that are computed at its `precision`.
+_COMPUTED = (
+  "prepare", "encode_image", "encode_text", "probe_features", "score", "rerank", "token_attention",
+  "objective", "loss",
+)  # fmt: skip
+
+
+def _at_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+  @functools.wraps(method)
+  def computed(self, *args, **kwargs):
+    if self.precision is None:
+      return method(self, *args, **kwargs)
+    with jax.default_matmul_precision(self.precision):
+      return method(self, *args, **kwargs)
+
+  return computed
 
 
 class System(nnx.Module):
@@ -38,6 +56,9 @@ class System(nnx.Module):
     batch_sharding: sharding of the batch axis; None on one device.
     accumulate: number of chunks that a training batch is encoded in, see `chunked`.
     loss_chunk: rows of a tile of pairs in the objective, see `ring`; 0: all pairs at once.
+    precision: of float32 matmuls, as for jax.default_matmul_precision; None: the process's own. It
+      belongs to the model and not to the process, because programs are traced at their first call:
+      by then a process may have built another model with another precision.
 
   Example:
 
@@ -57,6 +78,13 @@ class System(nnx.Module):
   batch_sharding: NamedSharding | None = None
   accumulate: int = 1
   loss_chunk: int = 0
+  precision: str | None = None
+
+  def __init_subclass__(cls, **kwargs):
+    super().__init_subclass__(**kwargs)
+    for name in _COMPUTED:
+      if name in vars(cls):
+        setattr(cls, name, _at_precision(vars(cls)[name]))
 
   @property
   def ring(self) -> Ring | None:

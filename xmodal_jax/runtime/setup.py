@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.interop import conversion, tables
 from xmodal_jax.models import registry
 from xmodal_jax.models.base import System
@@ -91,8 +92,8 @@ class Built:
 def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
   """Builds the model of a config abstractly on a mesh of `devices` (default: all).
 
-  Also sets JAX's default matmul precision to config.precision. Raises ValueError for a mesh, batch
-  size, accumulate, loss_chunk or micro_shards that do not fit each other.
+  Raises ConfigError for an unknown precision, ValueError for a mesh, batch size, accumulate,
+  loss_chunk or micro_shards that do not fit each other.
 
   ```
   built = setup.build(config)
@@ -102,8 +103,6 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
   )()
   ```
   """
-  if config.precision != "default":
-    jax.config.update("jax_default_matmul_precision", config.precision)
   mesh = sharding.make_mesh(config.mesh, devices)
   batch_sharding = sharding.batch_sharding(mesh)
   module = registry.system_module(config.model.system)
@@ -117,6 +116,7 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
     batch_sharding=batch_sharding,
     accumulate=config.accumulate,
     loss_chunk=config.loss_chunk,
+    precision=_precision(config.precision),
   )
   system = nnx.eval_shape(init_model)
   graphdef, params, stats = step_lib.split(system)
@@ -163,11 +163,26 @@ def _init_model(
   batch_sharding: NamedSharding,
   accumulate: int,
   loss_chunk: int,
+  precision: str | None,
 ) -> System:
   model = module.build(model_config, dtype=dtype, rngs=nnx.Rngs(seed))
   step_lib.set_batch_sharding(model, batch_sharding)
-  model.accumulate, model.loss_chunk = accumulate, loss_chunk
+  model.accumulate, model.loss_chunk, model.precision = accumulate, loss_chunk, precision
   return model
+
+
+def _precision(name: str) -> str | None:
+  """config.precision as System.precision. Raises ConfigError for a name that JAX does not know."""
+  if name == "default":
+    return None
+  try:
+    jax.default_matmul_precision(name)
+  except ValueError as e:
+    raise ConfigError(
+      f"config.precision is {name!r}: expected default, high, highest, or another name that "
+      "jax.default_matmul_precision takes"
+    ) from e
+  return name
 
 
 def _check_accumulate(n: int, batch_size: int, mesh: jax.sharding.Mesh, stats: nnx.State) -> None:

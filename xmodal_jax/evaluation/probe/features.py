@@ -132,6 +132,8 @@ def load_tower(config: Any, built: setup.Built) -> Tower:
       state = initial_state.with_towers(initial_state.Sources.from_config(config), built, state)
       with local_copy(epath.Path(config.init_image).expanduser()) as local:
         source = dict(kind="image tower", source=local.name, sha256=torch_files.sha256(local))
+      if config.init_half:  # its matrices are then rounded to float16
+        source["init_half"] = True
     else:
       logging.warning("config.init is empty: the tower has random weights")
-  return Tower(built, state, source, cache.config_keys(config, _CACHE_SECTIONS))
+  return Tower(built, state, source, cache.config_keys(config, _CACHE_SECTIONS, built.platform))
