@@ -1,9 +1,11 @@
 """Random access, the index, and damaged files."""
 
+import gc
 import io
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -174,6 +176,28 @@ def test_reads_like_a_remote_file(tmp_path, monkeypatch):
   split._files._paths = ["ram://shard"]
   monkeypatch.setattr(os, "pread", None)
   assert read_all(split) == []
+
+
+def test_open_files_are_bounded_for_the_process(tmp_path, monkeypatch):
+  """Three sets of 400 shards failed at the usual limit of 1,024."""
+  count = lambda: len(os.listdir("/proc/self/fd"))
+  folders = [write(tmp_path / str(i), shard_bytes=1) for i in range(3)]
+  monkeypatch.setattr(records, "_KEPT_FDS", 8)
+  monkeypatch.setattr(records, "_DESCRIPTORS", records._Descriptors())
+  before = count()
+  sets = [records.open_split(folder, "train") for folder in folders]
+  for split in sets:
+    assert read_all(split) == []
+  assert count() - before == 8
+  del sets, split
+  gc.collect()
+  assert count() == before and records._DESCRIPTORS._free == 8
+  # Half of a lower limit of the process.
+  limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+  monkeypatch.setattr(resource, "getrlimit", lambda kind: (10, limit[1]))
+  monkeypatch.setattr(records, "_DESCRIPTORS", records._Descriptors())
+  split = records.open_split(folders[0], "train")
+  assert read_all(split) == [] and count() - before == 5
 
 
 def test_index_rebuilt_equals_index_written(tmp_path):

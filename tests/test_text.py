@@ -1,9 +1,11 @@
 """CLIP's tokenizer: the fast path for plain text, merge files, ids and masks."""
 
 import gzip
+import itertools
 import json
 import random
 import string
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +101,53 @@ def test_rows_and_mask(tokenizer):
     tokenizer(["fine", "a b c d"], 5, truncate=False)
   ids, mask = tokenizer([], 5)
   assert ids.shape == mask.shape == (0, 5)
+
+
+def merged_by_definition(ranks: dict, symbols: list[str]) -> list[str]:
+  """All pairs of the lowest rank from left to right, until no pair has a rank: quadratic."""
+  while len(symbols) > 1:
+    best = min(itertools.pairwise(symbols), key=lambda pair: ranks.get(pair, len(ranks)))
+    if best not in ranks:
+      break
+    out, i = [], 0
+    while i < len(symbols):
+      step = 2 if tuple(symbols[i : i + 2]) == best else 1
+      out.append("".join(symbols[i : i + step]))
+      i += step
+    symbols = out
+  return symbols
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.full)])
+def test_merges_equal_their_definition(monkeypatch, tokenizer, count):
+  rng = random.Random(0)
+  for _ in range(count):
+    alphabet = rng.choice(["ab", "theand", "a", string.ascii_lowercase])
+    symbols = rng.choices(alphabet, k=rng.randint(1, 60))
+    symbols[-1] += "</w>"
+    want = merged_by_definition(tokenizer._rank, symbols)
+    assert tokenizer._merged(symbols.copy()) == want
+  # Files where a symbol can be made in several ways, and merges of its parts come after its own.
+  for _ in range(count):
+    known, merges = ["a", "b", "c"], []
+    for _ in range(rng.randint(1, 14)):
+      merges.append((rng.choice(known), rng.choice(known)))
+      known.append("".join(merges[-1]))
+    rng.shuffle(merges)
+    monkeypatch.setattr(tokenizer, "_rank", {pair: i for i, pair in enumerate(merges)})
+    symbols = rng.choices("abc", k=rng.randint(1, 20))
+    want = merged_by_definition(tokenizer._rank, symbols)
+    assert tokenizer._merged(symbols.copy()) == want, (merges, symbols)
+
+
+def test_a_long_word_takes_no_quadratic_time(tokenizer):
+  """16,000 letters took 30 s."""
+  word, start = (
+    "".join(random.Random(0).choices(string.ascii_lowercase, k=32_000)),
+    time.monotonic(),
+  )
+  assert tokenizer.decode(tokenizer.encode(word)) == word + " "
+  assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\n\n"])

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import resource
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +21,7 @@ from etils import epath
 from xmodal_jax.data import tfrecord
 from xmodal_jax.data.tfrecord import DatasetError
 
-_KEPT_FDS = 512  # below the usual limit of 1024 per process; further shards are opened per read
+_KEPT_FDS = 512  # open files of all splits of the process; further shards are opened per read
 
 # The names of a field in datasets of `preparing.builder` and in those of TFDS.
 _FIELDS = {
@@ -124,12 +125,44 @@ def parse(
   )
 
 
+class _Descriptors:
+  """Counts the shards that the process keeps open: its limit is often 1,024, of which others need.
+
+  Thread-safe.
+  """
+
+  def __init__(self):
+    self._free: int | None = None
+    self._lock = threading.RLock()  # a finalizer of `_Files` may run while it is held
+
+  def open(self, path: str) -> int | None:
+    """A file to keep open; None if there are enough of them."""
+    with self._lock:
+      if self._free is None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._free = _KEPT_FDS if soft < 0 else min(_KEPT_FDS, soft // 2)
+      if self._free <= 0:
+        return None
+      fd = os.open(path, os.O_RDONLY)
+      self._free -= 1
+      return fd
+
+  def close(self, fd: int) -> None:
+    with self._lock:
+      os.close(fd)
+      self._free += 1
+
+
+_DESCRIPTORS = _Descriptors()
+
+
 class _Files:
   """Reads at given offsets from a list of files. Thread-safe."""
 
   def __init__(self, paths: list[epath.Path]):
     self._paths = [os.fspath(p) for p in paths]
     self._fds: dict[int, int] = {}
+    self._descriptors = _DESCRIPTORS  # globals may be gone when the interpreter deletes this
     self._lock = threading.Lock()
 
   def read(self, i: int, offset: int, size: int) -> bytes:
@@ -141,8 +174,8 @@ class _Files:
         f.seek(offset)
         return f.read(size)
     with self._lock:
-      if i not in self._fds and len(self._fds) < _KEPT_FDS:
-        self._fds[i] = os.open(path, os.O_RDONLY)
+      if i not in self._fds and (fd := self._descriptors.open(path)) is not None:
+        self._fds[i] = fd
     if i in self._fds:
       return os.pread(self._fds[i], size, offset)
     with open(path, "rb") as f:
@@ -151,7 +184,7 @@ class _Files:
 
   def __del__(self):
     for fd in self._fds.values():
-      os.close(fd)
+      self._descriptors.close(fd)
 
 
 class Split:

@@ -8,6 +8,7 @@ Example::
 """
 
 import gzip
+import heapq
 import html
 import importlib.resources
 import itertools
@@ -138,21 +139,35 @@ class ClipTokenizer:
       return [self._id[piece]]
     symbols = [self._bytes[b] for b in piece.encode()]
     symbols[-1] += "</w>"
-    while len(symbols) > 1:
-      pairs = set(itertools.pairwise(symbols))
-      best = min(pairs, key=lambda pair: self._rank.get(pair, len(self._rank)))
-      if best not in self._rank:
-        break
-      merged, i = [], 0
-      while i < len(symbols):
-        if tuple(symbols[i : i + 2]) == best:
-          merged.append(best[0] + best[1])
-          i += 2
-        else:
-          merged.append(symbols[i])
-          i += 1
-      symbols = merged
-    return [self._id[symbol] for symbol in symbols]
+    return [self._id[symbol] for symbol in self._merged(symbols)]
+
+  def _merged(self, symbols: list[str]) -> list[str]:
+    """`symbols` after all merges, in O(n log n): pairs are in a heap by rank, then by position."""
+    get, after = self._rank.get, list(range(1, len(symbols) + 1))
+    before, end = list(range(-1, len(symbols) - 1)), len(symbols)
+    ranks = (get(pair, -1) for pair in itertools.pairwise(symbols))
+    heap = [(rank, i) for i, rank in enumerate(ranks) if rank >= 0]
+    heapq.heapify(heap)
+    while heap:
+      rank, fresh = heap[0][0], []
+      # All pairs of this rank, from left to right, before any pair that they give rise to.
+      while heap and heap[0][0] == rank:
+        i = heapq.heappop(heap)[1]
+        j = after[i]
+        if not symbols[i] or j == end or get((symbols[i], symbols[j]), -1) != rank:
+          continue  # one of its symbols has been merged
+        symbols[i] += symbols[j]
+        symbols[j], after[i] = "", after[j]
+        if after[j] < end:
+          before[after[j]] = i
+        fresh.append(i)
+      for i in fresh:
+        for left in (before[i], i):
+          if left >= 0 and after[left] < end:
+            pair = (symbols[left], symbols[after[left]])
+            if (r := get(pair, -1)) >= 0:
+              heapq.heappush(heap, (r, left))
+    return [symbol for symbol in symbols if symbol]
 
   def decode(self, ids: Sequence[int]) -> str:
     """Ids -> text, with a space after each word. Bytes that are not UTF-8 become U+FFFD."""
