@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 import random
 import string
 import time
@@ -106,7 +107,7 @@ def test_rows_and_mask(tokenizer):
 def merged_by_definition(ranks: dict, symbols: list[str]) -> list[str]:
   """All pairs of the lowest rank from left to right, until no pair has a rank: quadratic."""
   while len(symbols) > 1:
-    best = min(itertools.pairwise(symbols), key=lambda pair: ranks.get(pair, len(ranks)))
+    best = min(itertools.pairwise(symbols), key=lambda pair: ranks.get(pair, math.inf))
     if best not in ranks:
       break
     out, i = [], 0
