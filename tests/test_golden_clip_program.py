@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from xmodal_jax.data import image, pipeline, records, text
-from xmodal_jax.data.preparing import annotations, builder, sources
+from xmodal_jax.data.preparing import annotations, builder, coco
 from xmodal_jax.models import clip
 from xmodal_jax.optim import schedules
 from xmodal_jax.runtime import step as step_lib
@@ -36,7 +36,7 @@ def dataset(tmp_path_factory):
   for name in ("captions_train2014.json", "captions_val2014.json"):
     file = golden_files.path("clip", "mini_coco", name)
     (lists / name).write_bytes(file.read_bytes())
-  splits = sources.read_coco(lists, images)
+  splits = coco.read_coco(lists, images)
   annotations.check_images(splits)
   examples = {name: annotations.examples(split) for name, split in splits.items()}
   return builder.write_dataset(root / "out", "coco", "1.0.0", examples, description="miniature")

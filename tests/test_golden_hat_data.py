@@ -14,7 +14,7 @@ from PIL import Image
 
 from tools import prepare_data
 from xmodal_jax.data import augment, image, inputs, records, wordpiece
-from xmodal_jax.data.preparing import sources
+from xmodal_jax.data.preparing.coco import read_coco
 from xmodal_jax.models import base, hat
 
 MANIFEST = golden_files.manifest("hat")
@@ -249,9 +249,7 @@ def in_list_order(split: records.Split) -> list[tuple]:
 def test_coco_items(coco, tokenizer):
   ids, length = read("data", "coco_fixture.json")["ids"], CONFIG["max_text_len"]
   prepare_data.main([str(a) for a in ("coco", *coco, "--dev_captions", 5000)])
-  paths = {
-    p.image_id: p.path for split in sources.read_coco(coco[1], coco[3]).values() for p in split
-  }
+  paths = {p.image_id: p.path for split in read_coco(coco[1], coco[3]).values() for p in split}
   for name, want in read("data", "expected_items.json")["coco"].items():
     found = in_list_order(records.open_split(coco[5] / "coco", name))
     stem = {"val": "dev"}.get(name, name)
@@ -283,14 +281,14 @@ def test_coco_restval_and_the_first_of_dev(coco):
 def test_coco_images_of_one_folder_come_first(coco, tmp_path):
   """An image beside the folders train2014 and val2014 is preferred to one inside them."""
   annotations, images = coco[1], coco[3]
-  flat = sources.read_coco(annotations, tmp_path)
+  flat = read_coco(annotations, tmp_path)
   assert {p.path.parent for split in flat.values() for p in split} == {tmp_path}
   item = read("data", "coco_fixture.json")["captions_val2014"]["images"][0]
   for part in ("train2014", "val2014"):
     (tmp_path / part).mkdir()
   bytes_ = (images / "val2014" / item["file_name"]).read_bytes()
   (tmp_path / item["file_name"]).write_bytes(bytes_)
-  both = sources.read_coco(annotations, tmp_path)
+  both = read_coco(annotations, tmp_path)
   paths = {p.image_id: p.path for split in both.values() for p in split}
   assert paths.pop(item["id"]) == tmp_path / item["file_name"]
   assert tmp_path not in {path.parent for path in paths.values()}

@@ -115,7 +115,7 @@ def test_bad_images(tmp_path, capsys):
   for path in (tmp_path / "images").rglob("*.jpg"):
     path.unlink()
   message = fails(capsys, *args)
-  assert "6 of 6 images are missing; check --images" in message
+  assert "6 of 6 images are missing; check the folder of the images" in message
   assert message.count(".jpg") == 5 and "and 1 more" in message
 
 
@@ -303,14 +303,26 @@ def test_pairs_without_split_or_id(tmp_path):
   "rows, extra, message",
   [
     ([], (), "pairs.csv: no rows"),
-    ([("1.jpg", "")], (), "pairs.csv:2: nothing in column 'caption'"),
+    ([("1.jpg", "", 1, "val")], (), "pairs.csv:2 (1.jpg): a blank caption, 1 in all"),
     (PAIRS, ("--caption_column", "text"), "nothing in column 'text'; the columns are ['image', "),
-    ([*PAIRS, ("1.jpg", "x", 11, "test")], (), "pairs.csv:6: image 1.jpg has split 'test', but"),
-    ([*PAIRS, ("1.jpg", "x", 13, "val")], (), "pairs.csv:6: image 1.jpg has id '13', but"),
-    ([("1.jpg", "x", "one", "val")], (), "has the id 'one', expected an integer"),
+    (
+      [*PAIRS, ("1.jpg", "x", 11, "test")],
+      (),
+      "1.jpg of split 'test' is also in split 'val', at",
+    ),
+    (
+      [*PAIRS, ("1.jpg", "x", 13, "val")],
+      (),
+      "pairs.csv:6: image 1.jpg has image_id 13, but 11 at",
+    ),
+    ([("1.jpg", "x", "one", "val")], (), "pairs.csv:2: the id is 'one', expected an integer"),
     (PAIRS, ("--val_fraction", "0.1"), "column 'split' gives the split, so leave out"),
     (PAIRS, ("--val_fraction", "1.5"), "val_fraction 1.5"),
-    ([("1.jpg", "x", 0)], ("--val_fraction", "1e-9"), "split 'val' is empty"),
+    (
+      [("1.jpg", "x", 0)],
+      ("--split_column", "none", "--val_fraction", "1e-9"),
+      "split 'val' is empty",
+    ),
     ([("1.jpg", "x", 0, "a-b")], (), "split 'a-b': a name is"),
   ],
 )
@@ -324,7 +336,7 @@ def test_bad_tables(tmp_path, capsys):
     f.write("[1, 2]\n")
   assert "pairs.jsonl:5: expected a JSON object" in fails(capsys, *args)
   args[2] = args[2].rename(tmp_path / "pairs.xlsx")
-  assert "pairs.xlsx: expected a file .csv, .tsv or .jsonl" in fails(capsys, *args)
+  assert "pairs.xlsx: expected a file .csv, .tsv, .jsonl" in fails(capsys, *args)
   args = pairs(tmp_path)
   with args[2].open("a") as f:
     f.write("1.jpg,a caption, with a comma,11,val\n")

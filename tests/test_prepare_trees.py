@@ -73,7 +73,7 @@ def test_csv_missing_images(tmp_path, capsys):
   [
     ([], "valid_anno.csv: no rows"),
     ([*VALID, ("a.jpg", 4, "x", 9)], "csv:7: image a.jpg has image_id 4, but 3 at"),
-    ([*VALID, ("a.jpg", 4, "x", 9)], "valid_anno.csv:4; all rows of an image"),
+    ([*VALID, ("a.jpg", 4, "x", 9)], "valid_anno.csv:4; all records of an image"),
     ([*VALID, ("e.jpg", 3, "x", 9)], "csv:7: image_id 3 is of image e.jpg, but of a.jpg at"),
     ([*VALID, ("a.jpg", 0, "x", 9)], "csv:7: image a.jpg has image_id 0, but 3 at"),
     ([("a.jpg", "1.0", "x", 9)], "csv:2: image_id is '1.0', expected an integer of 64 bits"),

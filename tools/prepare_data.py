@@ -26,6 +26,7 @@ The dataset is written to DATA_DIR/NAME/VERSION; give DATA_DIR/NAME as config.da
 """
 
 import argparse
+import dataclasses
 import functools
 import logging
 import shlex
@@ -36,13 +37,16 @@ from etils import epath
 from xmodal_jax.data.preparing import (
   annotations,
   builder,
+  coco,
   detections,
   folders,
   img2dataset,
+  pairs,
   regions,
   shapes,
   shards,
   sources,
+  tables,
 )
 from xmodal_jax.runtime import cli
 
@@ -60,7 +64,6 @@ def _count(value: str) -> int | None:
 def _parser() -> argparse.ArgumentParser:
   raw = argparse.RawDescriptionHelpFormatter
   parser = cli.ArgumentParser(description=__doc__, formatter_class=raw)
-  parser.set_defaults(max_missing=0)  # of sources without this option
   commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
   for add in (
     _add_karpathy, _add_coco, _add_pairs, _add_albef, _add_csv, _add_folders, _add_img2dataset,
@@ -83,12 +86,24 @@ def _command(
     broken = "left out and counted" if name == "img2dataset" else "an error"
     text = f"decode each image; one that does not decode is {broken}"
     sub.add_argument("--check_images", action="store_true", help=text)
+  if check_images and name != "img2dataset":
+    sub.add_argument("--max_missing", type=int, default=0, help=_MISSING)
   return sub
 
 
-def _add_annotations(sub: argparse.ArgumentParser, images: bool = True) -> None:
+def _add_annotations(
+  sub: argparse.ArgumentParser, images: bool = True, blank: str = "keep"
+) -> None:
   sub.add_argument("--annotations", required=True)
   sub.add_argument("--images", required=images, help="folder of the images")
+  _add_blank(sub, blank)
+
+
+def _add_blank(sub: argparse.ArgumentParser, default: str) -> None:
+  """default: published lists of captions are not changed, tables are refused."""
+  text = "what to do with captions of white space only; they are counted (default: %(default)s)"
+  choices = ("error", "drop", "keep")
+  sub.add_argument("--blank_captions", choices=choices, default=default, help=text)
 
 
 def _add_karpathy(commands) -> None:
@@ -98,7 +113,7 @@ def _add_karpathy(commands) -> None:
 
 
 def _add_coco(commands) -> None:
-  text = "folder with captions_{train,val}2014.json and coco_{train,restval,dev,test}_ids.npy"
+  text = "captions_*2014.json with coco_{train,restval,dev,test}_ids.npy, or captions_*.json alone"
   sub = _command(commands, "coco", text)
   _add_annotations(sub)
   text = _DEV.format("HAT's program")
@@ -106,11 +121,21 @@ def _add_coco(commands) -> None:
 
 
 def _add_pairs(commands) -> None:
-  sub = _command(commands, "pairs", "a .csv, .tsv or .jsonl with a row per caption")
-  _add_annotations(sub)
-  for column in ("image", "caption", "id", "split"):
-    default = "image_id" if column == "id" else column
-    sub.add_argument(f"--{column}_column", default=default, help="(default: %(default)s)")
+  text = "a table with a row per caption: .csv, .tsv, .jsonl, or lines NAME#N<TAB>caption"
+  sub = _command(commands, "pairs", text)
+  _add_annotations(sub, blank="error")
+  for role, names in pairs.COLUMNS.items():
+    text = f"(default: the first of {', '.join(names)} that exists)"
+    sub.add_argument(f"--{role}_column", metavar="NAME", help=text)
+  text = "how the table is written (default: by its name and first line)"
+  sub.add_argument("--format", choices=tables.KINDS, help=text)
+  text = "between the fields (default: by the first line)"
+  sub.add_argument("--delimiter", choices=tuple(tables.DELIMITERS), help=text)
+  text = "of a file without a line of column names: NAME,NAME,..."
+  sub.add_argument("--columns", type=lambda names: tuple(names.split(",")), default=(), help=text)
+  text = "csv: a field in quotation marks is unquoted; none: they are characters like others "
+  text += "(default: csv, and for tables with tabs csv if all lines can be read so)"
+  sub.add_argument("--quotes", choices=("csv", "none"), help=text)
   for split in ("val", "test"):
     text = "fraction of the images, drawn by their paths"
     sub.add_argument(f"--{split}_fraction", type=float, default=0.0, help=text)
@@ -123,7 +148,7 @@ def _add_albef(commands) -> None:
     sub.add_argument(
       f"--{split}", nargs=2, metavar=("JSON", "ROOT"), action="append", default=[], help=text
     )
-  sub.add_argument("--max_missing", type=int, default=0, help=_MISSING)
+  _add_blank(sub, "keep")
 
 
 def _add_csv(commands) -> None:
@@ -132,7 +157,7 @@ def _add_csv(commands) -> None:
   sub.add_argument("--root", required=True, help="the folder of the dataset")
   text = "the split of valid_anno.csv (default: %(default)s)"
   sub.add_argument("--valid_split", choices=("val", "test"), default="val", help=text)
-  sub.add_argument("--max_missing", type=int, default=0, help=_MISSING)
+  _add_blank(sub, "error")
 
 
 def _add_folders(commands) -> None:
@@ -210,21 +235,25 @@ Annotated = tuple[annotations.Splits, dict[str, Any], dict[str, str], tuple[str,
 
 
 def _karpathy(args: argparse.Namespace) -> Annotated:
-  options = {"captions_per_image": args.captions_per_image}
+  options = {"captions_per_image": args.captions_per_image, "blank": args.blank_captions}
   splits = sources.read_karpathy(args.annotations, args.images, **options)
   return splits, options, sources.checksums(args.annotations), ()
 
 
 def _coco(args: argparse.Namespace) -> Annotated:
-  options = {"dev_captions": args.dev_captions}
-  splits = sources.read_coco(args.annotations, args.images, args.dev_captions)
+  options = {"dev_captions": args.dev_captions, "blank": args.blank_captions}
+  splits = coco.read_coco(args.annotations, args.images, **options)
   return splits, options, sources.checksums(args.annotations), ()
 
 
 def _pairs(args: argparse.Namespace) -> Annotated:
-  names = ("image_column", "caption_column", "id_column", "split_column")
+  names = [f"{role}_column" for role in pairs.COLUMNS]
   options = {k: getattr(args, k) for k in (*names, "val_fraction", "test_fraction")}
-  splits = sources.read_pairs(args.annotations, args.images, **options)
+  options["blank"] = args.blank_captions
+  delimiter = tables.DELIMITERS.get(args.delimiter)
+  form = tables.Form(args.format, delimiter, args.columns, args.quotes)
+  splits = pairs.read_pairs(args.annotations, args.images, form=form, **options)
+  options["form"] = dataclasses.asdict(form)
   return splits, options, sources.checksums(args.annotations), ()
 
 
@@ -232,15 +261,15 @@ def _albef(args: argparse.Namespace) -> Annotated:
   lists = {k: getattr(args, k) for k in SPLITS if getattr(args, k)}
   if not lists:
     raise builder.DatasetError("no list is named; pass --train, --val or --test JSON ROOT")
-  splits = sources.read_albef(lists)
+  splits = sources.read_albef(lists, args.blank_captions)
   # By full path: lists in different folders may have the same name.
   sha256 = {f: sources.checksums(f).popitem()[1] for part in lists.values() for f, _ in part}
-  return splits, {**lists, "max_missing": args.max_missing}, sha256, ()
+  return splits, {**lists, "blank": args.blank_captions}, sha256, ()
 
 
 def _csv(args: argparse.Namespace) -> Annotated:
-  options = {"valid_split": args.valid_split, "max_missing": args.max_missing}
-  splits = folders.read_csv(args.root, args.valid_split)
+  options = {"valid_split": args.valid_split, "blank": args.blank_captions}
+  splits = folders.read_csv(args.root, **options)
   files = (epath.Path(args.root) / name for name in folders.CSV_FILES.values())
   sha256 = {k: v for f in files if f.exists() for k, v in sources.checksums(f).items()}
   return splits, options, sha256, ()
@@ -270,7 +299,11 @@ def _write_images(args: argparse.Namespace, where: dict) -> epath.Path:
     splits={name: annotations.examples(split) for name, split in splits.items()},
     description=f"Images and {'labels' if class_names else 'captions'}, written by "
     f"prepare_data.py {args.source}.",
-    sources={"source": args.source, "options": options, "sha256": sha256},
+    sources={
+      "source": args.source,
+      "options": {**options, "max_missing": args.max_missing},
+      "sha256": sha256,
+    },
     class_names=class_names,
     **where,
   )
@@ -279,13 +312,14 @@ def _write_images(args: argparse.Namespace, where: dict) -> epath.Path:
 def _regions(args: argparse.Namespace) -> regions.RegionDataset:
   images = args.images or ""
   if epath.Path(args.annotations).is_dir():
-    splits = sources.read_coco(args.annotations, images, args.dev_captions)
+    splits = coco.read_coco(args.annotations, images, args.dev_captions, args.blank_captions)
   elif args.dev_captions:
     raise builder.DatasetError(
       f"--dev_captions is for a folder with id lists, but {args.annotations} is a file"
     )
   else:
-    splits = sources.read_karpathy(args.annotations, images, args.captions_per_image)
+    limit = args.captions_per_image
+    splits = sources.read_karpathy(args.annotations, images, limit, args.blank_captions)
   return regions.RegionDataset(
     splits,
     detections.open_reader(args.features, args.boxes),
@@ -299,6 +333,7 @@ def _regions(args: argparse.Namespace) -> regions.RegionDataset:
 def _write_regions(args: argparse.Namespace, where: dict) -> epath.Path:
   joined = _regions(args)
   names = ("features", "boxes", "sizes", "key", "captions_per_image", "dev_captions")
+  names += ("blank_captions",)
   sha256 = sources.checksums(args.annotations)
   if args.sizes:
     sha256 |= sources.checksums(args.sizes)

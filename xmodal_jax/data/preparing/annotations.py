@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from etils import epath
 
 from xmodal_jax.data.preparing.builder import Example
+from xmodal_jax.data.preparing.listing import Listing
 from xmodal_jax.data.tfrecord import DatasetError
 
 
@@ -41,7 +42,11 @@ def examples(images: Iterable[AnnotatedImage]) -> Iterator[Example]:
 
 
 def example(image: AnnotatedImage) -> Example:
-  return {"image": image.path.read_bytes(), **fields(image)}
+  """Raises DatasetError if the file cannot be read."""
+  try:
+    return {"image": image.path.read_bytes(), **fields(image)}
+  except OSError as e:
+    raise DatasetError(f"{image.path}: cannot be read ({e}); check its disk and permissions") from e
 
 
 def fields(image: AnnotatedImage) -> dict:
@@ -57,28 +62,59 @@ def fields(image: AnnotatedImage) -> dict:
 
 
 def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> Splits:
-  """Checks that every image file exists and, with `decode`, that it decodes; returns the splits.
+  """Checks that image files exist, are of one split each and, with `decode`, that they decode.
 
   Up to max_missing files that do not exist are left out of the splits returned. Raises
-  DatasetError, listing the first images, for more of them and for those that do not decode.
+  DatasetError, listing the first images, for more of them and for those that do not decode; and for
+  a file that two splits have under different names, by links.
   """
-  missing = _faults(splits, lambda p: None if p.path.exists() else "")
+  listing = Listing()
+  listing.load(p.path for split in splits.values() for p in split)
+  missing = [(p, f) for split in splits.values() for p in split if (f := _absence(p, listing))]
   if len(missing) > max_missing:
-    remedy = "check --images (or ROOT, --max_missing)"
+    remedy = "check the folder of the images, or leave them out with --max_missing"
     allowed = f", more than the {max_missing} allowed" if max_missing else ""
     _fail(splits, missing, f"missing{allowed}", remedy)
   if missing:
     logging.info("left out %d missing images:%s", len(missing), _named(missing))
     absent = {id(p) for p, _ in missing}
     splits = {
-      n: _renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()
+      n: renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()
     }
+  _check_links(splits, listing)
   if decode and (broken := _faults(splits, lambda p: decode_error(p.path.read_bytes()))):
     _fail(splits, broken, "broken", "replace them, or take them out of the annotations")
   return splits
 
 
-def _renumbered(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
+def _absence(image: AnnotatedImage, listing: Listing) -> str | None:
+  """Why there is no file of the image; None if there is one."""
+  if (kind := listing.kind(image.path)) in ("file", "link"):
+    return None
+  if kind == "folder":
+    return "(is a folder)"
+  other = listing.other_spelling(image.path)
+  return f"(there is {other}, another spelling)" if other else "(no such file)"
+
+
+def _check_links(splits: Splits, listing: Listing) -> None:
+  """Raises DatasetError if a file is in two splits, by links to it or to its folder."""
+  owner: dict[str, tuple[str, AnnotatedImage]] = {}
+  twice = 0
+  for split, images in splits.items():
+    for image in images:
+      other, first = owner.setdefault(listing.identity(image.path), (split, image))
+      if other != split:
+        raise DatasetError(
+          f"{image.path} of split {split!r} is the same file as {first.path} of split {other!r}; "
+          "splits must not share images"
+        )
+      twice += first is not image
+  if twice:
+    logging.info("%d images are links to the file of another image of their split", twice)
+
+
+def renumbered(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
   """Renumbers caption positions to 0..C-1, keeping their order, after images were left out."""
   if any(p.caption_positions is None for p in images):
     return images

@@ -26,8 +26,8 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from xmodal_jax.data.preparing import sources
 from xmodal_jax.data.preparing.annotations import AnnotatedImage
+from xmodal_jax.data.preparing.tables import rows
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.interop.torch_files import FileFormatError, pickles
 
@@ -267,7 +267,7 @@ def read_sizes(file: epath.PathLike) -> Sizes:
     raise DatasetError(f"{path}: no such file; check --sizes")
   if path.suffix in (".csv", ".tsv"):
     columns = ("width", "height")
-    found = {row.get("id"): [row.get(c) for c in columns] for _, row in sources.rows(path)}
+    found = {row.get("id"): [row.get(c) for c in columns] for _, row in rows(path)}
   elif path.suffix == ".pkl":
     found = _unpickled(path)
   else:

@@ -1,20 +1,23 @@
 """Readers of datasets that are one folder: ZeroVL's csv files, and a folder per class."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 
 from etils import epath
 
+from xmodal_jax.data.preparing import values
 from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits
-from xmodal_jax.data.preparing.sources import rows
+from xmodal_jax.data.preparing.grouping import Blank, Grouper
+from xmodal_jax.data.preparing.tables import rows
 from xmodal_jax.data.tfrecord import DatasetError
 
 CSV_FILES = {"train": "train_anno.csv", "valid": "valid_anno.csv"}
 _CSV_COLUMNS = ("image", "image_id", "caption", "caption_id")
 
 
-def read_csv(root: epath.PathLike, valid_split: str = "val") -> Splits:
+def read_csv(root: epath.PathLike, valid_split: str = "val", blank: Blank = "error") -> Splits:
   """ZeroVL's layout: train_anno.csv of images in train/, valid_anno.csv of images in valid/.
 
   Each row is a caption, with columns image, image_id, caption and caption_id. Rows of the same
@@ -23,60 +26,43 @@ def read_csv(root: epath.PathLike, valid_split: str = "val") -> Splits:
 
   Raises DatasetError, naming file and line.
   """
-  root, splits = epath.Path(root), {}
+  root, grouper, found = epath.Path(root), Grouper(blank, ids="split"), []
   if valid_split == "train":
     raise DatasetError("valid_split 'train' is the split of train_anno.csv; choose val or test")
   for part, name in CSV_FILES.items():
-    file = root / name
+    file, split = root / name, valid_split if part == "valid" else part
     if file.exists():
-      splits[valid_split if part == "valid" else part] = _csv_images(file, root / part)
+      _add_csv(file, root / part, split, grouper)
+      found.append(split)
     else:
       logging.info("%s does not exist: no split of it", file)
-  if not splits:
+  if not found:
     raise DatasetError(f"{root}: neither {' nor '.join(CSV_FILES.values())} in it; check --root")
-  return splits
+  return grouper.splits(found)
 
 
-def _csv_images(file: epath.Path, images: epath.Path) -> list[AnnotatedImage]:
-  found: dict[str, dict] = {}
-  owner: dict[int, str] = {}  # image_id -> image
-  for position, (where, row) in enumerate(rows(file)):
+def _add_csv(file: epath.Path, images: epath.Path, split: str, grouper: Grouper) -> None:
+  position = -1
+  for position, (where, row) in enumerate(rows(file, known=_CSV_COLUMNS)):
     if missing := [c for c in _CSV_COLUMNS if not row.get(c)]:
       raise DatasetError(
         f"{where}: nothing in column {missing[0]!r}; expected the columns {list(_CSV_COLUMNS)}, "
         f"and there are {list(row)}"
       )
-    name = row["image"]
-    image_id, caption_id = (_int64(where, row, c) for c in ("image_id", "caption_id"))
-    entry = found.setdefault(name, {"id": image_id, "where": where, "captions": []})
-    other = found[owner.setdefault(image_id, name)]
-    if entry["id"] != image_id:
-      raise DatasetError(
-        f"{where}: image {name} has image_id {image_id}, but {entry['id']} at {entry['where']}; "
-        "all rows of an image must have the same"
-      )
-    if other is not entry:
-      raise DatasetError(
-        f"{where}: image_id {image_id} is of image {name}, but of {owner[image_id]} at "
-        f"{other['where']}; each image must have its own"
-      )
-    entry["captions"].append((row["caption"], caption_id, position))
-  if not found:
+    name = values.file_name(where, "image", row["image"])
+    image_id, caption_id = (values.integer(where, c, row[c]) for c in ("image_id", "caption_id"))
+    grouper.add(
+      where,
+      split,
+      name,
+      images / name,
+      [values.text(where, "caption", row["caption"])],
+      image_id=image_id,
+      caption_ids=[caption_id],
+      positions=[position],
+    )
+  if position < 0:
     raise DatasetError(f"{file}: no rows; expected a row per caption after a line of column names")
-  return [
-    AnnotatedImage(name, images / name, entry["id"], *zip(*entry["captions"], strict=True))
-    for name, entry in found.items()
-  ]
-
-
-def _int64(where: str, row: dict, column: str) -> int:
-  try:
-    value = int(row[column])
-  except ValueError:
-    value = None
-  if value is None or not -(2**63) <= value < 2**63:
-    raise DatasetError(f"{where}: {column} is {row[column]!r}, expected an integer of 64 bits")
-  return value
 
 
 TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -139,6 +125,8 @@ def _labelled(
       )
     for path in paths:
       name, image_id = str(path.relative_to(root)), first + len(images)
+      if not values.is_utf8(name):
+        raise DatasetError(f"{root}: the name {name!r} is not UTF-8; rename it (convmv does)")
       images.append(AnnotatedImage(name, path, image_id, (), label=labels[folder]))
   if others:
     text = "%s: left out %d files of other types, first %s"
@@ -155,18 +143,26 @@ def _classes(folder: epath.Path) -> list[str]:
   return found
 
 
-def _files(folder: epath.Path, others: list[epath.Path]) -> Iterator[epath.Path]:
-  """Images at any depth, sorted by path; other files are appended to `others`."""
+def _files(
+  folder: epath.Path, others: list[epath.Path], above: tuple[str, ...] = ()
+) -> Iterator[epath.Path]:
+  """Images at any depth, sorted by path; other files are appended to `others`.
+
+  above: the real paths of the folders above, into which a link must not lead.
+  """
+  above = (*above, os.path.realpath(folder))
   for path in sorted(folder.iterdir(), key=lambda p: p.name):
     # Hidden .jpg files may be something else. The suffix is checked first: is_dir() costs a call to
     # the disk.
     hidden = path.name.startswith(".")
     if path.suffix.lower() in TYPES and not hidden:
       yield path
-    elif not hidden and path.is_dir():
-      yield from _files(path, others)
-    else:
+    elif hidden or not path.is_dir():
       others.append(path)
+    elif os.path.realpath(path) in above:
+      raise DatasetError(f"{path}: a link to a folder that it is in; remove it")
+    else:
+      yield from _files(path, others, above)
 
 
 def _names(classes: list[str], file: epath.PathLike | None) -> tuple[str, ...]:
@@ -191,14 +187,8 @@ def _names(classes: list[str], file: epath.PathLike | None) -> tuple[str, ...]:
 
 
 def _name_lines(file: epath.Path) -> Mapping[str, str]:
-  if not file.exists():
-    raise DatasetError(f"{file}: no such file; check --names")
   given: dict[str, str] = {}
-  try:
-    text = file.read_bytes().decode("utf-8-sig")
-  except UnicodeDecodeError as e:
-    raise DatasetError(f"{file}: not UTF-8 text ({e}); save it so") from e
-  for number, line in enumerate(re.split(r"\r?\n", text), 1):
+  for number, line in enumerate(re.split(r"\r?\n", values.read_text(file, "--names")), 1):
     if not line.strip():
       continue
     folder, tab, name = (part.strip(" ") for part in line.partition("\t"))
