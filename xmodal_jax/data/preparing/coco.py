@@ -175,18 +175,18 @@ def _by_file(paths: list[epath.Path], images: epath.Path, dev: int | None, blank
     raise DatasetError(
       f"--dev_captions is for a folder with id lists, but {paths[0]} is read without them"
     )
-  files, grouper = _Files(images), Grouper(blank)
+  grouper = Grouper(blank, ids="split")  # files of one's own may each count from 0
   for path in paths:
     part = path.name.removesuffix(".gz").removesuffix(".json").removeprefix("captions_")
     split = next((s for s in ("train", "val", "test") if s in part), "train")
-    logging.info("%s is split %r: there are no id lists of other splits", path, split)
+    logging.info("%s: all of it is split %r, as there are no id lists", path, split)
+    files = _Files(images)
     ids = files.read(path, part)
     if not ids:
       raise DatasetError(f"{path}: the list 'annotations' is empty; expected {_LAYOUT}")
     files.add(grouper, split, ids, False, path)
-  used = {caption.image for caption in files.captions.values()}
-  if left := len(files.images) - len(used):
-    logging.info("%d images have no captions and are left out", left)
+    if left := len(files.images) - len({caption.image for caption in files.captions.values()}):
+      logging.info("%s: %d images have no captions and are left out", path, left)
   return grouper.splits()
 
 
