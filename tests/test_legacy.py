@@ -59,6 +59,7 @@ def test_workdir_resumes(unpacked, tiny_data, monkeypatch, caplog):
   with caplog.at_level(logging.INFO):
     loop.train(config, workdir)
   assert "resuming from step 2" in caplog.text
+  assert "has a constant decay, which this run keeps" in caplog.text
   want = json.loads((LEGACY / "workdir.json").read_text())
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   losses = {str(r["step"]): r["loss"] for r in rows if r["kind"] == "train"}

@@ -127,9 +127,11 @@ def base() -> ConfigDict:
   o.step_every, o.step_factor = "10 epochs", 0.1  # schedule "step": lr * factor ** (step // every)
   o.milestones = ()  # schedule "milestones": lr * step_factor at each of these durations
   o.bounds = ()  # (regex, low, high): parameters clipped to this range after every update
-  # Decay of an exponential moving average of the parameters; 0: none. Evaluation and readers of a
-  # workdir use the average; training continues from the raw parameters.
-  o.ema = 0.0
+  # Decay of an exponential moving average of the parameters and of BatchNorm's statistics; 0: none.
+  # Evaluation and readers of a workdir use the average; training continues from the raw parameters.
+  # ema_schedule: "growing", (1 + n) / (10 + n) after n steps until it is `ema`, or "constant", with
+  # which the initial parameters keep a share of ema ** n. See optim.transforms.average.
+  o.ema, o.ema_schedule = 0.0, "growing"
   o.round_to, o.round_paths = "", ()  # dtype that parameters matching the regexes are rounded to
 
   e = c.eval = ConfigDict()

@@ -24,7 +24,7 @@ from etils import epath
 
 from xmodal_jax.checkpoints import manifest, model_files
 from xmodal_jax.distributed import processes
-from xmodal_jax.optim import train_state
+from xmodal_jax.optim import train_state, transforms
 
 CheckpointError = manifest.CheckpointError
 
@@ -246,17 +246,24 @@ class Checkpoints:
     return self._first_intact(self._choose_best, check, read)
 
   def _read_state(self, folder: epath.Path, want: train_state.TrainState) -> train_state.TrainState:
+    opt_state = want.opt_state
+    if earlier := transforms.has_average(opt_state) and _has_earlier_average(folder):
+      opt_state = transforms.as_saved_before(opt_state)
     args = ocp.args.Composite(
       model=ocp.args.StandardRestore({"params": want.params, "stats": want.stats}),
-      train=ocp.args.StandardRestore({"step": want.step, "opt_state": want.opt_state}),
+      train=ocp.args.StandardRestore({"step": want.step, "opt_state": opt_state}),
     )
     out = self.reader.restore(folder, args=args)
-    return train_state.TrainState(
-      out["train"]["step"],
-      out["model"]["params"],
-      out["model"].get("stats") or {},
-      out["train"]["opt_state"],
-    )
+    model, train = out["model"], out["train"]
+    stats, opt_state = model.get("stats") or {}, train["opt_state"]
+    if earlier:
+      logging.warning(
+        "an earlier version saved %s: its average is of the parameters alone and has a constant "
+        "decay, which this run keeps",
+        folder,
+      )
+      opt_state = transforms.from_saved_before(want.opt_state, opt_state, stats)
+    return train_state.TrainState(train["step"], model["params"], stats, opt_state)
 
   def _read_model(self, folder: epath.Path, want: Mapping[str, Any] | None) -> dict[str, Any]:
     if want is None:
@@ -359,6 +366,12 @@ def _handler() -> ocp.CompositeCheckpointHandler:
   handler = ocp.handlers.JsonCheckpointHandler(filename="metrics")
   registry.add("metrics", ocp.args.JsonSave, handler)
   return ocp.CompositeCheckpointHandler(handler_registry=registry)
+
+
+def _has_earlier_average(folder: epath.Path) -> bool:
+  """Whether a step holds an average as `transforms.as_saved_before`."""
+  states = ocp.PyTreeCheckpointHandler().metadata(folder / "train").tree["opt_state"]
+  return any("average" in x and "count" not in x for x in states if isinstance(x, Mapping))
 
 
 def _share() -> manifest.Share:

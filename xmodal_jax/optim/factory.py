@@ -75,10 +75,12 @@ def make_optimizer(
   params: Any,
   tensors: Tensors = (),
   steps_per_epoch: int = 0,
-) -> optax.GradientTransformation:
+  stats: Any = None,
+) -> optax.GradientTransformationExtraArgs:
   """The optax chain of the `optim` section, for parameters like `params` (shapes suffice).
 
   tensors: for LAMB, see `trust_groups`. steps_per_epoch: for durations in epochs in `freeze`.
+  stats: running statistics of the model, for `ema`, see `transforms.average`.
 
     tx = make_optimizer(config.optim, make_schedule(config.optim, run), params)
     opt_state = tx.init(params)
@@ -114,7 +116,7 @@ def make_optimizer(
   if config["round_to"]:
     chain.append(transforms.round_trip(config["round_to"], config["round_paths"]))
   if config["ema"]:
-    chain.append(transforms.average(config["ema"]))
+    chain.append(transforms.average(config["ema"], config["ema_schedule"], stats))
   return optax.chain(*chain)
 
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from xmodal_jax.distributed import sharding
 from xmodal_jax.optim.schedules import Schedule
 
 # A jax key path of nested dicts -> "image/blocks/q/kernel".
@@ -207,50 +209,107 @@ def round_trip(dtype: str, patterns: Sequence[str]) -> optax.GradientTransformat
 
 class AverageState(NamedTuple):
   average: optax.Params  # like the parameters
+  stats: Any  # like the running statistics of a model with BatchNorm, else {}
+  count: jax.Array  # int32 [], updates made
 
 
-def average(decay: float) -> optax.GradientTransformation:
+AVERAGES = ("growing", "constant")
+
+
+def average(
+  decay: float, schedule: str = "growing", stats: Any = None
+) -> optax.GradientTransformationExtraArgs:
   """Keeps an exponential moving average of the updated parameters; at the end of a chain.
 
-    average = decay * average + (1 - decay) * (p + u)
+    average = d * average + (1 - d) * (p + u)
 
-  It starts from the initial parameters, so it needs no bias correction. Updates are unchanged.
+  Updates are unchanged. With n updates made before, d of each schedule is
+
+    growing:  0 for n = 0, then min(decay, (1 + n) / (10 + n)), as with `num_updates` in
+              tf.train.ExponentialMovingAverage. The average forgets the initial parameters and
+              follows with a delay of a tenth of the steps, until the decay is reached.
+    constant: decay. The initial parameters keep a share of decay ** n.
+
+  stats: running statistics of the model, arrays or shapes. They are averaged in the same way from
+  `update(updates, state, params, stats=new_statistics)`: the averaged parameters have other
+  activations than the parameters.
   """
   if not 0 < decay < 1:
     raise ValueError(f"optim.ema is {decay}; a decay is above 0 and below 1, and 0.0 is none")
+  if schedule not in AVERAGES:
+    raise ValueError(f"optim.ema_schedule is {schedule!r}; there are {', '.join(AVERAGES)}")
 
-  def update(updates, state, params=None):
-    new = optax.apply_updates(params, updates)
+  def init(params):
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats or {})
+    return start_average(params, zeros)
+
+  def update(updates, state, params=None, *, stats=None, **extra_args):
+    del extra_args
+    new = optax.apply_updates(params, updates), stats or {}
+    weight = 1 - decay
+    if schedule == "growing":
+      n = state.count.astype(jnp.float32)
+      weight = jnp.where(n == 0, 1.0, jnp.maximum(9 / (10 + n), weight))
     # Equal to the formula above, with less rounding when the decay is close to 1.
-    moved = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, new)
-    return updates, AverageState(moved)
+    moved = jax.tree.map(lambda a, x: a + weight * (x - a), (state.average, state.stats), new)
+    return updates, AverageState(*moved, state.count + 1)
 
-  return optax.GradientTransformation(_first_average, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _first_average(params: Any) -> AverageState:
+def start_average(params: Any, stats: Any) -> AverageState:
+  """The average of no updates."""
   # Copies: one buffer cannot be donated twice to a step.
-  return AverageState(jax.tree.map(lambda x: x.copy(), params))
+  copies = jax.tree.map(lambda x: x.copy(), (params, stats))
+  return AverageState(*copies, np.zeros([], np.int32))
 
 
 def averaged(state: Any) -> Any:
-  """Swaps the parameters of a train state and their average; its own inverse.
+  """Swaps the parameters and running statistics of a train state and their averages; its own
+  inverse.
 
-  Evaluation and checkpoints use the swapped state, so readers of a checkpoint get the averaged
-  parameters, and resuming swaps them back. A state without an average is returned unchanged.
+  Evaluation and checkpoints use the swapped state, so readers of a checkpoint get the average, and
+  resuming swaps it back. A state without an average is returned unchanged.
   """
   held = [x for x in jax.tree.leaves(state.opt_state, is_leaf=_is_average) if _is_average(x)]
   if not held:
     return state
-  swap = lambda x: AverageState(state.params) if _is_average(x) else x
+  average, stats, _ = held[0]
+  swap = lambda x: x._replace(average=state.params, stats=state.stats) if _is_average(x) else x
   opt_state = jax.tree.map(swap, state.opt_state, is_leaf=_is_average)
-  return state.replace(params=held[0].average, opt_state=opt_state)
+  return state.replace(params=average, stats=stats, opt_state=opt_state)
 
 
-def restart_average(opt_state: Any, params: Any) -> Any:
-  """The optimizer state with its average, if it has one, set to these parameters."""
-  one = lambda x: _first_average(params) if _is_average(x) else x
+def restart_average(opt_state: Any, params: Any, stats: Any) -> Any:
+  """The optimizer state with its average, if it has one, begun at these values."""
+  one = lambda x: start_average(params, stats) if _is_average(x) else x
   return jax.tree.map(one, opt_state, is_leaf=_is_average)
+
+
+def as_saved_before(opt_state: Any) -> Any:
+  """The optimizer state as checkpoints had it whose average was of the parameters alone."""
+  one = lambda x: {"average": x.average} if _is_average(x) else x
+  return jax.tree.map(one, opt_state, is_leaf=_is_average)
+
+
+def from_saved_before(want: Any, opt_state: Any, stats: Any) -> Any:
+  """The optimizer state from one of `as_saved_before`, on the devices.
+
+  want: abstract, with shardings. stats: the average's first. The decay of such an average was
+  constant; a large count keeps it so.
+  """
+
+  def one(want, x):
+    if not _is_average(want):
+      return x
+    count = sharding.place(np.int32(2**30), want.count.sharding)
+    return AverageState(x["average"], jax.tree.map(lambda x: x.copy(), stats), count)
+
+  return jax.tree.map(one, want, opt_state, is_leaf=_is_average)
+
+
+def has_average(opt_state: Any) -> bool:
+  return any(map(_is_average, jax.tree.leaves(opt_state, is_leaf=_is_average)))
 
 
 def _is_average(x: Any) -> bool:

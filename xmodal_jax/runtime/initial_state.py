@@ -92,14 +92,15 @@ def _load(
     sources.init, system, built.params, built.stats, built.model_config
   )
   if opt_state is not None:
-    opt_state = transforms.restart_average(opt_state, params)
+    opt_state = transforms.restart_average(opt_state, params, stats)
   params = restore.put(params, built.params_shardings)
+  stats = restore.put(stats, built.stats_shardings)
   if opt_state is None:
-    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
+    init = lambda params, stats: transforms.restart_average(tx.init(params), params, stats)
+    opt_state = jax.jit(init, out_shardings=shardings.opt_state)(params, stats)
   else:
     opt_state = restore.put(opt_state, shardings.opt_state)
   step = sharding.place(np.int32(start), built.replicated)
-  stats = restore.put(stats, built.stats_shardings)
   return TrainState(step, params, stats, opt_state), start
 
 
@@ -113,5 +114,5 @@ def with_towers(sources: Sources, built: setup.Built, state: TrainState) -> Trai
       leaves = restore.load_tower(source, side, built.system_name, built.params, half)
       params |= {k: sharding.place(v, shardings[k]) for k, v in leaves.items()}
   params = restore.nested(params)
-  opt_state = transforms.restart_average(state.opt_state, params)
+  opt_state = transforms.restart_average(state.opt_state, params, state.stats)
   return state.replace(params=params, opt_state=opt_state)

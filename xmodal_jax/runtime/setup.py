@@ -67,7 +67,8 @@ class Built:
     if optim["name"] == "lamb":  # trust ratios are per tensor of the original PyTorch model
       rules = tables.rule_table(self.system_name).RULES
       tensors = conversion.tensors_of(rules, params)
-    return factory.make_optimizer(optim, schedule, params, tensors, steps_per_epoch)
+    stats = nnx.to_pure_dict(self.stats)
+    return factory.make_optimizer(optim, schedule, params, tensors, steps_per_epoch, stats)
 
   def state_shardings(self, tx: optax.GradientTransformation) -> train_state.TrainState:
     """Shardings of a whole TrainState; moments are sharded like their parameters."""

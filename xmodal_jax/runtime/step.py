@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from xmodal_jax.errors import UserError
+from xmodal_jax.optim import transforms
 from xmodal_jax.optim.train_state import TrainState
 
 Array = jax.Array
@@ -63,7 +64,8 @@ def init_state(
   """
   _, params, stats = split(init_model())
   params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-  return TrainState(jnp.int32(0), params, stats, tx.init(params))
+  opt_state = transforms.restart_average(tx.init(params), params, stats)
+  return TrainState(jnp.int32(0), params, stats, opt_state)
 
 
 def make_train_step(
@@ -88,7 +90,7 @@ def make_train_step(
       return loss, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     (loss, (aux, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, stats=stats)
     params = optax.apply_updates(state.params, updates)
     metrics = {
       "loss": loss,

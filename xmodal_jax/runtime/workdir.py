@@ -13,6 +13,7 @@ import ml_collections
 from etils import epath
 
 from xmodal_jax import __version__
+from xmodal_jax import config as config_lib
 from xmodal_jax.distributed import processes
 from xmodal_jax.errors import UserError
 from xmodal_jax.runtime import metric_writers
@@ -69,6 +70,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     sections = (key == k or key.startswith(f"{k}.") for k in MAY_CHANGE_ON_RESUME)
     return key not in fixed and any(sections)
 
+  # Keys that were added after the workdir was made had the effect of their default.
+  added = json_like(flatten(config_lib.base())) | {"model.same_image": "keep"}
+  old = {k: v for k, v in added.items() if k in new} | dict(old)
   missing = "(absent)"
   return [
     f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
