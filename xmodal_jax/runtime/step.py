@@ -81,6 +81,8 @@ def make_train_step(
   draws the same keys. Metrics are float32 scalars: loss, grad_norm, lr, and the system's own.
   """
 
+  tx = optax.with_extra_args_support(tx)
+
   def train_step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(rng, state.step)
 
