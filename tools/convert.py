@@ -6,6 +6,11 @@
 
 With --to torch, --checkpoint may also be a workdir: its best checkpoint is written in float32.
 Values keep their dtypes and bits. --allow-missing REGEX accepts a file without matching torch keys.
+
+--checkpoint takes files of torch.save and safetensors, an index of shards (*.index.json), or a
+folder with one of these. The weights may be inside of an entry ("state_dict", "model", "module",
+"model_ema", ...) and their names behind prefixes that all of them share ("module.", "_orig_mod.",
+"model.", ...). --key and --prefix say which, where a file has several.
 """
 
 import argparse
@@ -16,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are traced
 
 from flax import nnx
 
+from xmodal_jax import errors
 from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.interop import conversion, tables, torch_files
 from xmodal_jax.interop import meta as meta_lib
@@ -59,12 +65,14 @@ def to_jax(
   out: pathlib.Path,
   allow_missing: str | None,
   variant: str | None = None,
+  key: str | None = None,
+  prefix: str | None = None,
 ) -> str:
-  """Writes the converted directory `out`, which must not exist yet; returns a line about it."""
+  """Writes the converted directory `out`, which must not exist yet; returns lines about it."""
   if out.exists():
     raise SystemExit(f"{out} exists already")
   module = registry.system_module(system)
-  state, info = torch_files.state_dict(source, verify=True)
+  state, info = torch_files.state_dict(source, verify=True, key=key, prefix=prefix)
   table = tables.rule_table(system)
   config = table.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
   variant, config = variant_of(module, config, variant, source)
@@ -85,8 +93,9 @@ def to_jax(
   parts = [{k: v for k, v in flat.items() if (k in stats) == s} for s in (False, True)]
   model_files.save_model(out, *(restore.nested(p) for p in parts), meta)
   filled = f", {len(report.filled)} not in the file: {', '.join(report.filled)}"
+  notes = "".join(f"{source.name}: {note}\n" for note in info["notes"])
   return (
-    f"{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "
+    f"{notes}{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "
     f"{system} {variant or 'of its own size'}: {report.parameters:,} values in {len(flat)} arrays, "
     f"{len(report.kept)} buffers kept, {len(report.dropped)} dropped, {len(report.missing)} missing"
     f"{filled if report.filled else ''}"
@@ -127,11 +136,15 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--out", required=True, type=pathlib.Path)
   parser.add_argument("--allow-missing", metavar="REGEX")
   parser.add_argument("--variant", help="the preset, if a file fits several")
+  parser.add_argument("--key", help="the entry that holds the weights; a/b: entry b of entry a")
+  parser.add_argument("--prefix", help="take the names that begin with it, and strip it")
   args = parser.parse_args(argv)
-  if args.to == "jax":
-    print(to_jax(args.system, args.checkpoint, args.out, args.allow_missing, args.variant))
-  else:
-    print(to_torch(args.system, args.checkpoint, args.out))
+  with errors.naming(args.checkpoint):
+    if args.to == "jax":
+      names = (args.variant, args.key, args.prefix)
+      print(to_jax(args.system, args.checkpoint, args.out, args.allow_missing, *names))
+    else:
+      print(to_torch(args.system, args.checkpoint, args.out))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """The base of errors about what a person gave: a config, a file, a folder, a command."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
   """Something given from outside is wrong.
@@ -9,6 +13,24 @@ class UserError(ValueError):
   a fault of this package.
   """
 
+  named = False  # whether `naming` has put a path before the message
+
 
 class ConfigError(UserError):
   """Values of a config that are wrong by themselves or do not fit each other."""
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+  """Puts a path before the messages of UserErrors that do not name it yet.
+
+  with naming("ViT-B-32.pt"):
+    table.infer_config(shapes)  # ViT-B-32.pt: the state dict does not fit the model ...
+  """
+  try:
+    yield
+  except UserError as e:
+    path = os.fspath(path)
+    if not e.named and path not in str(e):
+      e.args, e.named = (f"{path}: {e}",), True
+    raise

@@ -15,6 +15,7 @@ from flax import nnx, traverse_util
 from xmodal_jax.checkpoints import checkpointer, model_files
 from xmodal_jax.checkpoints.manifest import CheckpointError
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import naming
 from xmodal_jax.interop import conversion, tables, torch_files
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.interop.local import local_copy
@@ -33,10 +34,10 @@ def load(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
   """Reads the parameters of a whole model, config.init, as float32 arrays on the host.
 
-  source: a converted directory, a workdir (its best checkpoint) or a file that torch.save or
-  safetensors wrote. params, stats: the abstract states of the model. model: config.model, whose
-  pixel statistics must be those of a converted directory. Position tables of another resolution are
-  interpolated as the rule table of the system says.
+  source: a converted directory, a workdir (its best checkpoint), a file that torch.save or
+  safetensors wrote, or a folder or index of such files. params, stats: the abstract states of the
+  model. model: config.model, whose pixel statistics must be those of a converted directory.
+  Position tables of another resolution are interpolated as the rule table of the system says.
 
   Returns (params, stats, info): nested dicts, and where the values came from. Raises
   CheckpointError or ConversionError for a source of another system or size, listing every key that
@@ -58,9 +59,7 @@ def load(
   elif (path / "checkpoints").is_dir():
     have, info = _read_workdir(path, system)
   else:
-    raise CheckpointError(
-      f"{path}: expected meta.json (a converted directory) or checkpoints/ (a workdir) in it"
-    )
+    have, info = _read_file(path, system, want)
   have = _resize(path, tables.rule_table(system), have, want)
   _check_shapes(path, have, want)
   logging.info("parameters from %s (%s)", path, info["kind"])
@@ -84,8 +83,8 @@ def load_tower(
   FileFormatError.
   """
   path = epath.Path(source).expanduser()
-  if not path.is_file():
-    raise CheckpointError(f"config.init_{side}: {path} is not a file")
+  if not path.exists():
+    raise CheckpointError(f"config.init_{side}: {path} does not exist")
   table = tables.rule_table(system)
   rules = getattr(table, "TOWERS", {}).get(side)
   if rules is None:
@@ -97,7 +96,8 @@ def load_tower(
   covered = {p for place in placements.values() for p in place.paths}
   want = {k: v for k, v in want.items() if k in covered}
   with local_copy(path) as local:
-    state, _ = torch_files.state_dict(local)
+    state, file_info = torch_files.state_dict(local)
+    _log_notes(path, file_info)
     try:
       leaves, report = conversion.to_jax(state, rules, want, check_shapes=False)
     except conversion.ConversionError as e:
@@ -155,13 +155,19 @@ def _leaves(tree: Mapping[str, Any]) -> Leaves:
 
 def _read_file(path: epath.Path, system: str, want: Mapping[str, Any]) -> tuple[Leaves, Info]:
   table = tables.rule_table(system)
-  with local_copy(path) as local:
+  with local_copy(path) as local, naming(path):
     state, file_info = torch_files.state_dict(local)
+    _log_notes(path, file_info)
     table.infer_config({k: v.shape for k, v in state.items()})  # raises for another system
     # Tables of another resolution are resized afterwards.
     leaves, _ = conversion.to_jax(state, table.RULES, want, check_shapes=False)
     sha256 = torch_files.sha256(local)
   return leaves, dict(kind=file_info["format"], source=path.name, sha256=sha256)
+
+
+def _log_notes(path: epath.Path, info: torch_files.FileInfo) -> None:
+  for note in info["notes"]:
+    logging.warning("%s: %s", path, note)
 
 
 def _resize(

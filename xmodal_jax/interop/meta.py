@@ -83,12 +83,12 @@ def read_meta(path: epath.PathLike) -> dict[str, Any]:
 
 
 def wrap(state: Mapping[str, Any], wrapper: Sequence[str]) -> dict[str, Any]:
-  """Nests a state dict as in the original file: inside of keys, names prefixed by "module.".
+  """Nests a state dict as in the original file. wrapper: keys, and prefixes, which end with a dot.
 
   >>> wrap({"a": 1}, ["model", "module."])
   {'model': {'module.a': 1}}
   """
   out = dict(state)
   for key in reversed(wrapper):
-    out = {key + k: v for k, v in out.items()} if key == "module." else {key: out}
+    out = {key + k: v for k, v in out.items()} if key.endswith(".") else {key: out}
   return out

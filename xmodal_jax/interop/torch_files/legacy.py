@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop.torch_files import names, pickles
+from xmodal_jax.interop.torch_files import foreign, names, pickles
 from xmodal_jax.interop.torch_files.tensor import (
   FileFormatError,
   Source,
@@ -15,6 +15,10 @@ from xmodal_jax.interop.torch_files.tensor import (
   UnsafeFileError,
 )
 
+BIG_ENDIAN = (
+  "written on a big-endian machine, which is not read: load it with torch on a little-endian "
+  "machine (x86, Arm) and save it again"
+)
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -27,18 +31,35 @@ def read_magic(source: Source) -> Any:
   except UnsafeFileError:
     raise
   except FileFormatError as e:
-    raise FileFormatError("neither a PyTorch nor a safetensors file, or a damaged one") from e
+    raise FileFormatError(
+      foreign.text_file(data[:512])
+      or "neither a PyTorch nor a safetensors file, or a damaged one: compare its size with the "
+      "original's, and download it again"
+    ) from e
   if type(magic) is not int or magic != _MAGIC:
-    raise FileFormatError("a bare pickle (pickle.dump), not a file of torch.save")
+    raise FileFormatError(
+      "a bare pickle (pickle.dump), not a file of torch.save: load it in Python and write its "
+      "arrays with torch.save"
+    )
   protocol, system = first.load(), first.load()
-  if protocol != 1001 or not isinstance(system, dict) or not system.get("little_endian", True):
-    raise FileFormatError("a legacy file of an unknown protocol or a big-endian machine")
+  if type(protocol) is not int or protocol != 1001 or not isinstance(system, dict):
+    raise FileFormatError("a legacy file of torch.save with an unknown protocol")
+  if system.get("little_endian", True) is not True:
+    raise FileFormatError(BIG_ENDIAN)
   storages = _Storages(source)
   pickled = pickles.Unpickler(data, first.pos, storages.persistent)
   tree = pickled.load()
   pickled = pickles.Unpickler(data, pickled.pos)
   storages.place(pickled.load(), pickled.pos)
   return tree
+
+
+def check_storage_id(kind: Any, key: Any, count: Any) -> None:
+  """Raises FileFormatError unless a persistent id has these parts of a storage."""
+  if type(kind) is not str or kind != "storage" or type(key) is not str or len(key) > 255:
+    raise FileFormatError("a persistent id that is not a storage")
+  if type(count) is not int or not 0 <= count < 1 << 60:
+    raise FileFormatError("a storage whose size is not a natural number")
 
 
 class _Storages:
@@ -51,12 +72,13 @@ class _Storages:
 
   def persistent(self, pid: Any) -> Any:
     """(storage, dtype) of a persistent id."""
+    if type(pid) is not tuple or not pid:
+      raise FileFormatError("a persistent id that is not a storage")
     if pid[0] == "module":
       return pid[1]
     kind, cls, key, _, numel, view = pid
     dtype = names.storage_dtype(cls)
-    if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
-      raise FileFormatError("a persistent id that is not a storage")
+    check_storage_id(kind, key, numel)
     if key not in self.by_key:
       storage = Storage(None, 0, numel * dtype.itemsize)
       storage.limit = max(storage.limit, self.source.size)
@@ -68,6 +90,8 @@ class _Storages:
 
   def _view(self, root: Storage, dtype: np.dtype, view: Any) -> Storage:
     _, offset, size = view
+    if not type(offset) is type(size) is int:
+      raise FileFormatError("a view of a storage that is not a range")
     part = Storage(None, 0, size * dtype.itemsize)
     part.limit = root.limit
     if not 0 <= offset * dtype.itemsize <= root.nbytes - part.nbytes:
@@ -116,7 +140,8 @@ def read_tar(source: Source) -> Any:
   """The format of torch < 0.2: a tar of storages, tensors and a pickle."""
   members, data = _tar_members(source), source.map()
   if not {"storages", "tensors", "pickle"} <= set(members):
-    raise FileFormatError("a tar archive, but not one of torch.save")
+    some = ", ".join(list(members)[:3])
+    raise FileFormatError(f"a tar archive ({some}), not one of torch.save: unpack it first")
   typed: dict[Any, tuple[Storage, np.dtype]] = {}
   tensors: dict[int, TensorRef] = {}
 
@@ -125,19 +150,22 @@ def read_tar(source: Source) -> Any:
     return reader.load(), reader.pos
 
   def persistent(pid):
-    return pid[0] if type(pid) is tuple else tensors[int(pid)]
+    return pid[0] if type(pid) is tuple else tensors[int(pid[:20] if type(pid) is str else pid)]
 
   try:
     count, pos = load(members["storages"][0])
     for _ in range(count):
       (key, _, cls), pos = load(pos)
       dtype = names.storage_dtype(cls)
+      check_storage_id("storage", key, 0)
       (numel,) = struct.unpack("<q", source.read(pos, 8))
       storage = Storage(source, 0, numel * dtype.itemsize)
       storage.place(source, pos + 8)
       typed[key], pos = (storage, dtype), pos + 8 + storage.nbytes
     views, pos = load(pos)
     for target, root, offset, numel in views:
+      check_storage_id("storage", target, numel)
+      check_storage_id("storage", root, offset)
       storage, dtype = typed[root]
       part = Storage(source, 0, numel * dtype.itemsize)
       if not 0 <= offset * dtype.itemsize <= storage.nbytes - part.nbytes:
@@ -147,6 +175,8 @@ def read_tar(source: Source) -> Any:
     count, pos = load(members["tensors"][0])
     for _ in range(count):
       (key, storage_key, _), pos = load(pos)
+      if type(key) is not int or not 0 <= key < 1 << 60 or type(storage_key) is not str:
+        raise FileFormatError("a tensor whose key is not a number")
       (ndim,) = struct.unpack("<i", source.read(pos, 4))
       numbers = struct.unpack(f"<{2 * ndim + 1}q", source.read(pos + 8, 16 * ndim + 8))
       storage, dtype = typed[storage_key]

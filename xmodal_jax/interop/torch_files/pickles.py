@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from xmodal_jax.interop.torch_files import names
+from xmodal_jax.interop.torch_files.keys import Keys
 from xmodal_jax.interop.torch_files.names import Name, Placeholder
 from xmodal_jax.interop.torch_files.tensor import FileFormatError
 
 _MAX_OPS = 10_000_000  # an optimizer state of 1,500 parameters takes 0.2 million
+_MAX_INDEX = 1 << 32  # of the memo
 _MAX_INT = 1024  # bytes; larger integers are slow to hash and print, and no checkpoint has them
-_KEYS = (str, int, float, complex, bytes, type(None), Name, Placeholder)
 _ERRORS = (
   IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
   MemoryError, struct.error,
@@ -36,7 +37,8 @@ class Unpickler:
     self.marks: list[int] = []
     self.memo: dict[int, Any] = {}
     self.names: dict[tuple[str, str], Name] = {}
-    self.budget = min(4 * (self.end - pos), 1 << 28) + (1 << 20)
+    self.budget = min(4 * (self.end - pos), 1 << 28) + (1 << 18)
+    self.key = Keys(self.charge).check
 
   def load(self) -> Any:
     data, ops = self.data, _OPS
@@ -59,7 +61,8 @@ class Unpickler:
     raise FileFormatError(f"a pickle of more than {_MAX_OPS} operations")
 
   def charge(self, n: int) -> None:
-    """Counts n copied elements against the budget, so a short stream cannot allocate any amount."""
+    """Counts n units of work: an element copied or compared, a call. The budget follows from the
+    length of the stream, because short streams can refer to long values many times."""
     self.budget -= n
     if self.budget < 0:
       raise FileFormatError("the pickle unfolds to much more than its own size")
@@ -91,13 +94,6 @@ class Unpickler:
     values = self.stack[start:]
     del self.stack[start:]
     return values
-
-  def key(self, value: Any) -> Any:
-    """Checks a dictionary key: atoms and flat tuples. Nested tuples can take forever to hash."""
-    for v in value if type(value) is tuple else (value,):
-      if not isinstance(v, _KEYS):
-        raise FileFormatError(f"a dictionary key of type {type(v).__name__}")
-    return value
 
   def find(self, module: str, name: str) -> Name:
     known = self.names.get((module, name))
@@ -153,7 +149,8 @@ def _new(vm: Unpickler, keywords: bool) -> None:
   kw = vm.stack.pop() if keywords else {}
   args, cls = vm.stack.pop(), vm.stack.pop()
   if kw:
-    raise FileFormatError("a constructor with keyword arguments")
+    vm.charge(len(args))
+    args = (*args, kw)
   vm.push(vm.call(cls, args, new=True))
 
 
@@ -188,10 +185,12 @@ def _pop_into(vm: Unpickler, method: Callable) -> None:
 
 def _build(vm: Unpickler) -> None:
   state = vm.stack.pop()
-  names.build(vm.stack[-1], state)
+  names.build(vm, vm.stack[-1], state)
 
 
 def _put(vm: Unpickler, index: int) -> None:
+  if not 0 <= index < _MAX_INDEX:
+    raise FileFormatError(f"memo entry {index:#x}"[:100])
   vm.memo[index] = vm.stack[-1]
 
 

@@ -1,7 +1,9 @@
 """Arrays in a file, not yet read: a storage is a range of bytes, a TensorRef a view of it."""
 
+import math
 import mmap
 import os
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
@@ -18,15 +20,15 @@ STORAGE_DTYPES = {name: np.dtype(dtype) for name, dtype in _INTS.items()}
 STORAGE_DTYPES["BFloat16"] = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {d.name: d for d in STORAGE_DTYPES.values()}
 DTYPES |= {name: np.dtype(name) for name in ("uint16", "uint32", "uint64")}
-DTYPES |= {
-  name: np.dtype(getattr(ml_dtypes, name))
-  for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-}
+_FLOAT8 = ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")
+DTYPES |= {f"float8_{x}": np.dtype(getattr(ml_dtypes, f"float8_{x}")) for x in _FLOAT8}
 DTYPES |= {"half": DTYPES["float16"], "float": DTYPES["float32"], "double": DTYPES["float64"]}
 DTYPES |= {"long": DTYPES["int64"], "int": DTYPES["int32"], "short": DTYPES["int16"]}
 
 # A view may repeat elements (stride 0), but an array larger than this must not exceed its file.
 _FREE_BYTES = 1 << 24
+_MAX_SIZE = 1 << 56  # elements; NumPy counts bytes in 63 bits
+_MAX_NDIM = 32
 
 
 class FileFormatError(UserError):
@@ -37,7 +39,10 @@ class UnsafeFileError(FileFormatError):
   """The file refers to a global that is not data, `name`. No code was run."""
 
   def __init__(self, name: str):
-    super().__init__(f"refused: the pickle refers to {name!r}, which is code; nothing was executed")
+    super().__init__(
+      f"refused: the pickle refers to {name!r}, which is code; nothing was executed. If you trust "
+      "the file, load it with torch where it was made, and save model.state_dict() alone"
+    )
     self.name = name
 
 
@@ -85,6 +90,8 @@ class Storage:
     self.source, self.offset, self.nbytes = source, offset, nbytes
 
   def place(self, source: Source, offset: int) -> None:
+    if type(offset) is not int or type(self.nbytes) is not int:
+      raise FileFormatError("a storage whose place is not a natural number")
     if offset < 0 or self.nbytes < 0 or offset + self.nbytes > source.size:
       raise FileFormatError(
         f"storage of {self.nbytes} bytes at {offset} ends beyond the end of the file"
@@ -98,7 +105,7 @@ class TensorRef:
   `view()` maps it without a copy, `read()` copies it to memory; `np.asarray(ref)` is the view.
   """
 
-  __slots__ = ("dtype", "offset", "shape", "storage", "stride")
+  __slots__ = ("conj", "dtype", "neg", "offset", "shape", "storage", "stride")
 
   def __init__(
     self,
@@ -107,18 +114,23 @@ class TensorRef:
     shape: tuple[int, ...],
     stride: tuple[int, ...],
     dtype: np.dtype,
+    *,
+    conj: bool = False,
+    neg: bool = False,
   ):
+    """conj, neg: the values are the conjugate, the negative of the stored ones (torch.conj)."""
+    check_shape(shape)
     self.storage, self.offset, self.dtype = storage, offset, dtype
     self.shape, self.stride = tuple(shape), tuple(stride)
+    self.conj, self.neg = conj, neg
     if storage is not None:
       self._check()
 
   def _check(self):
-    numbers = (self.offset, *self.shape, *self.stride)
-    if any(type(n) is not int or n < 0 for n in numbers):
-      raise FileFormatError("tensor with an offset, size or stride that is not a natural number")
-    if len(self.shape) != len(self.stride) or len(self.shape) > 32:
+    if len(self.shape) != len(self.stride):
       raise FileFormatError(f"tensor of {len(self.shape)} sizes and {len(self.stride)} strides")
+    if not all(map(_natural, (self.offset, *self.stride))):
+      raise FileFormatError("tensor with an offset or stride that is not a natural number")
     if (self.offset + self._span()) * self.dtype.itemsize > self.storage.nbytes:
       raise FileFormatError(
         f"tensor of shape {self.shape}, stride {self.stride}, offset {self.offset} ends beyond "
@@ -157,14 +169,20 @@ class TensorRef:
     return self.storage.offset + self.offset * self.dtype.itemsize
 
   def _strided(self, buffer, offset: int) -> np.ndarray:
-    strides = tuple(s * self.dtype.itemsize for s in self.stride)
+    strides = tuple(
+      s * self.dtype.itemsize if n > 1 else 0 for n, s in zip(self.shape, self.stride, strict=True)
+    )
     if 0 in self.shape:
       return np.zeros(self.shape, self.dtype)
     return np.ndarray(self.shape, self.dtype, buffer, offset, strides)
 
   def view(self) -> np.ndarray:
-    """The array as a read-only map of the file."""
+    """The array as a read-only map of the file; a copy where conj or neg is set."""
     offset, source = self._place(), self.storage.source
+    if self.conj or self.neg:
+      out = self.read()
+      out.flags.writeable = False
+      return out
     return self._strided(source if isinstance(source, bytes) else source.map(), offset)
 
   def read(self, out: np.ndarray | None = None) -> np.ndarray:
@@ -184,12 +202,28 @@ class TensorRef:
       span = np.empty(self._span() * self.dtype.itemsize, np.uint8)
       source.read_into(memoryview(span), offset)
       out[...] = self._strided(span, 0)
+    if self.conj:
+      np.conjugate(out, out=out)
+    if self.neg:
+      np.negative(out, out=out)
     return out
 
   def __array__(self, dtype=None, copy=None):
     if copy:
       return self.read().astype(dtype or self.dtype, copy=False)
     return np.asarray(self.view(), dtype=dtype)
+
+
+def _natural(n) -> bool:
+  return type(n) is int and 0 <= n < _MAX_SIZE
+
+
+def check_shape(shape: Sequence[int]) -> None:
+  """Raises FileFormatError unless it is the shape of an array that NumPy can describe."""
+  if type(shape) not in (tuple, list) or len(shape) > _MAX_NDIM or not all(map(_natural, shape)):
+    raise FileFormatError("tensor whose shape is not a short list of natural numbers")
+  if math.prod(max(d, 1) for d in shape) >= _MAX_SIZE:
+    raise FileFormatError(f"tensor of shape {tuple(shape)}, which is larger than any memory")
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
