@@ -399,8 +399,8 @@ def test_half_a_file(tmp_path):
 
 
 def test_no_file(tmp_path):
-  for path in (tmp_path, tmp_path / "gone.bin"):
-    with pytest.raises(checkpointer.CheckpointError, match=r"config\.init_text: .* is not a file"):
+  for path, what in ((tmp_path, "holds no weights"), (tmp_path / "gone.bin", "does not exist")):
+    with pytest.raises(checkpointer.CheckpointError, match=rf"config\.init_text: .* {what}"):
       load(path, "text")
 
 

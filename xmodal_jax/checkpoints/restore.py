@@ -19,6 +19,7 @@ from xmodal_jax.errors import naming
 from xmodal_jax.interop import conversion, tables, torch_files
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.interop.local import local_copy
+from xmodal_jax.interop.torch_files import folders
 
 # Nested dicts <-> {"image/blocks/q/kernel": leaf}.
 flat = functools.partial(traverse_util.flatten_dict, sep="/")
@@ -59,6 +60,7 @@ def load(
   elif (path / "checkpoints").is_dir():
     have, info = _read_workdir(path, system)
   else:
+    _check_folder(path, f"{path}: expected meta.json, checkpoints/ or PyTorch weights, but it")
     have, info = _read_file(path, system, want)
   have = _resize(path, tables.rule_table(system), have, want)
   _check_shapes(path, have, want)
@@ -85,6 +87,8 @@ def load_tower(
   path = epath.Path(source).expanduser()
   if not path.exists():
     raise CheckpointError(f"config.init_{side}: {path} does not exist")
+  if path.is_dir():
+    _check_folder(path, f"config.init_{side}: {path}")
   table = tables.rule_table(system)
   rules = getattr(table, "TOWERS", {}).get(side)
   if rules is None:
@@ -142,6 +146,14 @@ def _read_workdir(path: epath.Path, system: str) -> tuple[Leaves, Info]:
     raise CheckpointError(f"{path}/checkpoints is empty: nothing to start from")
   step, _, tree = found
   return _leaves(tree), dict(kind="checkpoint", source=str(path), step=step)
+
+
+def _check_folder(path: epath.Path, message: str) -> None:
+  """Raises CheckpointError unless the folder has weights of PyTorch; its message goes on there."""
+  try:
+    folders.choose([p.name for p in path.iterdir()])
+  except torch_files.FileFormatError as e:
+    raise CheckpointError(f"{message} {e}") from None
 
 
 def _check_system(path: epath.Path, have: str, system: str) -> None:

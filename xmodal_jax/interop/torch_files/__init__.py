@@ -108,7 +108,7 @@ def state_dict(
     if isinstance(tree, Placeholder) and kind == "torchscript":
       tree, scalars = state_lib.walk_modules(tree)
     found = state_lib.find(tree, key, prefix)
-    if missing := parts.names.keys() - tree.keys():
+    if parts.names and (missing := parts.names.keys() - tree.keys()):
       raise FileFormatError(f"{len(missing)} arrays of the index are in no shard: {min(missing)!r}")
     total = sum(x.nbytes for x in found.arrays.values())
     if total > _FREE_BYTES + _RATIO * size:

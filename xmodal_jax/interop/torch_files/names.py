@@ -131,7 +131,8 @@ def find(module: str, name: str) -> Name:
   if len(full) > 1000 or not re.fullmatch(r"[\w.<>-]+", full):
     raise FileFormatError(f"a global with the name {full[:80]!r}")
   data = module in _DATA_MODULES and re.fullmatch(r"_*[A-Z]\w*", name)
-  if not data and module.partition(".")[0] in _NOT_DATA and full not in CALLS.keys() | _STDLIB_DATA:
+  known = data or full in CALLS or full in _STDLIB_DATA
+  if not known and module.partition(".")[0] in _NOT_DATA:
     raise UnsafeFileError(full)
   return Name(full)
 

@@ -1,4 +1,4 @@
-"""Finds the state dict in the object tree of a file: entries that wrap it, prefixes of its names."""
+"""Finds the state dict in the object tree of a file: entries that wrap it, prefixes of names."""
 
 import re
 from collections.abc import Mapping
