@@ -132,6 +132,9 @@ def test_names_and_templates_from_files(tmp_path, caplog):
   own = ("n01", "n02", "n03")
   assert zero_shot.class_names("", "val", own) == ["n01", "n02", "n03"]
   assert zero_shot.read_templates("") == ["a photo of a {}."]
+  assert not caplog.records
+  zero_shot.class_names("", "val", ("n01", "n02", "n01"))
+  assert "split 'val': classes share the names n01: their texts are the same" in caplog.text
   names, templates = str(tmp_path / "names"), str(tmp_path / "templates")
   write = lambda name, text: (tmp_path / name).write_bytes(text)
   write("names", "\ufeffcrane\r\n maillot \ncrane\n\n".encode())

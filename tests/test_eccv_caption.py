@@ -89,8 +89,6 @@ def test_coco_protocol_has_all_parts(coco):
   result = coco_lib.coco_protocol(*coco)
   for key, value in metrics.summarise(scores, caption_image).items():
     assert result[f"coco_5k_{key}"] == value
-  for key, value in metrics.folds(scores, caption_image).items():
-    assert result[f"coco_1k_{key}"] == value
   assert {"cxc_rsum", "cxc_i2t_r10", "eccv_i2t_r1", "eccv_t2i_rprecision"} <= set(result)
   with pytest.raises(ValueError, match="caption ids"):
     coco_lib.coco_protocol(scores, image_ids, caption_ids[:-1], caption_image, folder)

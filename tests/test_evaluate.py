@@ -1,5 +1,6 @@
 """Evaluation: blocks, unreadable images, collapsed and diverged models."""
 
+import functools
 import gzip
 import json
 import pathlib
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 
 from xmodal_jax.data import inputs, pipeline, records
 from xmodal_jax.distributed import sharding
-from xmodal_jax.evaluation import batching, metrics, retrieval
+from xmodal_jax.errors import UserError
+from xmodal_jax.evaluation import batching, coco, metrics, rerank, retrieval, scored
 from xmodal_jax.evaluation import report as report_lib
 from xmodal_jax.optim import train_state
 from xmodal_jax.runtime import setup
@@ -81,7 +84,7 @@ def test_non_finite_embeddings_are_an_error(config, built):
 
 
 def test_positions_without_a_bad_picture():
-  row, kept = retrieval.positions(np.array([0, 2, 3]), np.array([0, 0, 1, 2, 3, 3, 4]))
+  row, kept = scored.positions(np.array([0, 2, 3]), np.array([0, 0, 1, 2, 3, 3, 4]))
   np.testing.assert_array_equal(row, [0, 0, 1, 2, 2])
   np.testing.assert_array_equal(kept, [True, True, False, True, True, True, False])
 
@@ -122,6 +125,67 @@ def test_cache_depends_on_what_embeddings_depend_on(config, built, tmp_path):
   assert path() == path(eval__folds=5, log_every=7)
 
 
+def one_stage(scores, caption_image, part):
+  rows, columns = part
+  own = caption_image[columns] - (rows.start or 0)
+  return metrics.Ranked(scores[part], scores[part], own)
+
+
+def coco_split(images: int, folder: pathlib.Path) -> list[records.Record]:
+  """Records with two captions each, and files in which an image has its own captions only."""
+  for name in ("cxc", "eccv"):
+    to_captions = {i: [10 * i, 10 * i + 1] for i in range(images)}
+    to_images = {caption: [i] for i, own in to_captions.items() for caption in own}
+    for query, table in (("image_to_caption", to_captions), ("caption_to_image", to_images)):
+      (folder / f"{name}_{query}.json").write_text(json.dumps(table))
+  return [records.Record(b"", i, "", ("a", "b"), (10 * i, 10 * i + 1)) for i in range(images)]
+
+
+@pytest.mark.parametrize("folds", [0, 5, 2])
+def test_coco_folds_have_candidates_of_their_own(config, tmp_path, folds):
+  """Also with ECCV Caption beside them.
+
+  The second stage is always right. Shortlists of all images have no positive, those of a fold have
+  all of them.
+  """
+  split, owner, k = coco_split(20, tmp_path), np.repeat(np.arange(20), 2), 8
+  options = config.copy_and_resolve_references().eval
+  options.eccv_dir, options.folds = str(tmp_path), folds
+  fold = np.arange(20) // 4
+  scores = -(fold[:, None] == fold[owner]).astype(np.float32)  # the own fold scores worst
+
+  def rank(part):
+    first = one_stage(scores, owner, part)
+    right = first.caption_image == np.arange(len(first.i2t))[:, None]
+    lists = []
+    for own, hits in ((first.i2t, right), (first.i2t.T, right.T)):
+      candidates = metrics.top(own, k)
+      lists.append((candidates, np.take_along_axis(hits, candidates, 1).astype(np.float32)))
+    return rerank.combine(first, *lists)
+
+  report = report_lib.report(options, split, rank, {}, is_test=True)
+  assert report["rsum"] == 0 and {"cxc_rsum", "eccv_i2t_map_at_r"} <= report.keys()
+  assert report["coco_1k_rsum"] == 600
+  of_folds = {key for key in report if key.startswith("folds")}
+  assert bool(of_folds) == bool(folds)
+  if folds == 5:
+    assert {f"folds5_{k.removeprefix('coco_1k_')}" for k in report if "coco_1k" in k} == of_folds
+    assert report["folds5_rsum"] == 600
+
+
+def test_coco_needs_its_files_and_every_image(config, tmp_path):
+  split, owner = coco_split(20, tmp_path), np.repeat(np.arange(19), 2)
+  options = config.copy_and_resolve_references().eval
+  options.eccv_dir = str(tmp_path)
+  rank = functools.partial(one_stage, np.zeros((19, 38), np.float32), owner)
+  with pytest.raises(UserError, match=r"eccv_dir: ECCV Caption needs every .* 1 of 20 could not"):
+    report_lib.report(options, split, rank, {}, is_test=True)
+  coco.check_files(tmp_path)
+  (tmp_path / "cxc_caption_to_image.json").rename(tmp_path / "other.json")
+  with pytest.raises(UserError, match=r"has no cxc_caption_to_image.json or .json.gz; expected"):
+    coco.check_files(tmp_path)
+
+
 def test_coco_protocol(config, shared_data):
   """ECCV Caption and CxC are reported beside the plain numbers, by the ids in the records."""
   folder = shared_data / "coco_splits"
@@ -135,14 +199,14 @@ def test_coco_protocol(config, shared_data):
   rng = np.random.default_rng(0)
   image, noise = (rng.standard_normal((n, 8), np.float32) for n in (len(split), 5 * len(split)))
   scores = image @ (image[caption_image] + noise).T
-  coco = config.copy_and_resolve_references()
-  coco.eval.eccv_dir = str(folder / "eccv_caption")
-  rank = lambda part: metrics.Ranked(scores, scores, caption_image)
-  report = report_lib.report(coco.eval, split, rank, {}, is_test=True)
+  other = config.copy_and_resolve_references()
+  other.eval.eccv_dir = str(folder / "eccv_caption")
+  rank = functools.partial(one_stage, scores, caption_image)
+  report = report_lib.report(other.eval, split, rank, {}, is_test=True)
   assert report["i2t_r10"] == metrics.summarise(scores, caption_image)["i2t_r10"]
   assert report["coco_1k_i2t_r10"] > report["i2t_r10"]
   assert 0 < report["eccv_i2t_map_at_r"] < 100 and report["cxc_t2i_r1"] >= report["t2i_r1"]
-  plain = report_lib.report(coco.eval, split, rank, {}, is_test=False)
+  plain = report_lib.report(other.eval, split, rank, {}, is_test=False)
   assert not any(key.startswith("eccv") for key in plain)
 
 
@@ -161,7 +225,21 @@ def test_damaged_record_is_left_out_where_allowed(config, built, tiny_data, tmp_
   ev, state = evaluator(other, built), make_state(built)
   assert len(ev.encode(state, "image", ev.inputs.images(ev.inputs.split("test")))[1]) == 11
   assert len(ev.encode(state, "text", ev.inputs.texts(ev.inputs.split("test")))[1]) == 55
-  assert ev(state, "test")["i2t_r10"] > 0
+  report, scored = ev.evaluate(state, "test")
+  assert report["i2t_r10"] > 0
+  facts = scored.facts()
+  assert (facts["images"], facts["captions"]) == (11, 55)
+  (left,) = facts["left_out"]
+  assert (
+    left["record"] == 3 and left["captions"] == 5 and "record 3 of split 'test'" in left["reason"]
+  )
+  # The reasons are kept with cached features; folds are those of the split.
+  other.eval.cache, other.eval.folds = True, 3
+  ev, path = evaluator(other, built), epath.Path(tmp_path / "features.npz")
+  first = ev.evaluate(state, "test", path)
+  assert first[1].facts() == facts and "folds3_rsum" in first[0]
+  again = ev.evaluate(state, "test", path)
+  assert again[0] == first[0] and again[1].facts() == facts
 
 
 def test_few_blocks_of_texts_are_on_their_way(monkeypatch):

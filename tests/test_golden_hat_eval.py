@@ -14,7 +14,7 @@ from hat_golden import LEVELS, arrays, close_scores
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import restore
 from xmodal_jax.data import inputs
-from xmodal_jax.evaluation import metrics, retrieval
+from xmodal_jax.evaluation import metrics, rerank, retrieval
 from xmodal_jax.interop import conversion, torch_files
 from xmodal_jax.interop import hat as hat_rules
 from xmodal_jax.interop import meta as meta_lib
@@ -120,7 +120,7 @@ def test_levels_and_two_stages(data_dir):
   want = arrays("evaluation")
   direction = hat_golden.CONFIG["direction"]
   ev, state = evaluator(data_dir, first_levels=(0,))
-  ev.second = (10**6, 10**6, 1.0)
+  ev.second = rerank.SecondStage(10**6, 10**6, 1.0)
   split = ev.inputs.split("test")
   batches = lambda n: -(-n // BATCH)
   banks = [ev.bank(batches(n)) for n in (len(split), int(split.captions_per_record.sum()))]

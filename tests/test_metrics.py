@@ -123,6 +123,16 @@ def test_folds_are_consecutive_images_with_their_captions(layout):
     metrics.folds(scores, caption_image, 3)
 
 
+def test_folds_are_of_the_split_also_without_some_images():
+  """An image that was not read makes its own fold smaller, and moves no other image."""
+  image_id = np.array([0, 1, 3, 5, 6, 7, 8, 9])  # of 12
+  parts = metrics.split_folds(12, np.repeat(np.arange(8), 2), 3, image_id)
+  assert [image_id[rows].tolist() for rows, _ in parts] == [[0, 1, 3], [5, 6, 7], [8, 9]]
+  assert [columns for _, columns in parts] == [slice(0, 6), slice(6, 12), slice(12, 16)]
+  with pytest.raises(ValueError, match="fold 3 of 3 has no image that could be read"):
+    metrics.split_folds(12, np.arange(5), 3, image_id[:5])
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_scores_raise(bad):
   scores, caption_image = random_scores(300, 300), np.arange(300)

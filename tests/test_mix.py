@@ -18,7 +18,7 @@ from xmodal_jax.data.preparing import annotations, builder, shapes, sources
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.distributed import sharding
 from xmodal_jax.optim import schedules
-from xmodal_jax.runtime import setup, workdir
+from xmodal_jax.runtime import results, setup, workdir
 from xmodal_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -322,9 +322,9 @@ def test_a_workdir_knows_what_was_trained_and_evaluated(two_sets, tmp_path):
   c = config(two_sets, data__eval_dir=two_sets[1])
   folder = workdir.claim(tmp_path, workdir.flatten(c))
   split = inputs.from_config(c).split("test")
-  name = workdir.dataset_name(c.data)
-  facts = dict(protocol={}, dataset=name, fingerprint=split.fingerprint, source={})
-  written = workdir.write_results(folder, {}, **facts)
+  facts = dict(protocol={"split": "test"}, source={"kind": "random weights"})
+  facts |= dict(dataset=results.dataset_name(c.data), fingerprint=split.fingerprint)
+  written = results.write(folder, {}, **facts)
   assert written["data"]["name"] == two_sets[1]
   with pytest.raises(workdir.WorkdirError, match=r"data\.mix: 'debias' -> 'shuffle'"):
     changed = config(two_sets, "shuffle", data__eval_dir=two_sets[1])

@@ -8,7 +8,8 @@ import tiny
 from etils import epath
 
 from xmodal_jax.data import inputs
-from xmodal_jax.evaluation import metrics, ndcg, retrieval, tables
+from xmodal_jax.errors import UserError
+from xmodal_jax.evaluation import checks, metrics, ndcg, retrieval, scored, tables
 from xmodal_jax.evaluation import report as report_lib
 from xmodal_jax.runtime import setup
 
@@ -123,6 +124,19 @@ def test_files(tmp_path):
     ndcg.find(path.parent, "test", "spice")
 
 
+def test_relevances_of_another_order_are_noticed(tiny_data, tmp_path, caplog):
+  config = tiny.config(tiny_data, eval__ndcg="rougeL", eval__relevance_dir=str(tmp_path))
+  split = inputs.from_config(config).split("test")
+  own = (OWNER[:, None] == np.arange(12)) * np.float32(0.5) + np.float32(0.2)
+  path = epath.Path(tmp_path / "tiny-test-rougeL.npy")
+  ndcg.write(path, iter((own,)))
+  report_lib.grades(config.eval, split)
+  assert not caplog.records
+  ndcg.write(path, iter((np.roll(own, 3, axis=1),)))
+  report_lib.grades(config.eval, split)
+  assert "tiny-test-rougeL.npy: captions are no more relevant to their own" in caplog.text
+
+
 def test_published_ranks():
   scores = np.array([[1, 5, 3], [2, 2, 1], [9, 9, 9], [1, 2, 3]], np.float32)
   hits = np.array([[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 1, 1]], bool)
@@ -161,7 +175,7 @@ def test_report_of_one_stage(tiny_data, built, home, monkeypatch):
   config = tiny.config(tiny_data, eval__ndcg="rougeL", eval__folds=3, eval__protocol="original")
   scores = np.random.default_rng(0).random((12, 60), np.float32)
   ev = evaluator(config, built["config"], scores)
-  retrieval.check_splits(config.eval, ev.inputs)
+  checks.check_splits(config.eval, ev.inputs)
   assert not home.exists()  # check_splits computes no ROUGE-L
   out = ev(None, "test")
   graded = ndcg.rouge_l([record.captions for record in ev.inputs.split("test")])
@@ -191,7 +205,7 @@ def test_given_relevances(tiny_data, home, tmp_path):
   read = inputs.from_config(config)
   rank = lambda part: metrics.Ranked(scores, scores, np.repeat(np.arange(12), 5))
   with pytest.raises(FileNotFoundError, match=r"names spice.* has no \*-(test|val)-spice.npy"):
-    retrieval.check_splits(config.eval, read)
+    checks.check_splits(config.eval, read)
   for method in ("spice", "rougeL"):
     given[method] = rng.random((60, 12), np.float32)
     ndcg.write(epath.Path(tmp_path / f"tiny-test-{method}.npy"), iter((given[method],)))
@@ -201,7 +215,7 @@ def test_given_relevances(tiny_data, home, tmp_path):
     assert out[f"i2t_ndcg_{method}"] == pytest.approx(ndcg.ndcg(scores, values.T).mean())
   assert not home.exists()  # ROUGE-L is not computed if there is a file
   fewer = lambda part: metrics.Ranked(scores[:11, :55], scores[:11, :55], np.repeat(range(11), 5))
-  with pytest.raises(ValueError, match=r"\(60, 12\) for \(55, 11\) .* some could not be read"):
+  with pytest.raises(UserError, match=r"ndcg: NDCG needs every image .* 1 of 12 could not be read"):
     report_lib.report(config.eval, read.split("test"), fewer, graded, is_test=True)
 
 
@@ -225,7 +239,7 @@ def test_report_of_two_stages(tiny_data, built, home):
   scores, second = np.random.default_rng(2).random((2, 12, 60), np.float32)
   ev = evaluator(config, built["team"], scores, second)
   out = ev(None, "test")
-  top_text, top_image, mix = ev.second
+  top_text, top_image, mix, _ = ev.second
   assert (top_text, top_image, mix) == (4, 3, 0)
   graded = ndcg.rouge_l([record.captions for record in ev.inputs.split("test")])
   reports = []
@@ -268,6 +282,60 @@ def test_report_of_two_stages(tiny_data, built, home):
   assert {k: first[k] for k in metrics.summarise(scores, OWNER)} == metrics.summarise(scores, OWNER)
   assert first["i2t_ndcg_rougeL"] == pytest.approx(ndcg.ndcg(scores, graded.T).mean())
   assert not any(k.startswith("published") for k in first)
+
+
+def test_mix_is_chosen_on_val(tiny_data, built, home, caplog):
+  """Of several weights the best on val is used, there and on test, in all folds."""
+  rng = np.random.default_rng(2)
+  own, noise = np.arange(12)[:, None] == OWNER, rng.random((3, 12, 60), np.float32)
+  second = own + 1.5 * noise[0]
+  first = {"val": own + 2 * noise[1], "test": own + 4 * noise[2]}
+  everything = scored.match(np.arange(12), OWNER, [])
+
+  def run(key, **changes):
+    config = tiny.team(tiny_data, eval__folds=2, **changes)
+    ev = evaluator(config, built["team"], None, second)
+    ev._first_stage = lambda state, split, *_: (first[split.name], everything)
+    return ev(None, key)
+
+  mixes = (0.0, 0.5, 100.0)
+  every = {mix: run("val", eval__stage_mix=mix) for mix in mixes}
+  best = max(mixes, key=lambda mix: every[mix]["rsum"])
+  assert best == 0.5
+  chosen = dict(eval__stage_mix=7.0, eval__stage_mixes=mixes)
+  with caplog.at_level("INFO"):
+    assert run("val", **chosen) == every[best] | {"stage_mix": best}
+  assert "stage_mix 0.5 has the best rsum (0: " in caplog.text
+  tested = run("test", **chosen)
+  assert tested == run("test", eval__stage_mix=best) | {"stage_mix": best}
+  assert "folds2_rsum" in tested
+  with pytest.raises(
+    UserError, match=r"eval\.metric, which is 'accuracy'; the second stage has i2t"
+  ):
+    run("val", eval__metric="accuracy", **chosen)
+
+
+def test_what_mixes_need(tiny_data, built):
+  same = tiny.team(tiny_data, eval__stage_mixes=(0.0, 1.0), data__val="test")
+  with pytest.raises(UserError, match=r"chosen on config\.data\.val, which is the test"):
+    checks.check_splits(same.eval, inputs.from_config(same))
+  one_stage = tiny.config(tiny_data, eval__stage_mixes=(0.0, 1.0))
+  with pytest.raises(UserError, match=r"stage_mixes is \(0.0, 1.0\), and there is one stage"):
+    retrieval.from_config(one_stage, inputs.from_config(one_stage), built["config"])
+
+
+def test_table_names_a_second_stage_that_lowers_the_measure(caplog):
+  owner, rng = np.repeat(np.arange(6), 2), np.random.default_rng(0)
+  report = metrics.summarise(rng.random((6, 12), np.float32), owner)
+  better = {f"first_{k}": v for k, v in report.items()} | {"first_rsum": report["rsum"] + 3}
+  with caplog.at_level("INFO"):
+    tables.log_retrieval("step 5", report | better)
+  text = f"lowers rsum from {report['rsum'] + 3:.2f} to {report['rsum']:.2f}; config.eval.stage_mix"
+  assert "the second stage lowers rsum by 3.00" in caplog.text and text in caplog.text
+  caplog.clear()
+  with caplog.at_level("INFO"):
+    tables.log_retrieval("step 5", report | better, "t2i_r1")
+  assert "lowers" not in caplog.text
 
 
 def test_table(monkeypatch):

@@ -36,6 +36,12 @@ def test_promote_keeps_both_orders():
     np.testing.assert_array_equal(order, [*chosen, *rest])
 
 
+def test_promote_of_scores_beyond_the_integers_of_float32():
+  first = np.array([[3e8, 2e8, 1e8, 5.0, 5.0]], np.float32)
+  out = rerank.promote(first, np.array([[0, 1, 2]]), np.array([[1.0, 3.0, 2.0]], np.float32))
+  np.testing.assert_array_equal(np.argsort(-out[0], kind="stable"), [1, 2, 0, 3, 4])
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize(("block", "shape"), [(8, (2, 3)), (64, (1, 1)), (24, (16, 8))])
 def test_schedule_visits_every_pair_once(devices, block, shape):

@@ -78,7 +78,7 @@ class Model:
       out["weights"] = out[weights]
       if self.second:
         each = jax.tree.map(lambda x: x[:, None], texts)
-        out["second"] = model.rerank(images, each)[:, 0] + self.second[2] * out["first"]
+        out["second"] = model.rerank(images, each)[:, 0] + self.second.mix * out["first"]
       return out
 
     self.relate = jax.jit(relate)

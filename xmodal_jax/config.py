@@ -146,9 +146,14 @@ def base() -> ConfigDict:
   e.top_k_text = config_dict.placeholder(int)
   e.top_k_image = config_dict.placeholder(int)
   e.stage_mix = config_dict.placeholder(float)
+  # Weights such as (0.0, 0.5, 1.0, 2.0): every evaluation uses the one with the best eval.metric on
+  # data.val under the same parameters; a large one, 1e6, is the order of the first stage. ():
+  # stage_mix.
+  e.stage_mixes = ()
   e.rerank_block = (8, 8)  # images x captions of each that a device scores per call
   e.token_dtype = "auto"  # of the features kept on the devices for the second stage, as `dtype`
-  e.score_dtype = "float32"  # float16 reproduces CLIP_ITM's published decimals
+  # Of the scores of a single stage: float16 reproduces CLIP_ITM's published decimals.
+  e.score_dtype = "float32"
   e.folds = 0  # COCO 1K: 5
   e.eccv_dir = ""  # id files of ECCV Caption and CxC, for the COCO 5K test split
   # NDCG@25 by relevances "rougeL", "spice", separated by commas; "": none. Read from relevance_dir,

@@ -1,5 +1,6 @@
 """python -m xmodal_jax.main --config configs/coco_ft.py[:variant] --workdir DIR [--mode MODE]"""
 
+import functools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -18,9 +19,11 @@ _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   ["train", "eval", "linear_probe", "zeroshot_classify"],
-  "train: train, evaluate and test; rerunning the command resumes the run. eval: test config.init, "
-  "or the workdir's best checkpoint. linear_probe: train and test a linear classifier on the image "
-  "tower of config.init. zeroshot_classify: classify images by prompts with their class names.",
+  "train: train, evaluate and test; rerunning the command resumes the run. eval: test the "
+  "workdir's best checkpoint, or config.init if that is given here or there is no checkpoint. "
+  "linear_probe: train and test a linear classifier on the image tower of config.init. "
+  "zeroshot_classify: classify images by prompts with their class names, by the model that eval "
+  "would test.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -65,9 +68,9 @@ def run() -> None:
   logging.info("devices: %s", jax.devices())
   modes = {
     "train": loop.train,
-    "eval": retrieval.evaluate,
+    "eval": functools.partial(retrieval.evaluate, init_given="init" in overrides),
     "linear_probe": linear_probe.linear_probe,
-    "zeroshot_classify": zero_shot.classify,
+    "zeroshot_classify": functools.partial(zero_shot.classify, init_given="init" in overrides),
   }
   modes[_MODE.value](config, _WORKDIR.value)
 

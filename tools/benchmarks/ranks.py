@@ -30,12 +30,15 @@ def coco(folder: str) -> tuple[np.ndarray, list[int], list[int], np.ndarray, pat
 
 
 def ours(args: argparse.Namespace) -> Form:
-  from xmodal_jax.evaluation.coco import coco_protocol
+  from xmodal_jax.evaluation import coco as coco_lib
+  from xmodal_jax.evaluation import metrics
 
   inputs, info = coco(args.data), {}
 
   def run():
-    info["metrics"] = coco_protocol(*inputs)
+    folds = metrics.folds(inputs[0], inputs[3], coco_lib.FOLDS)
+    info["metrics"] = coco_lib.coco_protocol(*inputs)
+    info["metrics"] |= {f"coco_1k_{k}": v for k, v in folds.items()}
 
   return run, info
 

@@ -129,6 +129,11 @@ class Stream(Iterator[Batch]):
         raise self._ledger.failure
       raise StopIteration
 
+  @property
+  def bad(self) -> dict[int, str]:
+    """The bad records that were found so far, with their reasons."""
+    return dict(self._ledger.bad)
+
   def close(self) -> None:
     """Ends the stream. Its threads finish the samples they are reading and start no others."""
     self._ledger.closed = True  # first: it lets a `next` in another thread return

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from xmodal_jax.evaluation.scored import LeftOut
 from xmodal_jax.interop.local import local_copy
 from xmodal_jax.runtime import workdir as workdir_lib
 
@@ -63,9 +64,9 @@ def load_arrays(path: epath.Path) -> dict[str, np.ndarray]:
     return {k: f[k] for k in f.files}
 
 
-def save_features(path: epath.Path, images: Side, texts: Side) -> None:
-  """Writes the features of both sides into one .npz."""
-  arrays = {}
+def save_features(path: epath.Path, images: Side, texts: Side, left_out: LeftOut) -> None:
+  """Writes the features of both sides, and which records have none, into one .npz."""
+  arrays = {"left_out": np.array(json.dumps(left_out))}
   for side, (features, ids) in (("image", images), ("text", texts)):
     flat = traverse_util.flatten_dict(features, sep="/")
     arrays |= {f"{side}/features/{k}": v for k, v in flat.items()}
@@ -73,8 +74,8 @@ def save_features(path: epath.Path, images: Side, texts: Side) -> None:
   save_arrays(path, arrays)
 
 
-def load_features(path: epath.Path) -> tuple[Side, Side]:
-  """Reads (images, texts) from a file of `save_features`."""
+def load_features(path: epath.Path) -> tuple[Side, Side, LeftOut]:
+  """Reads (images, texts, left_out) from a file of `save_features`."""
   arrays = traverse_util.unflatten_dict(load_arrays(path), sep="/")
   images, texts = ((arrays[s]["features"], arrays[s]["ids"]) for s in ("image", "text"))
-  return images, texts
+  return images, texts, json.loads(str(arrays["left_out"]))

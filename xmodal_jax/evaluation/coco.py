@@ -1,4 +1,4 @@
-"""The COCO 5K test protocol: 5K and 1K recalls, Crisscrossed Captions, ECCV Caption (numpy only).
+"""The COCO 5K test protocol: recalls, Crisscrossed Captions, ECCV Caption (numpy only).
 
 `tools/benchmarks/ranks.py` times it beside the published eccv_caption package.
 """
@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.evaluation import metrics
+
+FOLDS = 5  # of COCO 1K
+
+_FILES = (
+  "cxc_image_to_caption", "cxc_caption_to_image", "eccv_image_to_caption", "eccv_caption_to_image",
+)  # fmt: skip
 
 
 class Positives(NamedTuple):
@@ -26,6 +33,20 @@ class Positives(NamedTuple):
   total: np.ndarray
   pair: np.ndarray
   item: np.ndarray
+
+
+def check_files(directory: Any) -> None:
+  """Raises ConfigError if a file of positives is missing. directory: config.eval.eccv_dir."""
+  missing = [
+    name
+    for name in _FILES
+    if not any((directory / f"{name}{suffix}").exists() for suffix in (".json", ".json.gz"))
+  ]
+  if missing:
+    raise ConfigError(
+      f"config.eval.eccv_dir: {directory} has no {missing[0]}.json or .json.gz; expected the "
+      f"folder of the eccv_caption project's id files, with {', '.join(_FILES)}"
+    )
 
 
 def read_positives(
@@ -117,15 +138,16 @@ def coco_protocol(
   caption_image: np.ndarray,
   eccv_dir: Any,
 ) -> dict[str, float]:
-  """Everything that is reported on the COCO 5K test split.
+  """The numbers of the COCO 5K test split that are of all its images.
 
-  coco_5k_*: `metrics.summarise`. coco_1k_*: `metrics.folds`. cxc_*: the same numbers with the
-  positives of Crisscrossed Captions (Parekh et al., EACL 2021); a query's rank is that of its best
-  positive. eccv_{i2t,t2i}_*: `precision_at_r` with those of ECCV Caption (Chun et al., ECCV 2022).
+  The folds of COCO 1K are not among them: with two stages they are rankings of their own, see
+  `report.report`. coco_5k_*: `metrics.summarise`. cxc_*: the same numbers with the positives of
+  Crisscrossed Captions (Parekh et al., EACL 2021); a query's rank is that of its best positive.
+  eccv_{i2t,t2i}_*: `precision_at_r` with those of ECCV Caption (Chun et al., ECCV 2022).
 
   Args:
     scores: [I, T]; read in blocks of rows, never copied or transposed as a whole.
-    image_ids: [I] COCO image ids of the rows; the 1K folds are consecutive rows.
+    image_ids: [I] COCO image ids of the rows.
     caption_ids: [T] COCO caption annotation ids of the columns.
     caption_image: int [T] row of each caption's image.
     eccv_dir: folder with {cxc,eccv}_{image_to_caption,caption_to_image}.json or .json.gz.
@@ -151,7 +173,6 @@ def coco_protocol(
   eccv_columns = scores[:, eccv_t2i.query]
   report = {
     "coco_5k": metrics.summarise_ranks(i2t, t2i),
-    "coco_1k": metrics.folds(scores, caption_image),
     "cxc": metrics.summarise_ranks(cxc_rows[cxc_i2t.query], cxc_columns[cxc_t2i.query]),
     "eccv_i2t": precision_at_r((scores[i] for i in eccv_i2t.query), eccv_i2t),
     "eccv_t2i": precision_at_r(eccv_columns.T.copy(), eccv_t2i),

@@ -12,6 +12,7 @@ are all equal, therefore has the recalls of chance and not 100; scores that are 
 Scores are compared as float32. Recalls are percentages, and medr and meanr count ranks from 1.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -220,22 +221,32 @@ def folds(scores: np.ndarray, caption_image: np.ndarray, n_folds: int = 5) -> di
 
 
 def split_folds(
-  n_images: int, caption_image: np.ndarray, n_folds: int
+  n_images: int,
+  caption_image: np.ndarray,
+  n_folds: int,
+  image_id: np.ndarray | None = None,
 ) -> list[tuple[slice, slice | np.ndarray]]:
   """Rows and columns of `n_folds` consecutive blocks of images with their own captions.
 
-  Raises ValueError if n_images is not divisible by n_folds.
+  n_images: of the whole split. image_id: int [I], ascending, the positions in the split of the rows
+  of the scores; None: all of it. An image that is not among them leaves its own fold smaller and
+  moves no other image to another fold. Raises ValueError if n_images is not divisible by n_folds,
+  or a fold has no image.
   """
   size, rest = divmod(n_images, n_folds)
   if rest or not size:
     raise ValueError(f"{n_images} images do not make {n_folds} folds of equal size")
+  image_id = np.arange(n_images) if image_id is None else image_id
+  bounds = np.searchsorted(image_id, np.arange(0, n_images + 1, size)).tolist()
   parts = []
-  for start in range(0, n_images, size):
-    ours = np.flatnonzero(caption_image // size == start // size)
+  for start, stop in itertools.pairwise(bounds):
+    ours = np.flatnonzero((caption_image >= start) & (caption_image < stop))
+    if not len(ours):
+      raise UserError(f"fold {len(parts) + 1} of {n_folds} has no image that could be read")
     # A slice is a view; captions that are not adjacent are copied.
     adjacent = ours[-1] - ours[0] + 1 == len(ours)
     columns = slice(int(ours[0]), int(ours[-1]) + 1) if adjacent else ours
-    parts.append((slice(start, start + size), columns))
+    parts.append((slice(start, stop), columns))
   return parts
 
 

@@ -220,6 +220,17 @@ def read(path: Any, captions: int, images: int) -> np.ndarray:
   return values
 
 
+def prefers_own(values: np.ndarray, captions_per_record: np.ndarray) -> bool:
+  """Whether captions are more relevant to their own image than to the next one, in the mean.
+
+  values: relevances [T, I]; a file of another split, or in another order, shows no difference.
+  """
+  captions, images = np.arange(len(values)), values.shape[1]
+  own = np.repeat(np.arange(images), captions_per_record)
+  mean = lambda image: float(values[captions, image].mean())
+  return images == 1 or mean(own) > 1.1 * mean((own + 1) % images)
+
+
 def write(path: Any, rows: Iterator[np.ndarray]) -> None:
   """Writes blocks of rows [n, I] to an epath path atomically: readers see no file or all of it."""
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from etils import epath
 
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import mix, records
+from xmodal_jax.errors import ConfigError, UserError
 from xmodal_jax.evaluation import coco, metrics, ndcg
 
 # Rows and columns of the score matrix: all of them, or those of one fold.
@@ -22,16 +23,16 @@ Summarise = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
 def check(options: Any) -> list[str]:
-  """The relevance methods of config.eval.ndcg. Raises ValueError for unknown names or protocol."""
+  """The relevance methods of config.eval.ndcg. Raises ConfigError for unknown values."""
   names = [name.strip() for name in options.ndcg.split(",")] if options.ndcg else []
   unknown = [name for name in names if name not in ndcg.METHODS]
   if unknown or len(set(names)) < len(names):
-    raise ValueError(
+    raise ConfigError(
       f"config.eval.ndcg is {options.ndcg!r}: expected a comma-separated list of different names "
       f"out of {', '.join(ndcg.METHODS)}"
     )
   if options.protocol not in ("right", "original"):
-    raise ValueError(
+    raise ConfigError(
       f'config.eval.protocol is {options.protocol!r}: expected "right" or "original"'
     )
   return names
@@ -66,6 +67,11 @@ def grades(
       path = _rouge_l_file(split, name, shape, compute)
     if path is not None:
       out[method] = ndcg.read(path, *shape)
+      if not ndcg.prefers_own(out[method], split.captions_per_record):
+        logging.warning(
+          "%s: captions are no more relevant to their own image than to the next one; is this file "
+          "of split %r, in its order?", path, name,
+        )  # fmt: skip
   return out
 
 
@@ -77,6 +83,7 @@ def report(
   *,
   is_test: bool,
   published: bool = False,
+  image_id: np.ndarray | None = None,
 ) -> dict[str, float]:
   """The metrics that config.eval asks for.
 
@@ -85,31 +92,66 @@ def report(
     graded: from `grades`.
     is_test: ECCV Caption, CxC and folds are reported on the test split only.
     published: adds published_*, the numbers as TGDT's program computes them.
+    image_id: int [I], the positions in the split of the images that were scored; None: all.
+
+  Raises:
+    UserError: NDCG or ECCV Caption of a split of which some images could not be read.
   """
   whole = rank(WHOLE)
-  wrong = [v.shape for v in graded.values() if v.shape != whole.i2t.T.shape]
-  if wrong:
-    raise ValueError(
-      f"config.eval.ndcg: relevances {wrong[0]} for {whole.i2t.T.shape} captions and images; "
-      "NDCG needs every image of the split, and some could not be read"
-    )
-  eccv = options.eccv_dir and is_test
-  summarise = functools.partial(_coco, options.eccv_dir, split) if eccv else metrics.summarise
-  dtype = options.score_dtype
-  ours, theirs = _numbers(dtype, whole, graded, published, summarise)
-  if options.folds and is_test and not eccv:
-    n_images, owner = len(whole.i2t), whole.caption_image
-    del whole  # with two stages these are two matrices
-    pairs = [
-      _numbers(dtype, rank((i, t)), {k: v[t, i] for k, v in graded.items()}, published)
-      for i, t in metrics.split_folds(n_images, owner, options.folds)
-    ]
-    our_folds, their_folds = zip(*pairs, strict=True)
-    prefix = f"folds{options.folds}_"
+  if is_test and options.eccv_dir and len(whole.i2t) < len(split):
+    raise UserError(_needs_all("eccv_dir: ECCV Caption", len(split), len(whole.i2t)))
+  if any(v.shape != whole.i2t.T.shape for v in graded.values()):
+    raise UserError(_needs_all("ndcg: NDCG", len(split), len(whole.i2t)))
+  eccv = _coco_summary(options.eccv_dir, split) if options.eccv_dir and is_test else None
+  numbers = functools.partial(_numbers, options.score_dtype, published=published)
+  ours, theirs = numbers(whole, graded, summarise=eccv or metrics.summarise)
+  owner = whole.caption_image
+  del whole  # with two stages these are two matrices
+  found: dict[int, Any] = {}  # by number of folds
+  for prefix, count in fold_counts(options).items() if is_test else ():
+    if count not in found:
+      found[count] = [
+        numbers(rank((i, t)), {k: v[t, i] for k, v in graded.items()})
+        for i, t in metrics.split_folds(len(split), owner, count, image_id)
+      ]
+    our_folds, their_folds = zip(*found[count], strict=True)
     ours |= _prefixed(prefix, metrics.average(our_folds))
     if published:
       theirs |= _prefixed(prefix, metrics.average(their_folds, published=True))
   return ours | _prefixed("published_", theirs)
+
+
+def best_of(
+  mixes: Sequence[float], report: Callable[[float], dict[str, float]], metric: str
+) -> tuple[float, dict[str, float]]:
+  """(weight, its numbers) of the weight with the best `metric`; of equal ones the first.
+
+  report: weight -> numbers. Raises ConfigError if they do not have the metric.
+  """
+  reports = {mix: report(mix) for mix in mixes}
+  known = reports[mixes[0]]
+  if metric not in known:
+    raise ConfigError(
+      f"config.eval.stage_mixes is chosen by config.eval.metric, which is {metric!r}; the second "
+      f"stage has {', '.join(known)}"
+    )
+  best = max(mixes, key=lambda mix: reports[mix][metric])
+  tried = ", ".join(f"{mix:g}: {numbers[metric]:.2f}" for mix, numbers in reports.items())
+  logging.info("stage_mix %g has the best %s (%s)", best, metric, tried)
+  return best, reports[best]
+
+
+def fold_counts(options: Any) -> dict[str, int]:
+  """Prefix of the numbers -> number of folds that they are averaged over, on the test split."""
+  folds = {f"folds{options.folds}_": options.folds} if options.folds else {}
+  return folds | ({"coco_1k_": coco.FOLDS} if options.eccv_dir else {})
+
+
+def _needs_all(what: str, images: int, scored: int) -> str:
+  return (
+    f"config.eval.{what} needs every image of the split, and {images - scored} of {images} could "
+    "not be read: mend the dataset, or leave this measure out"
+  )
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
@@ -145,11 +187,10 @@ def _numbers(
   summarise: Summarise = metrics.summarise,
 ) -> tuple[dict[str, float], dict[str, float]]:
   """(our numbers of a ranking, those of TGDT's program; the latter empty unless `published`)."""
-  if score_dtype != "float32":
-    i2t = ranked.i2t.astype(score_dtype)
-    one_stage = ranked.t2i is ranked.i2t
-    t2i = i2t if one_stage else ranked.t2i.astype(score_dtype)
-    ranked = ranked._replace(i2t=i2t, t2i=t2i)
+  # The integers of a second stage (`rerank.promote`) are no scores, and float16 would tie them.
+  if score_dtype != "float32" and ranked.shortlists is None:
+    scores = ranked.i2t.astype(score_dtype)
+    ranked = ranked._replace(i2t=scores, t2i=scores)
   ours = metrics.summarise_ranked(ranked, summarise)
   theirs = metrics.summarise_published(ranked) if published else {}
   for method, values in graded.items():
@@ -160,15 +201,16 @@ def _numbers(
   return ours, theirs
 
 
-def _coco(
-  eccv_dir: str, split: records.Split, scores: np.ndarray, caption_image: np.ndarray
-) -> dict[str, float]:
-  """`coco.coco_protocol`; the numbers of the 5K test keep their plain names."""
+def _coco_summary(eccv_dir: str, split: records.Split) -> Summarise:
+  """`coco.coco_protocol` of a split; the numbers of the 5K test keep their plain names."""
   image_ids, caption_ids = [], []
   for record in split:
     image_ids.append(record.image_id)
     caption_ids.extend(record.caption_ids)
   folder = epath.Path(eccv_dir).expanduser()
-  out = coco.coco_protocol(scores, image_ids, caption_ids, caption_image, folder)
-  plain = {k.removeprefix("coco_5k_"): v for k, v in out.items() if k.startswith("coco_5k_")}
-  return plain | {k: v for k, v in out.items() if not k.startswith("coco_5k_")}
+
+  def summarise(scores: np.ndarray, caption_image: np.ndarray) -> dict[str, float]:
+    out = coco.coco_protocol(scores, image_ids, caption_ids, caption_image, folder)
+    return {k.removeprefix("coco_5k_"): v for k, v in out.items()}
+
+  return summarise

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax.distributed import sharding as sharding_lib
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.evaluation import metrics
 from xmodal_jax.evaluation.metrics import Shortlist
 from xmodal_jax.models.base import System
@@ -25,17 +26,21 @@ _TOKENS = 8  # caption lengths are rounded up to multiples of this, to compile f
 
 
 class SecondStage(NamedTuple):
-  """Candidates: captions per image, images per caption. mix: weight of the first-stage score."""
+  """Candidates: captions per image, images per caption. mix: weight of the first-stage score.
+
+  mixes: weights of which the best on the validation split is used; (): `mix`.
+  """
 
   top_k_text: int
   top_k_image: int
   mix: float
+  mixes: tuple[float, ...] = ()
 
 
 def second_stage(options: Any, system: System) -> SecondStage | None:
   """The second stage by config.eval, None values being the system's own; None: one stage.
 
-  Raises ValueError if the system has none, or only one number of candidates is 0.
+  Raises ConfigError if the system has none, or only one number of candidates is 0.
   """
 
   def choose(option, default):
@@ -44,13 +49,19 @@ def second_stage(options: Any, system: System) -> SecondStage | None:
   top_k_text = choose(options.top_k_text, system.top_k_text)
   top_k_image = choose(options.top_k_image, system.top_k_image)
   if top_k_text == top_k_image == 0:
+    if options.stage_mixes:
+      raise ConfigError(
+        f"config.eval.stage_mixes is {tuple(options.stage_mixes)}, and there is one stage: set "
+        "it to (), or config.eval.top_k_text and top_k_image to numbers of candidates"
+      )
     return None
   if not system.second_stage or min(top_k_text, top_k_image) <= 0:
-    raise ValueError(
+    raise ConfigError(
       f"config.eval.top_k_text and top_k_image are {top_k_text} and {top_k_image}: a second stage "
       f"needs both, and {type(system).__name__} {'has' if system.second_stage else 'has none'}"
     )
-  return SecondStage(top_k_text, top_k_image, choose(options.stage_mix, system.stage_mix))
+  mix = choose(options.stage_mix, system.stage_mix)
+  return SecondStage(top_k_text, top_k_image, mix, tuple(map(float, options.stage_mixes)))
 
 
 class Bank:
@@ -317,6 +328,24 @@ def _store_scores(pending: tuple[jax.Array, np.ndarray] | None, out: np.ndarray)
     out[pair[pair >= 0]] = scores[pair >= 0]
 
 
+Lists = tuple[Shortlist, Shortlist]  # those of the images and those of the captions
+
+
+def mixed(first: np.ndarray, lists: Lists, mix: float) -> Lists:
+  """Second-stage shortlists with `mix` times the first-stage score of each candidate added.
+
+  first: first-stage scores [I, T].
+  """
+  if not mix:
+    return lists
+  add = lambda own, items, scores: scores + np.float32(mix) * np.take_along_axis(own, items, 1)
+  (captions, of_images), (images, of_captions) = lists
+  return (
+    (captions, add(first, captions, of_images)),
+    (images, add(first.T, images, of_captions)),
+  )
+
+
 def promote(first: np.ndarray, candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:
   """Scores [Q, N] that rank the candidates of each row first and the rest in first-stage order.
 
@@ -333,6 +362,9 @@ def promote(first: np.ndarray, candidates: np.ndarray, scores: np.ndarray) -> np
   np.put_along_axis(rank, order, np.arange(k)[None], 1)
   out = np.array(first, np.float32)
   lead = np.ceil(max(float(out.max()), 0.0)) + 1
+  if lead + k > 2**24:  # float32 cannot tell such integers apart: places take the scores' place
+    place = np.argsort(np.argsort(-out, axis=1, kind="stable"), axis=1)
+    out, lead = -place.astype(np.float32), 1.0
   np.put_along_axis(out, candidates, (lead + k - rank).astype(np.float32), 1)
   return out
 

@@ -12,11 +12,12 @@ from etils import epath
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import records
 from xmodal_jax.distributed import processes, sharding
-from xmodal_jax.evaluation import batching, cache, metrics, rerank, tables
+from xmodal_jax.evaluation import batching, cache, checks, metrics, rerank, tables
 from xmodal_jax.evaluation import report as report_lib
+from xmodal_jax.evaluation import scored as scored_lib
 from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.evaluation.batching import Interrupted
-from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import results, setup
 from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.runtime import workdir as workdir_lib
 
@@ -25,29 +26,57 @@ from xmodal_jax.runtime import workdir as workdir_lib
 _CACHE_SECTIONS = ("model", "text", "dtype", "precision", "data", "eval.batch_size")
 
 
-def evaluate(config: Any, workdir: str) -> dict[str, Any]:
-  """`--mode eval`: tests config.init, or the workdir's best checkpoint, and writes results.json.
+def evaluate(config: Any, workdir: str, init_given: bool = False) -> dict[str, Any]:
+  """`--mode eval`: tests a model and writes its results, see `results.write`.
 
-  Raises ValueError, DatasetError, CheckpointError, NonFiniteError.
+  The model is the workdir's best checkpoint if it has one, unless init_given, that config.init was
+  set on the command line; else config.init. Raises ConfigError, DatasetError, CheckpointError,
+  NonFiniteError, FileNotFoundError.
   """
+  folder = workdir_lib.absolute(workdir)
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)
-  inputs.check_processes("test")
-  state, source = state_lib.load_state(built, config.init or workdir)
+  keys = ["test", *(["val"] if config.eval.stage_mixes else [])]
+  checks.check_splits(config.eval, inputs, keys)
+  inputs.check_processes(*keys)
   evaluator = from_config(config, inputs, built)
-  split = inputs.split("test")
-  report_lib.grades(config.eval, split, compute=False)  # files that do not fit raise early
-  folder = epath.Path(workdir)
+  state, source = state_lib.load_state(built, state_lib.choose(config.init, folder, init_given))
   folder.mkdir(parents=True, exist_ok=True)
-  report = evaluator(state, "test", evaluator.cache_path(folder, split, source))
-  tables.log_retrieval(f"test, {source['kind']}", report)
-  return workdir_lib.write_results(
+  return test(evaluator, state, folder, source, config.data)
+
+
+def test(
+  evaluator: "Evaluator",
+  state: Any,
+  folder: epath.Path,
+  source: Mapping[str, Any],
+  data: Any,
+  *,
+  run: bool = False,
+  files: str = "",
+) -> dict[str, Any]:
+  """Evaluates the test split, logs a table, and writes and returns the results.
+
+  Args:
+    source: where the parameters of `state` come from. data: config.data.
+    run: whether `folder` is the workdir of the run that trained `state`.
+    files: digest of the parameters, if `source` does not have one.
+
+  Raises:
+    NonFiniteError, and Interrupted.
+  """
+  split = evaluator.inputs.split("test")
+  path = evaluator.cache_path(folder, split, dict(source) | ({"files": files} if files else {}))
+  report, scored = evaluator.evaluate(state, "test", path)
+  tables.log_retrieval(f"test, {state_lib.describe(source)}", report, evaluator.options.metric)
+  return results.write(
     folder,
     report,
-    protocol=protocol(config.eval, split),
-    dataset=workdir_lib.dataset_name(config.data),
+    protocol=evaluator.protocol(split, report) | scored.facts(),
+    dataset=results.dataset_name(data),
     fingerprint=split.fingerprint,
     source=source,
+    run=run,
   )
 
 
@@ -115,40 +144,86 @@ class Evaluator:
   def __call__(
     self, state: Any, split_key: str, cache_path: epath.Path | None = None
   ) -> dict[str, float]:
-    """Metrics of `state` (anything with params and stats) on config.data[split_key].
+    """The numbers of `evaluate`."""
+    return self.evaluate(state, split_key, cache_path)[0]
+
+  def evaluate(
+    self, state: Any, split_key: str, cache_path: epath.Path | None = None
+  ) -> tuple[dict[str, float], scored_lib.Scored]:
+    """Metrics of `state` (anything with params and stats) on config.data[split_key], and of what.
 
     With two stages the final numbers have the plain names and those of the first stage begin with
-    first_. cache_path: features of this state and split, read if the file exists, else written.
-    Raises NonFiniteError for NaN or infinity in embeddings or scores, and Interrupted.
+    first_; if their weights are chosen (config.eval.stage_mixes), stage_mix is the chosen one.
+    cache_path: features of this state and split, read if the file exists, else written. Raises
+    NonFiniteError for NaN or infinity in embeddings or scores, and Interrupted.
     """
     split = self.inputs.split(split_key)
-    image_bank = self.bank(self._steps(len(split)))
-    text_bank = self.bank(self._steps(int(split.captions_per_record.sum())))
-    scores, caption_image, kept = self._first_stage(state, split, image_bank, text_bank, cache_path)
-
-    def rank_first(part: report_lib.Part) -> metrics.Ranked:
-      rows, columns = part
-      block = scores[part]
-      return metrics.Ranked(block, block, caption_image[columns] - (rows.start or 0))
-
-    def rank_second(part: report_lib.Part) -> metrics.Ranked:
-      # Each fold has its own shortlists: captions of other folds are no candidates.
-      ranked = rank_first(part)
-      lists = self.second_scores(state, ranked.i2t, image_bank, text_bank, kept, part)
-      return rerank.combine(ranked, *lists)
-
+    mix = self._mix(state, split_key)  # before the banks of this split take up memory
+    banks = tuple(
+      self.bank(self._steps(n)) for n in (len(split), int(split.captions_per_record.sum()))
+    )
+    scores, scored = self._first_stage(state, split, *banks, cache_path)
     report = functools.partial(
       report_lib.report,
       self.options,
       split,
       graded=report_lib.grades(self.options, split),
       is_test=split_key == "test",
+      image_id=scored.image_id,
     )
+
+    def rank_first(part: report_lib.Part) -> metrics.Ranked:
+      rows, columns = part
+      block = scores[part]
+      return metrics.Ranked(block, block, scored.caption_image[columns] - (rows.start or 0))
+
+    def candidates(part: report_lib.Part) -> rerank.Lists:
+      # Each fold has its own shortlists: captions of other folds are no candidates.
+      return self.second_scores(state, scores[part], *banks, scored.kept, part, mix=0)
+
+    def rank_second(part: report_lib.Part, mix: float, lists: rerank.Lists | None = None):
+      ranked = rank_first(part)
+      lists = rerank.mixed(ranked.i2t, lists or candidates(part), mix)
+      return rerank.combine(ranked, *lists)
+
     published = self.options.protocol == "original"
     if self.second is None:
-      return report(rank_first, published=published)
+      return report(rank_first, published=published), scored
     first_stage = {f"first_{k}": v for k, v in report(rank_first).items()}
-    return report(rank_second, published=published) | first_stage
+    report = functools.partial(report, published=published)
+    if mix is not None:
+      numbers = report(functools.partial(rank_second, mix=mix))
+    else:  # the validation split, which has no folds
+      lists = candidates(report_lib.WHOLE)
+      mix, numbers = report_lib.best_of(
+        self.second.mixes,
+        lambda mix: report(functools.partial(rank_second, mix=mix, lists=lists)),
+        self.options.metric,
+      )
+    chosen = {"stage_mix": mix} if self.second.mixes else {}
+    return numbers | chosen | first_stage, scored
+
+  def _mix(self, state: Any, split_key: str) -> float | None:
+    """Weight of the first-stage score; None if it is chosen on this split, which is "val"."""
+    if self.second is None or not self.second.mixes:
+      return self.second and self.second.mix
+    return None if split_key == "val" else self(state, "val")["stage_mix"]
+
+  def protocol(self, split: records.Split, report: Mapping[str, float]) -> dict[str, Any]:
+    """How the numbers `report` of a split are computed, for results.json."""
+    options, second = self.options, {}
+    if self.second is not None:
+      second = dict(top_k_text=self.second.top_k_text, top_k_image=self.second.top_k_image)
+      second["stage_mix"] = report.get("stage_mix", self.second.mix)
+    return second | dict(
+      split=split.name,
+      folds=options.folds,
+      score_dtype=options.score_dtype,
+      eccv_caption=bool(options.eccv_dir),
+      ndcg=options.ndcg,
+      published=options.protocol == "original",
+      ties="lower index first",
+    )
 
   def cache_path(
     self, workdir: epath.PathLike, split: records.Split, source: Any
@@ -243,32 +318,32 @@ class Evaluator:
     texts: rerank.Bank,
     kept: np.ndarray,
     part: report_lib.Part = report_lib.WHOLE,
-  ) -> tuple[metrics.Shortlist, metrics.Shortlist]:
+    mix: float | None = None,
+  ) -> rerank.Lists:
     """Second-stage scores of the best candidates of every image and of every caption.
 
     Args:
       scores: first stage, [I, T] of `part` of the images and captions.
       images, texts: the banks that `encode` filled.
       kept: bool, which valid captions of the bank are columns of the whole score matrix.
+      mix: weight of the first-stage score; None: that of the config.
 
     Returns:
       (captions [I, k], their scores [I, k]) and (images [T, k'], their scores [T, k']).
     """
-    top_k_text, top_k_image, mix = self.second
-    captions = metrics.top(scores, top_k_text)  # [I, k]
-    candidate_images = metrics.top(scores.T, top_k_image)  # [T, k']
+    captions = metrics.top(scores, self.second.top_k_text)  # [I, k]
+    candidate_images = metrics.top(scores.T, self.second.top_k_image)  # [T, k']
     image, caption, inverse = rerank.unique_pairs(captions, candidate_images)
     image_places, text_places = images.places[part[0]], texts.places[kept][part[1]]
     out = self.reranker.scores(
       state, images, texts, image_places[image], text_places[caption], self._check_stop
     )
-    if mix:
-      out = out + np.float32(mix) * scores[image, caption]
     of_images, of_captions = np.split(out[inverse], [captions.size])
-    return (
+    lists = (
       (captions, of_images.reshape(captions.shape)),
       (candidate_images, of_captions.reshape(candidate_images.shape)),
     )
+    return rerank.mixed(scores, lists, self.second.mix if mix is None else mix)
 
   def _first_stage(
     self,
@@ -277,25 +352,28 @@ class Evaluator:
     image_bank: rerank.Bank | None,
     text_bank: rerank.Bank | None,
     cache_path: epath.Path | None,
-  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scores float32 [I, T], caption_image int [T], kept): see `positions` for the last two."""
-    if self.streams:
-      texts, text_ids = self.encode(state, "text", self.inputs.texts(split))
-      scores, image_ids = self.stream(state, self.inputs.images(split), texts)
-      caption_image, kept = positions(image_ids, text_ids)
-      return scores if kept.all() else scores[:, kept], caption_image, kept
+  ) -> tuple[np.ndarray, scored_lib.Scored]:
+    """Scores float32 [I, T], and which images and captions they are of."""
+    images = texts = None
     if cache_path and processes.visible_everywhere(cache_path):
-      images, texts = cache.load_features(cache_path)
+      (images, image_ids), (texts, text_ids), left_out = cache.load_features(cache_path)
     else:
-      images = self.encode(state, "image", self.inputs.images(split), image_bank)
-      texts = self.encode(state, "text", self.inputs.texts(split), text_bank)
+      text_batches, image_batches = self.inputs.texts(split), self.inputs.images(split)
+      if self.streams:
+        texts, text_ids = self.encode(state, "text", text_batches)
+        scores, image_ids = self.stream(state, image_batches, texts)
+      else:
+        images, image_ids = self.encode(state, "image", image_batches, image_bank)
+        texts, text_ids = self.encode(state, "text", text_batches, text_bank)
+      left_out = scored_lib.left_out(split, image_ids, text_batches.bad | image_batches.bad)
       if cache_path and jax.process_index() == 0:
-        cache.save_features(cache_path, images, texts)
-    (images, image_ids), (texts, text_ids) = images, texts
-    caption_image, kept = positions(image_ids, text_ids)
-    if not kept.all():
-      texts = jax.tree.map(lambda x: x[kept], texts)
-    return self.scores(state, images, texts), caption_image, kept
+        cache.save_features(cache_path, (images, image_ids), (texts, text_ids), left_out)
+    scored = scored_lib.match(image_ids, text_ids, left_out)
+    if self.streams:
+      return scores if scored.kept.all() else scores[:, scored.kept], scored
+    if not scored.kept.all():
+      texts = jax.tree.map(lambda x: x[scored.kept], texts)
+    return self.scores(state, images, texts), scored
 
   def _steps(self, count: int) -> int:
     """Batches of `count` rows."""
@@ -304,52 +382,6 @@ class Evaluator:
   def _check_stop(self) -> None:
     if self.stop():
       raise Interrupted
-
-
-def protocol(options: Any, split: records.Split) -> dict[str, Any]:
-  """How the numbers of a split are computed, for results.json. options: config.eval."""
-  return dict(
-    split=split.name,
-    images=len(split),
-    captions=int(split.captions_per_record.sum()),
-    folds=options.folds,
-    score_dtype=options.score_dtype,
-    eccv_caption=bool(options.eccv_dir),
-    ndcg=options.ndcg,
-    published=options.protocol == "original",
-    ties="lower index first",
-  )
-
-
-def evaluated_splits(options: Any) -> list[str]:
-  """Keys of the splits that a training run evaluates. options: config.eval."""
-  return sorted({options.select} | ({"test"} if options.test else set()))
-
-
-def check_splits(options: Any, inputs: inputs_lib.Inputs) -> None:
-  """Opens the splits of `evaluated_splits`, so that missing or unfit data raise before training.
-
-  Raises ValueError, DatasetError, and FileNotFoundError for missing relevances.
-  """
-  for key in evaluated_splits(options):
-    split = inputs.split(key)
-    if key == "test" and options.folds and len(split) % options.folds:
-      raise ValueError(
-        f"config.eval.folds is {options.folds}, but split {split.name!r} has {len(split)} images, "
-        "which do not divide into equal folds; set it to 0 for no folds"
-      )
-    report_lib.grades(options, split, compute=False)
-
-
-def positions(image_id: np.ndarray, caption_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of the score matrix that captions belong to, after unreadable images are left out.
-
-  image_id [I], ascending, and caption_image [T] are positions in the split. Returns int [T'], the
-  row of each kept caption, and bool [T], whether a caption's image was read.
-  """
-  row = np.searchsorted(image_id, caption_image)
-  kept = (row < len(image_id)) & (image_id[np.minimum(row, len(image_id) - 1)] == caption_image)
-  return row[kept], kept
 
 
 def _make_cast(dtype: Any, out_sharding: Any) -> Callable[[Any], Any]:

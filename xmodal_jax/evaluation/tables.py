@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from absl import logging
 
 
-def log_retrieval(name: str, report: Mapping[str, float]) -> None:
-  """Logs a table per stage and of the published protocol, then all other numbers on one line."""
+def log_retrieval(name: str, report: Mapping[str, float], metric: str = "rsum") -> None:
+  """Logs a table per stage and of the published protocol, then all other numbers on one line.
+
+  A second stage that lowers `metric`, config.eval.metric, is named in the table and by a warning.
+  """
   two_stages = "first_rsum" in report
   titles = {"first_": f"{name}, first stage"} if two_stages else {}
   titles[""] = f"{name}, second stage" if two_stages else name
@@ -14,8 +17,16 @@ def log_retrieval(name: str, report: Mapping[str, float]) -> None:
     titles["published_"] = f"{name}, published protocol"
   rows = [row for prefix, title in titles.items() for row in _retrieval(title, report, prefix)]
   in_tables = ("first_", *(f"{p}{key}" for p in titles for key in ("i2t_", "t2i_", "rsum")))
-  rest = [_number(k, v) for k, v in report.items() if not k.startswith(in_tables)]
+  rest = [f"{k} {_number(k, v)}" for k, v in report.items() if not k.startswith(in_tables)]
+  first, second = report.get(f"first_{metric}"), report.get(metric)
+  lower = first is not None and second is not None and second < first
+  if lower:
+    rows.append(f"the second stage lowers {metric} by {_number(metric, first - second)}")
   logging.info("%s", "\n".join(rows + (["  ".join(rest)] if rest else [])))
+  if lower:
+    text = "%s: the second stage lowers %s from %s to %s; config.eval.stage_mixes chooses the "
+    text += "weight on the validation split, and top_k_text=0 with top_k_image=0 leaves it out"
+    logging.warning(text, name, metric, _number(metric, first), _number(metric, second))
 
 
 def log_accuracy(name: str, report: Mapping[str, float]) -> None:
@@ -44,4 +55,4 @@ def _retrieval(title: str, report: Mapping[str, float], prefix: str) -> list[str
 
 
 def _number(key: str, value: float) -> str:
-  return f"{key} {value:.4f}" if "ndcg_" in key else f"{key} {value:.2f}"
+  return f"{value:.4f}" if "ndcg_" in key else f"{value:.2f}"

@@ -15,10 +15,11 @@ from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import text as text_lib
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.distributed import sharding
-from xmodal_jax.evaluation import batching, labels, retrieval, tables
+from xmodal_jax.errors import ConfigError
+from xmodal_jax.evaluation import batching, labels, retrieval, scored, tables
 from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.models.base import l2_normalize
-from xmodal_jax.runtime import setup
+from xmodal_jax.runtime import results, setup
 from xmodal_jax.runtime import workdir as workdir_lib
 
 Array = jax.Array
@@ -26,20 +27,23 @@ Array = jax.Array
 TEMPLATE = "a photo of a {}."
 
 
-def classify(config: Any, workdir: str) -> dict[str, Any]:
-  """Classifies the images of data.test with config.init, and writes results.json.
+def classify(config: Any, workdir: str, init_given: bool = False) -> dict[str, Any]:
+  """Classifies the images of data.test with a model, and writes results, see `results.write`.
 
-  Raises ValueError for a config without a model or text tower, DatasetError for data or files of
-  names and templates that do not fit, CheckpointError, NonFiniteError.
+  The model is chosen as by `retrieval.evaluate`. Raises ConfigError for a config without a model or
+  text tower, DatasetError for data or files of names and templates that do not fit,
+  CheckpointError, NonFiniteError.
   """
-  _check_model(config.init, config.model)
+  folder = workdir_lib.absolute(workdir)
+  model = state_lib.choose(config.init, folder, init_given)
+  _check_model(model, folder, config.model)
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)
   split = labels.labelled_split(inputs, "test")
   inputs.check_processes("test")
   names = class_names(config.classify.names, split.name, split.class_names)
   templates = read_templates(config.classify.templates)
-  state, source = state_lib.load_state(built, config.init)
+  state, source = state_lib.load_state(built, model)
   batches = text_batches(
     prompts(names, templates),
     inputs.tokenizer,
@@ -58,11 +62,11 @@ def classify(config: Any, workdir: str) -> dict[str, Any]:
     batch = sharding.put_batch(batch, built.batch_sharding)
     return step(state.params, state.stats, batch, texts)
 
-  found, image_id = batching.collect(classify_batch, inputs.images(split))
+  images = inputs.images(split)
+  found, image_id = batching.collect(classify_batch, images)
   labels.check_labels(split, image_id, found["label"])
   report = labels.report(found["rank"], found["label"])
-  tables.log_accuracy(f"zero-shot, test, {source['kind']}", report)
-  folder = epath.Path(workdir)
+  tables.log_accuracy(f"zero-shot, test, {state_lib.describe(source)}", report)
   folder.mkdir(parents=True, exist_ok=True)
   protocol = dict(
     task="zero-shot classification",
@@ -70,27 +74,30 @@ def classify(config: Any, workdir: str) -> dict[str, Any]:
     images=len(image_id),
     classes=len(names),
     names=config.classify.names or "the data set's",
+    shared_names=shared_names(names),
     templates=templates,
     ties="lower index first",
   )
-  return workdir_lib.write_results(
+  if left_out := scored.left_out(split, image_id, images.bad):
+    protocol["left_out"] = left_out
+  return results.write(
     folder,
     report,
     protocol=protocol,
-    dataset=workdir_lib.dataset_name(config.data),
+    dataset=results.dataset_name(config.data),
     fingerprint=split.fingerprint,
     source=source,
   )
 
 
-def _check_model(init: str, model: Any) -> None:
-  if not init:
-    raise ValueError(
+def _check_model(source: str, workdir: epath.Path, model: Any) -> None:
+  if source == str(workdir) and not (workdir / "checkpoints").exists():
+    raise ConfigError(
       "config.init is empty: set it to the model that classifies, a file, a converted directory or "
       "a training workdir"
     )
   if not model.get("text"):
-    raise ValueError("config.model has no text tower: zero-shot classification needs one")
+    raise ConfigError("config.model has no text tower: zero-shot classification needs one")
 
 
 def read_lines(path: str, key: str) -> list[str]:
@@ -117,18 +124,24 @@ def class_names(path: str, split: str, own: Sequence[str]) -> list[str]:
 
   split: its name. Raises DatasetError for another number of names than classes.
   """
-  if not path:
-    return list(own)
-  names = read_lines(path, "classify.names")
+  names = read_lines(path, "classify.names") if path else list(own)
   if len(names) != len(own):
     raise DatasetError(
       f"config.classify.names: {path} has {len(names)} names, split {split!r} {len(own)} classes; "
       "expected a line per class, in their order"
     )
-  # The published names of ImageNet have duplicates: these classes have the same texts.
-  if duplicates := sorted(name for name, n in Counter(names).items() if n > 1):
-    logging.warning("%s: classes share the names %s", path, ", ".join(duplicates))
+  if duplicates := shared_names(names):
+    logging.warning(
+      "%s: classes share the names %s: their texts are the same, so that only the first of them is "
+      "ever chosen",
+      path or f"split {split!r}", ", ".join(duplicates),
+    )  # fmt: skip
   return names
+
+
+def shared_names(names: Sequence[str]) -> list[str]:
+  """The names that several classes have, as the published names of ImageNet do."""
+  return sorted(name for name, n in Counter(names).items() if n > 1)
 
 
 def read_templates(path: str) -> list[str]:

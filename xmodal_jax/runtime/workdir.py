@@ -1,4 +1,4 @@
-"""The json files of a workdir: config.json, written when a run starts, and results.json."""
+"""config.json of a workdir, written when a run starts and compared when it is resumed."""
 
 import hashlib
 import importlib.metadata
@@ -81,20 +81,24 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def absolute(workdir: epath.PathLike) -> epath.Path:
+  """The absolute path of a workdir, which Orbax and TensorBoard need, with ~ expanded."""
+  workdir = epath.Path(workdir).expanduser()
+  return workdir if "://" in str(workdir) else workdir.resolve()
+
+
 def claim(workdir: epath.PathLike, flat_config: Mapping[str, Any]) -> epath.Path:
   """Creates the workdir and its config.json, or checks that it was made by the same config.
 
   flat_config: from `flatten`. Returns the absolute path. Raises WorkdirError, listing the keys that
   differ, or if this process does not see the config.json that process 0 wrote.
   """
-  workdir = epath.Path(workdir).expanduser()
-  # Orbax and TensorBoard take absolute paths only.
-  workdir = workdir if "://" in str(workdir) else workdir.resolve()
+  workdir = absolute(workdir)
   path = workdir / "config.json"
   if jax.process_index() == 0 and not path.exists():
     workdir.mkdir(parents=True, exist_ok=True)
     devices = dict(kind=jax.devices()[0].device_kind, count=jax.device_count())
-    content = dict(config=flat_config, versions=_versions(), devices=devices)
+    content = dict(config=flat_config, versions=versions(), devices=devices)
     metric_writers.write_json(path, content)
   processes.barrier("claim of the workdir")
   changed = difference(json.loads(_read_when_visible(path))["config"], json_like(flat_config))
@@ -126,11 +130,12 @@ def check_processes(flat_config: Mapping[str, Any], workdir: str, mode: str) -> 
   """Raises ProcessError if the processes of a run differ in their command, code or packages."""
   facts = {f"config.{k}": v for k, v in json_like(flat_config).items()}
   facts |= {"--workdir": str(workdir), "--mode": mode, "xmodal_jax sources": _source_digest()}
-  facts |= {f"{k} version": v for k, v in _versions().items()}
+  facts |= {f"{k} version": v for k, v in versions().items()}
   processes.check_equal("command, code and packages", facts)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Of this package and of those that results depend on."""
   out = {"xmodal_jax": __version__}
   for name in _PACKAGES:
     try:
@@ -151,33 +156,3 @@ def _source_digest() -> str:
 def json_like(value: Any) -> Any:
   """`value` after a round trip through json: tuples as lists, other objects as strings."""
   return json.loads(json.dumps(value, default=str))
-
-
-def dataset_name(data: Mapping[str, Any]) -> str:
-  """The dataset whose test split is evaluated, from the `data` section of a config."""
-  return str(data["eval_dir"] or data["dir"]) or data["tfds"]
-
-
-def write_results(
-  workdir: epath.Path,
-  report: Mapping[str, float],
-  *,
-  protocol: Mapping[str, Any],
-  dataset: str,
-  fingerprint: str,
-  source: Mapping[str, Any],
-) -> dict[str, Any]:
-  """Writes results.json and returns its content.
-
-  report: the numbers by name. protocol: how they were computed. dataset, fingerprint: name and
-  content hash of the evaluated split. source: where the parameters came from.
-  """
-  results = dict(
-    test=dict(report),
-    protocol=dict(protocol),
-    data=dict(name=dataset, fingerprint=fingerprint),
-    checkpoint=dict(source),
-    versions=_versions(),
-  )
-  metric_writers.write_json(workdir / "results.json", results)
-  return results

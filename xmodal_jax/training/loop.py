@@ -13,7 +13,8 @@ from etils import epath
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.distributed import processes, sharding
-from xmodal_jax.evaluation import retrieval, tables
+from xmodal_jax.evaluation import checks, retrieval, tables
+from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.optim import factory, schedules, train_state, transforms
 from xmodal_jax.runtime import flops, initial_state, logs, metric_writers, preemption, setup
 from xmodal_jax.runtime import step as step_lib
@@ -31,8 +32,8 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
   workdir = workdir_lib.claim(workdir, workdir_lib.flatten(config))
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)
-  retrieval.check_splits(config.eval, inputs)
-  inputs.check_processes("train", *retrieval.evaluated_splits(config.eval))
+  checks.check_splits(config.eval, inputs)
+  inputs.check_processes("train", *checks.evaluated_splits(config.eval))
   run = _run_length(inputs, config.batch_size, config.total)
   total = run.total_steps
   eval_every = schedules.duration_to_steps(config.eval.every, run.steps_per_epoch)
@@ -107,7 +108,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
             try:
               report = evaluator(averaged, config.eval.select)
               writer.scalars(step, "val", report)
-              tables.log_retrieval(f"step {step}", report)
+              tables.log_retrieval(f"step {step}", report, metric)
             except retrieval.Interrupted:
               interrupted = True
 
@@ -128,21 +129,13 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
       return None
     best, state = _best_state(checkpoints, transforms.averaged(state))
     source = dict(kind="checkpoint", source=str(workdir), step=best)
-    split = inputs.split("test")
+    files = state_lib.files_digest(checkpoints, best)
     try:
-      report = evaluator(state, "test", evaluator.cache_path(workdir, split, source))
+      tested = retrieval.test(evaluator, state, workdir, source, config.data, run=True, files=files)
     except retrieval.Interrupted:
       return None
-    writer.scalars(checkpoints.latest(), "test", report)
-    tables.log_retrieval(f"test, step {best}", report)
-    return workdir_lib.write_results(
-      workdir,
-      report,
-      protocol=retrieval.protocol(config.eval, split),
-      dataset=workdir_lib.dataset_name(config.data),
-      fingerprint=split.fingerprint,
-      source=source,
-    )
+    writer.scalars(checkpoints.latest(), "test", tested["test"])
+    return tested
 
 
 def _run_length(inputs: inputs_lib.Inputs, batch_size: int, total: str) -> schedules.RunLength:

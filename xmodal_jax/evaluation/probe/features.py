@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from flax import nnx
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import mix, records
 from xmodal_jax.distributed import processes, sharding
-from xmodal_jax.evaluation import batching, cache, labels, metrics
+from xmodal_jax.evaluation import batching, cache, labels, metrics, scored
 from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.interop import torch_files
 from xmodal_jax.interop.local import local_copy
@@ -36,6 +37,7 @@ class Features:
   split: records.Split | mix.Joined
   features: np.ndarray
   label: np.ndarray
+  left_out: scored.LeftOut = dataclasses.field(default_factory=list)
 
   def __len__(self) -> int:
     return len(self.label)
@@ -84,7 +86,8 @@ class Tower:
       found = self._compute(split, inputs.images(split, training=key == "train"), stop)
       if jax.process_index() == 0:
         cache.save_arrays(file, found)
-    return Features(split, found["features"], found["label"])
+    left_out = json.loads(str(found["left_out"]))
+    return Features(split, found["features"], found["label"], left_out)
 
   def _compute(self, split, batches, stop) -> dict[str, np.ndarray]:
     def step(batch):
@@ -94,7 +97,8 @@ class Tower:
     found, image_id = batching.collect(step, batches, stop)
     labels.check_labels(split, image_id, found["label"])
     metrics.check_finite(f"features of split {split.name!r}", found["features"])
-    return found
+    left_out = scored.left_out(split, image_id, batches.bad)
+    return found | {"left_out": np.array(json.dumps(left_out))}
 
 
 class SplitFeatures:

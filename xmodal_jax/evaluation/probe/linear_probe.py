@@ -25,7 +25,7 @@ from xmodal_jax.evaluation import batching, labels, tables
 from xmodal_jax.evaluation.probe import classifier, lars, regression, training
 from xmodal_jax.evaluation.probe import features as features_lib
 from xmodal_jax.optim import schedules, train_state
-from xmodal_jax.runtime import metric_writers, preemption, setup
+from xmodal_jax.runtime import metric_writers, preemption, results, setup
 from xmodal_jax.runtime import workdir as workdir_lib
 
 _KIND = "linear probe"  # the system name in the checkpoints of a probe
@@ -72,13 +72,16 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
     features=test.features.shape[1],
     ties="lower index first",
   )
-  return workdir_lib.write_results(
+  if test.left_out:
+    protocol["left_out"] = test.left_out
+  return results.write(
     workdir,
     report,
     protocol=protocol | fitted.facts,
-    dataset=workdir_lib.dataset_name(config.data),
+    dataset=results.dataset_name(config.data),
     fingerprint=inputs.split("test").fingerprint,
     source=tower.source,
+    run=True,
   )
 
 

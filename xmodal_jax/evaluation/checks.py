@@ -1,0 +1,60 @@
+"""What can be known before an evaluation: checks that raise before hours of work are lost."""
+
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from xmodal_jax.data import inputs as inputs_lib
+from xmodal_jax.data import mix, records
+from xmodal_jax.data.tfrecord import DatasetError
+from xmodal_jax.errors import ConfigError
+from xmodal_jax.evaluation import coco
+from xmodal_jax.evaluation import report as report_lib
+
+
+def evaluated_splits(options: Any) -> list[str]:
+  """Keys of the splits that a training run evaluates. options: config.eval."""
+  keys = {options.select} | ({"test"} if options.test else set())
+  return sorted(keys | ({"val"} if options.stage_mixes else set()))
+
+
+def check_splits(options: Any, inputs: inputs_lib.Inputs, keys: list[str] | None = None) -> None:
+  """Opens the splits of `keys`, by default `evaluated_splits`, and checks that they can be ranked.
+
+  Raises ConfigError, DatasetError, ValueError for files that do not fit, FileNotFoundError for
+  missing ones.
+  """
+  keys = evaluated_splits(options) if keys is None else keys
+  for key in keys:
+    split = inputs.split(key)
+    bare = np.flatnonzero(split.captions_per_record == 0)
+    if len(bare):
+      raise DatasetError(
+        f"split {split.name!r}, config.data.{key}, has {len(bare)} of {len(split)} images without "
+        f"a caption (records {bare[:5].tolist()}): retrieval needs a caption of every image; write "
+        "the dataset without them, or choose another split"
+      )
+    if key == "test":
+      _check_test(options, split)
+    report_lib.grades(options, split, compute=False)
+  mixes = options.stage_mixes and "test" in keys
+  if mixes and inputs.split("val").fingerprint == inputs.split("test").fingerprint:
+    raise ConfigError(
+      "config.eval.stage_mixes is chosen on config.data.val, which is the test split: set "
+      "config.data.val to another one, or config.eval.stage_mix to a number"
+    )
+
+
+def _check_test(options: Any, split: records.Split | mix.Joined) -> None:
+  """Folds, and the files of config.eval.eccv_dir."""
+  for prefix, folds in report_lib.fold_counts(options).items():
+    if len(split) % folds:
+      key = "folds" if prefix.startswith("folds") else "eccv_dir"
+      raise ConfigError(
+        f"config.eval.{key} asks for {folds} folds, but split {split.name!r} has {len(split)} "
+        "images, which do not divide into equal folds; set it to "
+        + ("0 for no folds" if key == "folds" else "'' if this is not the COCO 5K test split")
+      )
+  if options.eccv_dir:
+    coco.check_files(epath.Path(options.eccv_dir).expanduser())
