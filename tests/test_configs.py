@@ -134,7 +134,9 @@ def test_original_recipe(recipe):
   config.optim.schedule = "cosine"
   assert config_lib.resolve(config, {"optim.schedule": "cosine"}).optim.schedule == "cosine"
   config.recipe = "orginal"
-  with pytest.raises(ValueError, match="'orginal'; this config has default, original"):
+  with pytest.raises(
+    ValueError, match=r"'orginal': expected one of config\.recipes, default, orig"
+  ):
     config_lib.resolve(config)
 
 

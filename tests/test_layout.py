@@ -19,7 +19,7 @@ def test_imports_go_down_only():
 
 def test_the_root_holds_entry_points_only():
   names = {p.name for p in (ROOT / "xmodal_jax").glob("*.py")}
-  assert names == {"__init__.py", "main.py", "config.py", "errors.py"}
+  assert names == {"__init__.py", "main.py", "errors.py"}
 
 
 def test_no_file_changes_the_import_path():

@@ -14,6 +14,7 @@ from test_accumulate import SYSTEMS, assert_same, batch, gradients
 
 from xmodal_jax.checkpoints import restore
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.optim import schedules
 from xmodal_jax.runtime import setup
 from xmodal_jax.runtime import step as step_lib
@@ -162,9 +163,14 @@ def test_every_parameter_has_names_for_its_axes(name):
 
 
 def test_mistakes_in_a_mesh():
-  for axes in ((("data", 2), ("data", 4)), (("data", 4), ("tensor", 2))):
-    with pytest.raises(ValueError, match="expected each of"):
+  wrong = [(("data", 2), ("data", 4)), (("data", 4), ("tensor", 2)), ("data", 8), 8, None, ()]
+  wrong += [(("fsdp", 8),), (("data", 0),), (("data", -2),), (("data", 8.0),), ("data", "fsdp")]
+  wrong += [(("data", -1), ("fsdp", -1)), ((("data", 8),),), (("data", 8, 1),), "data"]
+  for axes in wrong:
+    with pytest.raises(ConfigError, match=r"^config\.mesh is .*: expected \(name, size\) pairs"):
       sharding.make_mesh(axes)
+  with pytest.raises(ConfigError, match=r"'data', 3.* does not fit 8 devices: the product"):
+    sharding.make_mesh((("data", 3),))
   mesh = sharding.make_mesh((("data", 8),))
   unnamed = nnx.state(nnx.Dict(a=nnx.Param(np.zeros((2, 2)))))
   with pytest.raises(ValueError, match=r"parameter a of shape \(2, 2\) has the axes None"):

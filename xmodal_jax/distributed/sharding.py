@@ -19,30 +19,51 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from xmodal_jax.errors import ConfigError
+
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
+
+
+MESH = (
+  f"(name, size) pairs out of {', '.join(AXES)}, each at most once, 'data' among them, sizes from "
+  "1 and at most one -1 for the remaining devices, such as (('data', -1), ('fsdp', 1))"
+)
+
+
+def is_mesh(axes: Any) -> bool:
+  """Whether `make_mesh` takes it, if there are enough devices: see MESH."""
+  pairs = list(axes) if isinstance(axes, tuple | list) else []
+  if not pairs or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
+    return False
+  names, sizes = zip(*pairs, strict=True)
+  named = all(name in AXES for name in names) and len(set(names)) == len(names)
+  whole = all(type(size) is int and (size > 0 or size == -1) for size in sizes)
+  return named and "data" in names and whole and sizes.count(-1) <= 1
 
 
 def make_mesh(
   axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """A mesh with some of the axes "data", "fsdp" and "model".
+  """A mesh with the axis "data" and perhaps "fsdp" and "model".
 
   axes: (name, size) pairs, such as (("data", -1), ("fsdp", 1), ("model", 1)); one size may be -1,
   for all remaining devices. Batches are sharded over "data" and "fsdp"; the sharding rules map
   parameters to any axis, by default "fsdp" and "model". devices: all by default.
 
-  Raises ValueError for an unknown or repeated name, and if the sizes do not fit the number of
-  devices.
+  Raises ConfigError for other axes, and if the sizes do not fit the number of devices.
   """
+  if not is_mesh(axes):
+    raise ConfigError(f"config.mesh is {axes!r}: expected {MESH}")
   names, sizes = zip(*axes, strict=True)
-  if len(set(names)) < len(names) or not set(names) <= set(AXES):
-    raise ValueError(f"config.mesh has the axes {names}; expected each of {AXES} at most once")
   count = len(devices or jax.devices())
   try:
     sizes = np.arange(count).reshape(sizes).shape
   except ValueError as e:
-    raise ValueError(f"mesh {tuple(map(tuple, axes))} does not fit {count} devices") from e
+    raise ConfigError(
+      f"config.mesh {tuple(map(tuple, axes))} does not fit {count} devices: the product of its "
+      "sizes is their number, and -1 stands for the rest"
+    ) from e
   # jax.make_mesh defaults to Explicit axes, with which `z @ z.T` over a sharded batch is an error.
   types = (jax.sharding.AxisType.Auto,) * len(names)
   return jax.make_mesh(sizes, names, axis_types=types, devices=devices)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax.distributed import sharding
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, UserError
 from xmodal_jax.interop import conversion, tables
 from xmodal_jax.models import registry
 from xmodal_jax.models.base import System
@@ -119,7 +119,7 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
     loss_chunk=config.loss_chunk,
     precision=_precision(config.precision),
   )
-  system = nnx.eval_shape(init_model)
+  system = _abstract(init_model, config.model.system)
   graphdef, params, stats = step_lib.split(system)
   shardings_of = functools.partial(
     sharding.param_shardings,
@@ -153,6 +153,17 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
     batch_sharding=batch_sharding,
     micro_shards=config.micro_shards if config.reproducible else 0,
   )
+
+
+def _abstract(init_model: Callable[[], System], name: str) -> System:
+  """The abstract model. What its constructor refuses is a fault of config.model: ConfigError."""
+  try:
+    return nnx.eval_shape(init_model)
+  except UserError:
+    raise
+  except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
+    what = str(e).splitlines()[0] if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+    raise ConfigError(f"config.model is no {name}: {what}") from e
 
 
 def _init_model(

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 
-from xmodal_jax import config as config_lib
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import order
 from xmodal_jax.distributed import sharding
@@ -64,8 +63,8 @@ def update(
 def make_schedule(options: Any, run: schedules.RunLength) -> schedules.Schedule:
   """Warm-up and half a cosine to 0. options: config.probe."""
   own = {k: options[k] for k in ("lr", "warmup", "warmup_from")}
-  default = config_lib.base().optim.to_dict()
-  optim = default | own | dict(schedule="cosine", end=0.0)
+  unused = dict(step_every="1 epochs", step_factor=1.0, milestones=())
+  optim = own | unused | dict(schedule="cosine", cycles=0.5, end=0.0)
   schedules.warn_of_unreached(optim, run, "probe")
   return schedules.make_schedule(optim, run)
 

@@ -1,5 +1,9 @@
-"""The default config: every key, with its meaning. configs/*.py only change values."""
+"""The default config: every key, with its meaning. configs/*.py only change values.
 
+What values a key may have is in `checks.py`, and `resolve` lists everything that is wrong at once.
+"""
+
+import functools
 import importlib.util
 import os
 import pathlib
@@ -12,9 +16,31 @@ import ml_collections
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from xmodal_jax.config import values
 from xmodal_jax.errors import ConfigError
 
 ConfigDict = ml_collections.ConfigDict
+
+
+class _Reader(flags.ArgumentParser):
+  """Reads an override of the command line without errors of its own, which `resolve` lists."""
+
+  def __init__(self, of: type):
+    self.of = of
+
+  def parse(self, argument: Any) -> Any:
+    return values.read(argument, self.of) if isinstance(argument, str) else argument
+
+  def flag_type(self) -> str:
+    return self.of.__name__
+
+
+for _type in (bool, int, float, str, tuple, list):
+  config_flags.register_flag_parser_for_type(_type, _Reader(_type))
+config_flags.register_flag_parser_for_type(ConfigDict, _Reader(dict))
+
+# Types are for `resolve` to check, together with everything else.
+_section = functools.partial(ConfigDict, type_safe=False)
 
 
 def base() -> ConfigDict:
@@ -24,21 +50,21 @@ def base() -> ConfigDict:
   of 0 mean never, but for the last step. Rules are lists of (regex, value) pairs over parameter
   paths; the first match wins.
   """
-  c = ConfigDict()
+  c = _section()
   c.seed = 0  # of initialisation, data order, augmentation and dropout
   c.recipe = "default"  # a key of `recipes`: a named set of changes to this config
-  c.recipes = ConfigDict({"default": ConfigDict()})  # name -> {dotted key with "/": value}
+  c.recipes = _section({"default": _section()})  # name -> {dotted key with "/": value}
   c.init = ""  # converted directory, workdir, checkpoint or PyTorch file; "": random parameters
   # Public files of single towers, for systems that define TOWERS; parameters missing from them are
   # randomly initialised. init_half: round the image tower's matrices to float16, as CLIP does.
   c.init_image, c.init_text, c.init_half = "", "", False
   # PyTorch optimizer state that belongs to config.init, to continue a published run.
   c.init_optimizer = ""
-  c.model = ConfigDict()  # a preset of the system, set by the config file
+  c.model = _section()  # a preset of the system, set by the config file
   c.dtype = "auto"  # compute dtype: bfloat16 on accelerators, float32 on CPU; or a dtype's name
   c.precision = "default"  # of float32 matmuls: default, high, highest; see docs/sharding.md
   c.mesh = (("data", -1), ("fsdp", 1), ("model", 1))
-  c.rules = ConfigDict(dict(vocab="model", heads="model", mlp="model", embed="fsdp"))
+  c.rules = _section(dict(vocab="model", heads="model", mlp="model", embed="fsdp"))
   c.min_shard = 2**16  # parameters with fewer elements are replicated
 
   c.batch_size = 256  # global
@@ -54,9 +80,9 @@ def base() -> ConfigDict:
   c.reproducible, c.micro_shards = False, 8
   c.total = "5 epochs"
   c.log_every = 20  # steps; 0: only the last
-  c.profile = ConfigDict(dict(first_step=0, steps=5))  # first_step 0: no profile
+  c.profile = _section(dict(first_step=0, steps=5))  # first_step 0: no profile
 
-  d = c.data = ConfigDict()
+  d = c.data = _section()
   # Folder of a dataset written by tools/prepare_data.py; "shapes": the embedded one. Several,
   # separated by commas, are mixed for training (see mix); eval_dir then has the val and test split.
   d.dir = ""
@@ -69,7 +95,7 @@ def base() -> ConfigDict:
   d.train, d.val, d.test = "train", "val", "test"
   d.captions = "all"  # an epoch has "all" captions, or "one" caption per image
   # The evaluation transform; size 0: that of the model. See data.image.Transform.
-  d.image = ConfigDict(dict(size=0, resize="shorter", interpolation="bicubic", rgb_first=False))
+  d.image = _section(dict(size=0, resize="shorter", interpolation="bicubic", rgb_first=False))
   d.image.exif = False  # rotate images by their EXIF orientation
   # For systems that read region features: the number of regions per image, padded; 0: pixels.
   # More regions are an error, or with truncate_regions only the first (most confident) are used.
@@ -95,7 +121,7 @@ def base() -> ConfigDict:
   d.max_pixels = 178_956_970  # width x height of an image; a larger one is a bad record
   d.threads = 0  # host threads for decoding; 0: TensorFlow chooses
 
-  t = c.text = ConfigDict()
+  t = c.text = _section()
   t.tokenizer = "clip_bpe"  # or "bert": WordPiece
   t.vocab = ""  # file; "": the packaged one
   t.max_merges = 0  # CLIP BPE: use only the first merges; 0: all
@@ -107,7 +133,7 @@ def base() -> ConfigDict:
   t.length = 77  # tokens
   t.truncate = True  # False: a longer caption is an error
 
-  o = c.optim = ConfigDict()
+  o = c.optim = _section()
   o.name = "adamw"  # or "lamb"
   # LAMB's trust ratios. "optax": per array and layer; "original": per tensor of the PyTorch model,
   # where query, key and value may be fused, and none for tensors without weight decay.
@@ -134,7 +160,7 @@ def base() -> ConfigDict:
   o.ema, o.ema_schedule = 0.0, "growing"
   o.round_to, o.round_paths = "", ()  # dtype that parameters matching the regexes are rounded to
 
-  e = c.eval = ConfigDict()
+  e = c.eval = _section()
   e.every = "1 epochs"
   e.batch_size = 256
   e.block = (1024, 5120)  # images x captions scored at a time
@@ -165,11 +191,11 @@ def base() -> ConfigDict:
   e.cache = False  # keep embeddings in the workdir; first stage only
 
   # keep: the latest checkpoints that are kept beside the best one; 0 or -1: all.
-  c.checkpoint = ConfigDict(dict(every="1000 steps", keep=2))
+  c.checkpoint = _section(dict(every="1000 steps", keep=2))
 
   # --mode linear_probe: a linear classifier on features of the frozen image tower, trained on
   # data.train and tested on data.test. The values are ZeroVL's for ImageNet.
-  p = c.probe = ConfigDict()
+  p = c.probe = _section()
   p.optim = "lars"  # or "lbfgs": logistic regression on all features, until convergence
   # False: features of unaugmented images are computed once and cached in the workdir. True: images
   # are augmented as in `data` and encoded in every epoch.
@@ -189,7 +215,7 @@ def base() -> ConfigDict:
   p.classifier = ""
 
   # --mode zeroshot_classify: classify images of data.test by the best-scoring class prompt.
-  k = c.classify = ConfigDict()
+  k = c.classify = _section()
   k.names = ""  # file with a class name per line; "": the names in the dataset
   k.templates = ""  # file with a prompt template per line, {} for the name; "": "a photo of a {}."
   k.block = 1024  # prompts that a batch of images is scored with at a time
@@ -271,32 +297,43 @@ def define_flag() -> flags.FlagHolder[ConfigDict]:
 
 
 def resolve(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-  """Returns a locked copy with config.recipes[config.recipe] applied.
+  """Returns a locked and checked copy with config.recipes[config.recipe] applied.
 
-  overrides: keys set on the command line, which take precedence over the recipe. Raises ConfigError
-  for an unknown recipe or a recipe that sets an unknown key.
+  overrides: keys set on the command line, which take precedence over the recipe, and their values.
+  Raises ConfigError, which lists everything that is wrong.
   """
+  from xmodal_jax.config import checks  # it knows the package, and config files import this module
+
   config = config.copy_and_resolve_references()
   config.lock()
-  if config.recipe not in config.recipes:
-    raise ConfigError(
-      f"config.recipe is {config.recipe!r}; this config has {', '.join(sorted(config.recipes))}"
-    )
-  for key, value in config.recipes[config.recipe].items():
-    key = key.replace("/", ".")
-    if key not in (overrides or {}):
-      _set(config, key, value)
+  overrides, default = overrides or {}, base()
+  _apply_recipe(config, overrides)
+  if found := checks.faults(config, default, overrides):
+    head = f"{len(found)} values of the config are wrong:\n  " if len(found) > 1 else ""
+    raise ConfigError(head + "\n  ".join(found))
+  _as_default_types(config, default)
   return config
 
 
-def _set(config: ConfigDict, key: str, value: Any) -> None:
-  *parents, last = key.split(".")
-  node = config
-  for name in parents:
-    if name not in node:
-      raise ConfigError(f"recipe {config.recipe!r} sets {key!r}, but there is no key {name!r}")
-    node = node[name]
-  if last not in node:
-    raise ConfigError(f"recipe {config.recipe!r} sets {key!r}, which does not exist")
-  with node.ignore_type():
-    node[last] = value
+def _apply_recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+  """Sets the values of the chosen recipe. What is wrong with it, the checks say."""
+  recipes = config.get("recipes")
+  chosen = recipes.get(str(config.get("recipe"))) if isinstance(recipes, ConfigDict) else None
+  for key, value in chosen.items() if isinstance(chosen, ConfigDict) else ():
+    key = key.replace("/", ".")
+    *parents, last = key.split(".")
+    section = config
+    for parent in parents:
+      section = section.get(parent) if isinstance(section, ConfigDict) else None
+    if key not in overrides and isinstance(section, ConfigDict) and last in section:
+      section[last] = value
+
+
+def _as_default_types(config: ConfigDict, default: ConfigDict) -> None:
+  """Whole numbers become floats where the default is one, so that 1 and 1.0 are the same config."""
+  for key, standard in default.items():
+    if isinstance(standard, ConfigDict):
+      if key not in ("model", "recipes", "rules"):
+        _as_default_types(config[key], standard)
+    elif default.get_type(key) is float and isinstance(config[key], int):
+      config[key] = float(config[key])
