@@ -204,7 +204,8 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
   assert "1 shards are missing though their statistics exist" in fails(capsys, *args)
   tar(tmp_path / "json" / "0.tar", {"7.jpg": b"", "7.json": b"[]"})
   message = fails(capsys, "img2dataset", "--val", tmp_path / "json", *out)
-  assert f"{tmp_path / 'json' / '0.tar'}: 7.json or 7.txt is not what img2dataset writes" in message
+  assert "split 'val' is empty: its sources have no image with a caption; left out: " in message
+  assert "1 json unreadable and no txt" in message
   tar(tmp_path / "none" / "0.tar", files_of("1", None, "x"))
   message = fails(capsys, "img2dataset", "--train", tmp_path / "none", *out)
   assert "split 'train' is empty: its sources have no image with a caption" in message

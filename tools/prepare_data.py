@@ -169,11 +169,13 @@ def _add_folders(commands) -> None:
 
 
 def _add_img2dataset(commands) -> None:
-  text = "the output of img2dataset: tars, folders or parquet"
+  text = "the output of img2dataset, or tars for webdataset: tars, folders or parquet"
   sub = _command(commands, "img2dataset", text)
   for split in SPLITS:
     text = f"an output folder of img2dataset for the {split} split; may be repeated"
     sub.add_argument(f"--{split}", metavar="DIR", action="append", default=[], help=text)
+  text = "each line of a .txt is a caption of its own (default: the whole file is one)"
+  sub.add_argument("--caption_lines", action="store_true", help=text)
   text = "a runner of Apache Beam, like DirectRunner or DataflowRunner (default: no Beam)"
   sub.add_argument("--beam_runner", help=text)
   text = "the runner's options, one string: --beam_options='--direct_num_workers=2 ...'"
@@ -361,15 +363,16 @@ def _write_img2dataset(args: argparse.Namespace, where: dict) -> epath.Path:
     raise builder.DatasetError("no folder is named; pass --train, --val or --test DIR")
   if args.beam_options and not args.beam_runner:
     raise builder.DatasetError("--beam_options without --beam_runner; pass that too")
+  options = {"check_images": args.check_images, "caption_lines": args.caption_lines}
   return shards.write_dataset(
     args.out,
     sources={
       split: [shard for folder in parts for shard in img2dataset.find_shards(folder)]
       for split, parts in dirs.items()
     },
-    read=functools.partial(img2dataset.read, check_images=args.check_images),
+    read=functools.partial(img2dataset.read, **options),
     description="Images and captions, written by prepare_data.py img2dataset.",
-    origin={"source": "img2dataset", "options": {**dirs, "check_images": args.check_images}},
+    origin={"source": "img2dataset", "options": {**dirs, **options}},
     beam=shards.Beam(args.beam_runner, args.beam_options) if args.beam_runner else None,
     **where,
   )

@@ -216,7 +216,13 @@ def _number(
   moves: list[tuple[epath.Path, epath.Path]] = []
   for split, paths in files.items():
     if not paths:
-      raise DatasetError(f"split {split!r} is empty: its sources have no image with a caption")
+      left_out: collections.Counter = collections.Counter()
+      for job, report in zip(jobs, reports, strict=True):
+        left_out.update(report["left_out"] if job.split == split else {})
+      raise DatasetError(
+        f"split {split!r} is empty: its sources have no image with a caption; left out: "
+        f"{', '.join(f'{n} {reason}' for reason, n in sorted(left_out.items())) or 'nothing'}"
+      )
     prefix = builder.shard_prefix(final, split)
     for i, path in enumerate(paths):
       new = folder / builder.shard_name(prefix, i, len(paths))
