@@ -35,17 +35,17 @@ class Grouper:
   """Images by file, in the order in which they are added.
 
   blank: what to do with blank captions; "error" lists them at the end. ids: whether ids of images
-  are unique in the whole source or in each split. merged: log the number of records whose image is
-  that of an earlier one.
+  are unique in the whole source or in each split. per_image: a record is of an image and not of a
+  caption, so records of the same image are worth a message.
   """
 
   def __init__(
     self,
     blank: Blank = "error",
     ids: Literal["source", "split"] = "source",
-    merged: bool = False,
+    per_image: bool = False,
   ):
-    self._blank, self._ids, self._log_merged = blank, ids, merged
+    self._blank, self._ids, self._per_image = blank, ids, per_image
     self._groups: dict[str, _Group] = {}  # by path
     self._owners: dict[tuple[str, int], _Group] = {}  # by id
     self._blanks: list[str] = []
@@ -158,10 +158,11 @@ class Grouper:
     logging.info("%d blank captions are %s:%s%s", len(self._blanks), done, named, more)
 
   def _log(self, splits: Splits) -> None:
-    for split, records in self._records.items() if self._log_merged else ():
-      merged = records - sum(group.split == split for group in self._groups.values())
-      text = "%s: %d records, %d merged into earlier ones of their image"
-      logging.info(text, split, records, merged)
+    if self._per_image:
+      for split, records in self._records.items():
+        if merged := records - sum(group.split == split for group in self._groups.values()):
+          text = "%s: %d records, %d merged into earlier ones of their image"
+          logging.info(text, split, records, merged)
     spelled: dict[str, str] = {}
     pairs = [
       (spelled[key], path)

@@ -57,7 +57,7 @@ def read_karpathy(
   number = _numbering(file, "image ids", [item.get("cocoid", item.get("imgid")) for item in items])
   sentids = [s["sentid"] for item in items for s in item["sentences"]]
   sentence_number = _numbering(file, "sentids", sentids)
-  grouper, listing, first = Grouper(blank), Listing(), 0
+  grouper, listing, first = Grouper(blank, per_image=True), Listing(), 0
   for i, item in enumerate(items):
     where, sentences = f"{file}: images[{i}]", item["sentences"]
     texts = [
@@ -118,7 +118,7 @@ def read_albef(
   first. Ids count from 0 over all splits; other keys are ignored. Raises DatasetError, naming file
   and record.
   """
-  grouper = Grouper(blank, merged=True)
+  grouper = Grouper(blank, per_image=True)
   for split, parts in files.items():
     for file, root in parts:
       for where, name, captions in _albef_records(epath.Path(file), split):

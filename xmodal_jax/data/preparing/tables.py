@@ -61,6 +61,8 @@ def rows(file: epath.Path, form: Form | None = None, known: Sequence[str] = ()) 
   kind = form.kind or _SUFFIXES[suffix]
   if kind is None or (kind != "jsonl" and form == Form()):
     kind = "token" if _TOKEN.match(text) else kind or _found_kind(text)
+    if kind in ("token", "jsonl"):
+      logging.info("%s: read as the format %s", file, kind)
   if kind == "jsonl":
     return _json_rows(file, text)
   if kind == "token":
@@ -147,11 +149,13 @@ class _Table:
     named = {d: len(self._known & {c.strip() for c in cells}) for d, cells in split.items()}
     usual = {"csv": ",", "tsv": "\t"}[kind]
     best = max(named, key=lambda d: (named[d], d == usual))
-    if named[best] >= 2:
-      return best
-    # Without a header: the delimiter that parts an image from its caption.
-    pairs = [d for d, cells in split.items() if self._known and _is_pair(cells)]
-    return pairs[0] if len(pairs) == 1 and len(split[usual]) < 2 else usual
+    if named[best] < 2:
+      # Without a header: the delimiter that parts an image from its caption.
+      pairs = [d for d, cells in split.items() if self._known and _is_pair(cells)]
+      best = pairs[0] if len(pairs) == 1 and len(split[usual]) < 2 else usual
+    if best != usual:
+      logging.info("%s: the delimiter is %r", self._file, best)
+    return best
 
   def _header(self, first: list[str]) -> tuple[bool, list[str]]:
     """(whether the first row is a header, the columns)."""

@@ -228,13 +228,20 @@ def parquet_samples(path: epath.Path, left_out: Counter, lines: bool = False) ->
       raise DatasetError(f"{path}: column {suffix!r} is {kind}, expected the bytes of images")
     text = "caption" if "caption" in names else "txt"
     wanted = [c for c in ("key", suffix, text, "status") if c in names]
+    count = 0
     for batch in file.iter_batches(batch_size=100, columns=wanted):
+      count += len(batch)
       for row in _rows(batch):
         captions, fault = captions_of(row.get(text), left_out)
         key, status = row["key"], row.get("status")
         status = status if isinstance(status, str) else None
         key = None if key is None else str(key)
         yield Sample(key, row[suffix], suffix, captions, status, fault)
+    if count != file.metadata.num_rows:  # pyarrow ends at some damages without an error
+      raise DatasetError(
+        f"{path}: damaged: of {file.metadata.num_rows} rows {count} can be read; copy the shard "
+        "again"
+      )
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
@@ -270,7 +277,9 @@ def open_parquet(path: epath.Path) -> Iterator[Any]:
   try:
     with _seekable(path) as f, parquet.ParquetFile(f) as file:
       yield file
-  except (pyarrow.ArrowException, OSError) as e:
+  except DatasetError:
+    raise
+  except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as e:
     if isinstance(e, OSError) and e.errno is not None:  # of the disk or network
       raise
     raise DatasetError(f"{path}: damaged or cut short ({e}); copy the shard again") from e
