@@ -297,8 +297,9 @@ def test_coco_of_2017(tmp_path, caplog):
   assert val[0].path == tmp_path / "val2017" / "000000000001.jpg"
   (one,) = coco.read_coco(folder / "captions_train2017.json", tmp_path).values()
   assert [p.captions for p in one] == [p.captions for p in splits["train"]]
+  (tmp_path / "val2017").rmdir()
+  coco_file(folder / "captions_train2017.json", 3)
   with pytest.raises(DatasetError, match="of split 'val' is also in split 'train'"):
-    coco_file(folder / "captions_train2017.json", 3)
     coco.read_coco(folder, tmp_path)
   with pytest.raises(
     DatasetError, match=r"no captions_\*\.json in it; expected captions_{train,val}"
