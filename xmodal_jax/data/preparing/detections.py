@@ -19,13 +19,13 @@ import base64
 import dataclasses
 import functools
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
+from xmodal_jax.data.preparing import values
 from xmodal_jax.data.preparing.annotations import AnnotatedImage
 from xmodal_jax.data.preparing.tables import rows
 from xmodal_jax.data.tfrecord import DatasetError
@@ -271,10 +271,7 @@ def read_sizes(file: epath.PathLike) -> Sizes:
   elif path.suffix == ".pkl":
     found = _unpickled(path)
   else:
-    try:
-      found = json.loads(path.read_text())
-    except ValueError as e:
-      raise DatasetError(f"{path}: not JSON ({e}); expected a .pkl, .json, .csv or .tsv") from e
+    found = values.read_json(path, "--sizes")
   by_position = isinstance(found, list)
   if not by_position and not isinstance(found, dict):
     raise DatasetError(f"{path}: a {type(found).__name__}, expected a list or dict of sizes")
@@ -282,9 +279,9 @@ def read_sizes(file: epath.PathLike) -> Sizes:
   for key, value in enumerate(found) if by_position else found.items():
     try:
       width, height = map(int, value)
-      if min(width, height) < 1:
+      if min(width, height) < 1 or [width, height] != [float(side) for side in value]:
         raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
       raise DatasetError(
         f"{path}: entry {key} is {value!r:.60}, expected a width and a height in pixels"
       ) from None

@@ -242,5 +242,5 @@ def _image_size(path: epath.Path) -> detections.Size:
   try:
     with path.open("rb") as f, Image.open(f) as image:
       return image.size
-  except OSError as e:  # also Pillow's
+  except Exception as e:  # Pillow raises errors of many types
     raise DatasetError(f"{path}: no image to take the size from ({e}); check --images") from e
