@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from xmodal_jax import config as config_lib
 from xmodal_jax.config import checks, values
 from xmodal_jax.errors import ConfigError
+from xmodal_jax.evaluation import ndcg
 from xmodal_jax.runtime import setup
 
 TEXTS = ("None", "", "abc", "5", "-1", "2.5", "nan", "1e999", "True", "()", "(1, 2)", "5,")
@@ -91,6 +92,7 @@ def test_numbers_and_tuples_have_a_rule():
       assert not checks.rule_of(key, value).fault(value), key
   known = {key for key, _, _ in leaves(config_lib.base())}
   assert set(checks.SPEC) <= known
+  assert checks.SPEC["eval.ndcg"].holds(",".join(ndcg.METHODS))
 
 
 def flag_of(*overrides):
