@@ -32,6 +32,7 @@ def clip(c):
       remat="",
       unroll=1,
       text=dict(vocab=512 + 6000 + 2, context=40, width=128, depth=2, heads=4),
+      same_image="keep",
     )
   )
   c.text.max_merges, c.text.length = 6000, 40
@@ -64,6 +65,7 @@ def zerovl(c):
       temperature=0.07,
       learn_temperature=True,
       loss=dict(name="nce"),
+      same_image="keep",
       mixup=dict(beta=0.0, block=0),
     )
   )

@@ -51,6 +51,93 @@ def test_nce_is_the_loop(groups, block, smoothing):
   np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
 
 
+IDS = np.array([0, 1, 2, 3, 4, 5, 6, 6, 4, 1, 10, 1], np.int32)  # partners of block 2: 6 and 7
+
+
+def without_same_image(i: int, partner: int | None = None) -> list[int]:
+  """The rows that are candidates of row i."""
+  return [j for j in range(B) if j in (i, partner) or IDS[j] != IDS[i]]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_nce_without_other_rows_of_the_same_image(mixed):
+  """The loss of each row over the candidates that are left; a mixup partner is left."""
+  a, b = pair()
+  mix, tau, smoothing = 0.3 if mixed else 1.0, 0.1, 0.2
+  nce = lambda a, b: contrastive.bidirectional_nce(
+    a,
+    b,
+    tau,
+    mix=mix,
+    block=2,
+    smoothing=smoothing,
+    image_id=IDS,
+    same_image="exclude",
+    mixed=mixed,
+  )
+  grads, both = jax.jit(jax.grad(lambda a, b: ((x := nce(a, b))[0][0] + x[1][0], x), has_aux=True))(
+    a, b
+  )
+  assert np.isfinite(grads).all()
+  x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  for (loss, _), s in zip(both, (x @ y.T / tau, y @ x.T / tau), strict=True):
+    total = 0.0
+    for i in range(B):
+      rows = without_same_image(i, i ^ 1 if mixed else None)
+      log_p = s[i] - np.log(np.exp(s[i, rows]).sum())
+      target = (1 - smoothing) * (mix * log_p[i] + ((1 - mix) * log_p[i ^ 1] if mixed else 0))
+      total -= target + smoothing * log_p[rows].mean()
+    np.testing.assert_allclose(loss, total / B, rtol=1e-5)
+
+
+def test_sigmoid_and_triplet_without_other_rows_of_the_same_image():
+  a, b = pair()
+  same = dict(image_id=IDS, same_image="exclude")
+  sides, score = contrastive.mask_same_image(triplet.dot, a, b, **same)
+  sigmoid, _ = contrastive.sigmoid(a, b, jnp.float32(10), jnp.float32(-3), **same)
+  hinges, _ = triplet.triplet_loss(score, *sides, 0.2, "sum")
+  s = np.asarray(a, np.float64) @ np.asarray(b, np.float64).T
+  want, hinge = 0.0, 0.0
+  for i in range(B):
+    for j in without_same_image(i):
+      want += np.log1p(np.exp((10 * s[i, j] - 3) * (-1 if i == j else 1))) / B
+      if i != j:
+        hinge += max(0.2 + s[i, j] - s[i, i], 0) + max(0.2 + s[j, i] - s[i, i], 0)
+  np.testing.assert_allclose(sigmoid, want, rtol=1e-5)
+  np.testing.assert_allclose(hinges, hinge, rtol=1e-5)
+
+
+def test_rows_of_the_same_image_are_counted():
+  count = jax.jit(contrastive.same_image_metrics)
+  assert count({"image_id": IDS})["same_image_rows"] == 7
+  assert count({"image_id": np.arange(5)})["same_image_rows"] == 0
+  assert count({"image_id": np.zeros(5, int)})["same_image_rows"] == 5
+  assert contrastive.same_image_metrics({}) == {}
+
+
+@pytest.mark.parametrize("system", [tiny.config, tiny.zerovl])
+def test_systems_leave_out_rows_of_the_same_image(system):
+  """Two captions of one image in a batch change the objective only where they are negatives."""
+  config = system("unused").model.to_dict()
+  module = clip if config["system"] == "clip" else zerovl
+  if "mixup" in config:
+    config["mixup"] = dict(beta=0.0, block=0)
+  images, texts = ({"embed": x} for x in pair())
+  losses = {}
+  for same_image in ("keep", "exclude"):
+    model = module.build(config | dict(same_image=same_image), rngs=nnx.Rngs(0))
+    for name, ids in (("some", IDS), ("none", np.arange(B))):
+      batch = {"image_id": jnp.asarray(ids)}
+      loss, metrics = model.objective(images, texts, batch, jax.random.key(0))
+      losses[same_image, name] = float(loss)
+      assert metrics["same_image_rows"] == (7 if name == "some" else 0)
+  assert losses["keep", "some"] == losses["keep", "none"]
+  assert losses["exclude", "none"] == pytest.approx(losses["keep", "none"], rel=1e-6)
+  assert losses["exclude", "some"] < losses["keep", "some"] - 1e-3
+  with pytest.raises(ValueError, match=r"model\.same_image is 'none'; there are keep, zero"):
+    module.build(config | dict(same_image="none"), rngs=nnx.Rngs(0))
+
+
 def test_collapsed_model_is_not_accurate():
   same = jnp.ones((1, B, B))
   assert contrastive.nce(same)[1]["accuracy"] == 0

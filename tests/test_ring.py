@@ -74,14 +74,20 @@ def _infonce(same_image):
 def _nce(mix=1.0, **options):
   def loss(x, how):
     tau = 1 / x["scale"]
-    both = contrastive.bidirectional_nce(x["images"], x["texts"], tau, mix=mix, ring=how, **options)
+    both = contrastive.bidirectional_nce(
+      x["images"], x["texts"], tau, mix=mix, ring=how, image_id=x["ids"], **options
+    )
     return sum(loss for loss, _ in both), [metrics for _, metrics in both]
 
   return loss
 
 
-def _sigmoid(x, how):
-  return contrastive.sigmoid(x["images"], x["texts"], x["scale"], x["bias"], how)
+def _sigmoid(same_image):
+  def loss(x, how):
+    sides = x["images"], x["texts"]
+    return contrastive.sigmoid(*sides, x["scale"], x["bias"], how, x["ids"], same_image)
+
+  return loss
 
 
 def _hinges(reduce, score=None):
@@ -94,16 +100,27 @@ def _hinges(reduce, score=None):
   return loss
 
 
+def _hinges_exclude(x, how):
+  sides, score = contrastive.mask_same_image(
+    triplet.dot, x["images"], x["texts"], x["ids"], "exclude"
+  )
+  return triplet.triplet_loss(score, *sides, 0.2, "sum", how)
+
+
 def _intra(x, how):
   return triplet.intra_modal_consistency(triplet.dot, x["images"], x["texts"], 0.3, how), {}
 
 
 LOSSES = {f"infonce_{same}": _infonce(same) for same in contrastive.SAME_IMAGE}
 LOSSES |= {
-  "sigmoid": _sigmoid,
+  "sigmoid": _sigmoid("keep"),
+  "sigmoid_exclude": _sigmoid("exclude"),
   "nce": _nce(),
   "nce_mixed": _nce(mix=0.3, block=8, smoothing=0.1),
   "nce_groups": _nce(mix=0.3, groups=4, smoothing=0.1),
+  # Rows 2 and 5 show one image and are each other's partners.
+  "nce_exclude": _nce(mix=0.3, block=8, smoothing=0.1, same_image="exclude", mixed=True),
+  "hinges_exclude": _hinges_exclude,
   "nce_still": _nce(gather_gradient=False),
   "intra": _intra,
   "hinges_local": _hinges("max", local_score),

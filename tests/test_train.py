@@ -93,6 +93,16 @@ def test_resume_on_another_mesh(tiny_data, tmp_path):
   np.testing.assert_allclose(loss(ours), loss(theirs), rtol=0, atol=1e-5)
 
 
+def test_rows_of_the_same_image_are_logged(caplog):
+  with caplog.at_level(logging.INFO):
+    loop._log_same_image([0.0, 0.0], 256)
+    assert not caplog.text
+    loop._log_same_image([19.0, 20.0], 256)
+  assert (
+    "on average over 2 logged batches, 19.5 of 256 rows show the image of another" in caplog.text
+  )
+
+
 class StopAfter:
   """Replaces Preemption: requests a stop once metrics.jsonl has `count` lines."""
 

@@ -47,6 +47,7 @@ class Programs:
     run = schedules.RunLength(1000 * config.batch_size, config.batch_size, config.total)
     self.schedule = schedules.make_schedule(config.optim, run)
     self.tx = self.built.optimizer(config.optim, self.schedule, run.steps_per_epoch)
+    self.first_steps = self.built.first_steps(config.optim, run.steps_per_epoch)
     self.shardings = self.built.state_shardings(self.tx)
     state = jax.eval_shape(lambda: step_lib.init_state(self.built.init_model, self.tx))
     self.state = jax.tree.map(_placed, state, self.shardings)
@@ -56,7 +57,7 @@ class Programs:
   def train(self) -> Any:
     # Not on a device: a key on one could not go into a program for others.
     key = jax.random.key(self.config.seed)
-    return self.built.train_step(self.tx, key, self.shardings, self.schedule)
+    return self.built.train_step(self.tx, key, self.shardings, self.schedule, self.first_steps)
 
   def _evaluation(self) -> None:
     """Encoding a batch of either side, scoring a block of all pairs, and the second stage."""

@@ -142,7 +142,8 @@ def base() -> ConfigDict:
   o.weight_decay = 0.2
   o.decay = ((r"kernel$", 1.0), (".*", 0.0))  # rules: multiples of weight_decay
   o.lr_mult = ((".*", 1.0),)  # rules: multiples of lr
-  # (regex, duration): parameters frozen for the duration; their moments start after it.
+  # (regex, duration): parameters frozen for the duration; their moments start after it. BatchNorm
+  # whose scale and bias are frozen also keeps its statistics, and normalises with them.
   o.freeze = ()
   o.grad_clip = 0.0  # global norm; 0: none
   # A warm-up may also be a share of all steps, "2.5 %". warmup_from, with steps s from 0:

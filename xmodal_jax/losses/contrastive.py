@@ -8,6 +8,10 @@ gradients blockwise, for batches whose matrix does not fit: see losses.pairwise.
     loss, metrics = infonce(images, texts, jnp.exp(logit_scale), ring=Ring(chunk=256))
 """
 
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +25,9 @@ from xmodal_jax.losses.pairwise.ring import Ring
 Scalar = Float[Array, ""]
 Metrics = dict[str, Array]
 
-SAME_IMAGE = ("keep", "zero", "exclude")
+# How a loss treats a pair of different rows that show the same image, see `infonce`: the score that
+# it has instead of its own.
+SAME_IMAGE = {"keep": None, "zero": 0.0, "exclude": -jnp.inf}
 # Initial bias of `sigmoid`: at first no pair is predicted to match (Zhai et al., 2023, section 3).
 INITIAL_BIAS = -10.0
 
@@ -46,7 +52,7 @@ def infonce(
 
   Returns (loss, {loss_i2t, loss_t2i, accuracy_i2t, accuracy_t2i}).
   """
-  same_image_logit = {"keep": None, "zero": 0.0, "exclude": -jnp.inf}[same_image]
+  same_image_logit = SAME_IMAGE[same_image]
   if ring is not None:
     return _infonce_blockwise(images, texts, scale, image_id, same_image_logit, ring)
   # Full precision: at a scale of 100 a bfloat16 product is off by several tenths.
@@ -66,6 +72,25 @@ def infonce(
   return (i2t + t2i) / 2, metrics
 
 
+def check_same_image(same_image: str) -> str:
+  """Returns model.same_image; raises ValueError if it is none of SAME_IMAGE."""
+  if same_image not in SAME_IMAGE:
+    raise ValueError(f"model.same_image is {same_image!r}; there are {', '.join(SAME_IMAGE)}")
+  return same_image
+
+
+def same_image_metrics(batch: Mapping[str, ArrayLike]) -> Metrics:
+  """{same_image_rows}: the number of rows whose image another row shows, too.
+
+  batch: {} is returned where it has no image_id.
+  """
+  if "image_id" not in batch:
+    return {}
+  ids = jnp.sort(batch["image_id"])
+  as_next = jnp.append(ids[1:] == ids[:-1], False)
+  return {"same_image_rows": (as_next | jnp.roll(as_next, 1)).sum().astype(jnp.float32)}
+
+
 def _off_diagonal_equal(image_id: Int[ArrayLike, " b"]) -> Bool[Array, "b b"]:
   """Pairs of different rows that show the same image."""
   return (image_id[:, None] == image_id) & ~jnp.eye(len(image_id), dtype=bool)
@@ -74,10 +99,7 @@ def _off_diagonal_equal(image_id: Int[ArrayLike, " b"]) -> Bool[Array, "b b"]:
 def _infonce_blockwise(images, texts, scale, image_id, same_image_logit, ring):
   def score(scale, left, right, i, j):
     logits = scale * jnp.dot(left["x"], right["x"].T, precision="highest")
-    if same_image_logit is None:
-      return logits
-    same = (left["id"][:, None] == right["id"]) & (i[:, None] != j)
-    return jnp.where(same, same_image_logit, logits)
+    return _mask_same_image(same_image_logit, None, logits, left, right, i, j)
 
   ids = {} if same_image_logit is None else {"id": image_id}
   stats = {
@@ -129,7 +151,7 @@ def nce(
   """Cross entropy of each query with the candidate on the diagonal as its target.
 
   Args:
-    logits: queries x candidates of each group, see `pair_logits`.
+    logits: queries x candidates of each group, see `pair_logits`; -inf: no candidate.
     mix: mixup weight of the target (Zhang et al., 2018); the rest goes to the candidate of the
       row's mixup partner, see `mixup_partners`.
     block: rows of a mixup block; 0: the whole group.
@@ -145,9 +167,12 @@ def nce(
   positive = jnp.diagonal(logits, axis1=-2, axis2=-1)
   partner = jnp.asarray(mixup_partners(logits.shape[-1], block))
   partner_logit = jnp.take_along_axis(logits, partner[None, :, None], axis=-1)[..., 0]
+  partner_logit = jnp.where(partner_logit > -jnp.inf, partner_logit, 0)  # excluded: not mixed
   target = mix * positive + (1 - mix) * partner_logit
   if smoothing:
-    target = (1 - smoothing) * target + smoothing * logits.mean(-1)
+    candidate = logits > -jnp.inf
+    mean = jnp.where(candidate, logits, 0).sum(-1) / candidate.sum(-1)
+    target = (1 - smoothing) * target + smoothing * mean
   # Strictly larger than all others: a collapsed model with equal scores has accuracy 0.
   correct = (logits >= positive[..., None]).sum(-1) == 1
   weights = jnp.broadcast_to(jnp.float32(weight), positive.shape)
@@ -167,39 +192,94 @@ def bidirectional_nce(
   mix: Float[ArrayLike, ""] = 1.0,
   block: int = 0,
   smoothing: float = 0.0,
+  image_id: Int[ArrayLike, " b"] | None = None,
+  same_image: str = "keep",
+  mixed: bool = False,
   ring: Ring | None = None,
 ) -> list[tuple[Scalar, Metrics]]:
   """`nce` with images as queries and texts as candidates, then with texts as queries.
 
-  gather_gradient: whether candidates get a gradient. The other arguments: see `nce` and `infonce`.
+  gather_gradient: whether candidates get a gradient. mixed: whether rows have mixup partners, which
+  remain targets if they show the same image. The other arguments: see `nce` and `infonce`.
   """
+  group_size = len(images) // groups
+  partner = _partner_of(group_size, block) if mixed else None
+  mask = functools.partial(_mask_same_image, SAME_IMAGE[same_image], partner)
+  ids = {} if same_image == "keep" else {"id": image_id}
   if ring is not None:
-    options = dict(groups=groups, gather_gradient=gather_gradient, block=block, smoothing=smoothing)
-    return _nce_blockwise(images, texts, temperature, mix, ring, **options)
+    sides = {"x": images} | ids, {"x": texts} | ids
+    options = dict(group_size=group_size, block=block, smoothing=smoothing)
+    return _nce_blockwise(
+      *sides, temperature, mix, ring, mask, gather_gradient=gather_gradient, **options
+    )
   candidates = (images, texts)
   if not gather_gradient:
     candidates = jax.lax.stop_gradient(candidates)
   pairs = (images, candidates[1]), (texts, candidates[0])
-  return [
-    nce(pair_logits(*pair, temperature, groups), mix=mix, block=block, smoothing=smoothing)
-    for pair in pairs
-  ]
+  rows = {k: x.reshape(groups, -1) for k, x in ids.items()}
+  index = jnp.arange(group_size)
+
+  def masked(logits):  # [G, N, N]
+    return jax.vmap(lambda x, side: mask(x, side, side, index, index))(logits, rows)
+
+  logits = [pair_logits(*pair, temperature, groups) for pair in pairs]
+  logits = [masked(x) if ids else x for x in logits]
+  return [nce(x, mix=mix, block=block, smoothing=smoothing) for x in logits]
 
 
-def _nce_blockwise(
-  images, texts, temperature, mix, ring, *, groups, gather_gradient, block, smoothing
-):
-  group_size = len(images) // groups
+def _partner_of(group_size: int, block: int) -> Callable[[Array], Array]:
+  """The row of the mixup partner of each row, as `mixup_partners` in every group."""
   block = block or group_size
   mixup_partners(group_size, block)  # raises ValueError if the blocks do not divide a group
-
-  def score(temperature, left, right, i, j):
-    logits = jnp.dot(left, right.T, precision="highest") / temperature
-    return jnp.where((i // group_size)[:, None] == j // group_size, logits, -jnp.inf)
 
   def partner(i):
     k = i % group_size
     return i - k + k // block * block + block - 1 - k % block
+
+  return partner
+
+
+def _mask_same_image(logit, partner, scores, left, right, i, j):
+  """The scores of rows i of left and j of right, those of other rows with the same image `logit`.
+
+  logit: one of SAME_IMAGE. left, right: dicts with `id`. partner: of a row, which is kept, or None.
+  """
+  if logit is None:
+    return scores
+  same = (left["id"][:, None] == right["id"]) & (i[:, None] != j)
+  if partner is not None:
+    same &= partner(i)[:, None] != j
+  return jnp.where(same, logit, scores)
+
+
+def mask_same_image(
+  score: Callable[[Array, Array], Array],
+  images: Float[ArrayLike, "b e"],
+  texts: Float[ArrayLike, "b e"],
+  image_id: Int[ArrayLike, " b"] | None = None,
+  same_image: str = "keep",
+) -> tuple[tuple[Any, Any], Callable[[Any, Any], Array]]:
+  """((images, texts), score) for losses such as `triplet.triplet_loss`; see `infonce`."""
+  if same_image == "keep":
+    return (images, texts), score
+  rows = {"id": image_id, "row": jnp.arange(len(images), dtype=jnp.int32)}
+
+  def masked(left, right):
+    scores, i, j = score(left["x"], right["x"]), left["row"], right["row"]
+    return _mask_same_image(SAME_IMAGE[same_image], None, scores, left, right, i, j)
+
+  return ({"x": images} | rows, {"x": texts} | rows), masked
+
+
+def _nce_blockwise(
+  images, texts, temperature, mix, ring, mask, *, group_size, gather_gradient, block, smoothing
+):
+  partner = _partner_of(group_size, block)
+
+  def score(temperature, left, right, i, j):
+    logits = jnp.dot(left["x"], right["x"].T, precision="highest") / temperature
+    logits = mask(logits, left, right, i, j)
+    return jnp.where((i // group_size)[:, None] == j // group_size, logits, -jnp.inf)
 
   def finite(logits, tile):
     return jnp.where(logits > -jnp.inf, logits, 0)
@@ -212,6 +292,7 @@ def _nce_blockwise(
   }
   if smoothing:
     stats["sum"] = statistics.Sum(finite)
+    stats["candidates"] = statistics.Sum(lambda logits, tile: jnp.float32(logits > -jnp.inf))
   sides = ring_lib.reduce(
     score,
     images,
@@ -224,9 +305,10 @@ def _nce_blockwise(
   )
 
   def loss(side):
-    target = mix * side["positive"] + (1 - mix) * side["partner"]
+    mixed = jnp.where(side["partner"] > -jnp.inf, side["partner"], 0)
+    target = mix * side["positive"] + (1 - mix) * mixed
     if smoothing:
-      target = (1 - smoothing) * target + smoothing * side["sum"] / group_size
+      target = (1 - smoothing) * target + smoothing * side["sum"] / side["candidates"]
     return (side["logsumexp"] - target).mean(), {
       "loss_unmixed": (side["logsumexp"] - side["positive"]).mean(),
       "accuracy": (side["positive"] > side["max_negative"]).mean(),
@@ -255,26 +337,33 @@ def sigmoid(
   scale: Float[ArrayLike, ""],
   bias: Float[ArrayLike, ""],
   ring: Ring | None = None,
+  image_id: Int[ArrayLike, " b"] | None = None,
+  same_image: str = "keep",
 ) -> tuple[Scalar, Metrics]:
   """Binary cross entropy of every pair, matching or not (SigLIP, Zhai et al., 2023).
 
-  images, texts: float32 with unit rows. Summed over texts, averaged over images. Returns
-  (loss, {loss_positive, loss_negative}), where the loss is the sum of the two.
+  images, texts: float32 with unit rows. image_id, same_image: see `infonce`. Summed over texts,
+  averaged over images. Returns (loss, {loss_positive, loss_negative}), where the loss is
+  the sum of the two.
   """
 
-  def score(parameters, images, texts, i=None, j=None):
+  ids = {} if same_image == "keep" else {"id": image_id}
+  sides = {"x": images} | ids, {"x": texts} | ids
+
+  def score(parameters, left, right, i, j):
     scale, bias = parameters
-    return scale * jnp.dot(images, texts.T, precision="highest") + bias
+    logits = scale * jnp.dot(left["x"], right["x"].T, precision="highest") + bias
+    return _mask_same_image(SAME_IMAGE[same_image], None, logits, left, right, i, j)
 
   if ring is None:
-    total = jax.nn.softplus(score((scale, bias), images, texts)).sum(1)
+    rows = jnp.arange(len(images))
+    total = jax.nn.softplus(score((scale, bias), *sides, rows, rows)).sum(1)
     positive = scale * (images * texts).sum(-1) + bias
   else:
     cost = statistics.Sum(lambda logits, tile: jax.nn.softplus(logits))
     rows, _ = ring_lib.reduce(
       score,
-      images,
-      texts,
+      *sides,
       ring,
       # Both as statistics of the same side: their gradients then share one buffer.
       left_stats={"total": cost, "positive": statistics.POSITIVE},

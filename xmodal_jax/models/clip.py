@@ -59,7 +59,7 @@ def preset(name: str) -> dict[str, Any]:
   # Rematerialization of the scan over layers: see layers.scan. Saving only the outputs of dense
   # layers takes a third less memory for ViT-B/32, and no more time on CPU.
   loop = {"remat": "dots_with_no_batch_dims_saveable", "unroll": 1}
-  return copy.deepcopy(PRESETS[name]) | loop | {"loss": "infonce"}
+  return copy.deepcopy(PRESETS[name]) | loop | {"loss": "infonce", "same_image": "keep"}
 
 
 # Values of model.image.kind whose name in towers.registry differs.
@@ -71,7 +71,8 @@ class CLIP(base.System):
 
   batch: image [B, S, S, 3], text_ids int [B, L]. Features: embed float32 [B, E], unit vectors.
   image: `kind` is "vit", "resnet" or another name of towers.registry. loss: "infonce", or
-  "sigmoid" (SigLIP; Zhai et al., 2023) with a learned bias. remat, unroll: see layers.scan.
+  "sigmoid" (SigLIP; Zhai et al., 2023) with a learned bias. same_image: see
+  losses.contrastive.infonce. remat, unroll: see layers.scan.
   """
 
   mean, std = MEAN, STD
@@ -86,10 +87,12 @@ class CLIP(base.System):
     remat: str = "",
     unroll: int = 1,
     loss: str = "infonce",
+    same_image: str = "keep",
     rngs: nnx.Rngs,
   ):
     if loss not in ("infonce", "sigmoid"):
       raise ValueError(f"model.loss is {loss!r}; there are infonce, sigmoid")
+    self.same_image = contrastive.check_same_image(same_image)
     kw = dict(dtype=dtype, rngs=rngs)
     kind = _KINDS.get(image["kind"], image["kind"])
     image = dict(image) | dict(kind=kind, remat=remat, unroll=unroll)
@@ -130,11 +133,14 @@ class CLIP(base.System):
 
   def objective(self, images, texts, batch, key):
     scale, embeds = jnp.exp(self.logit_scale[...]), (images["embed"], texts["embed"])
+    same = dict(image_id=batch.get("image_id"), same_image=self.same_image)
     if self.logit_bias is None:
-      loss, metrics = contrastive.infonce(*embeds, scale, ring=self.ring)
+      loss, metrics = contrastive.infonce(*embeds, scale, **same, ring=self.ring)
     else:
-      loss, metrics = contrastive.sigmoid(*embeds, scale, self.logit_bias[...], self.ring)
-    return loss, metrics | {"logit_scale": scale}
+      loss, metrics = contrastive.sigmoid(
+        *embeds, scale, self.logit_bias[...], **same, ring=self.ring
+      )
+    return loss, metrics | contrastive.same_image_metrics(batch) | {"logit_scale": scale}
 
 
 def build(config: Mapping[str, Any], *, dtype=jnp.float32, rngs: nnx.Rngs) -> CLIP:

@@ -87,10 +87,8 @@ class TEAM(base.System):
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if same_image not in contrastive.SAME_IMAGE:
-      choices = ", ".join(contrastive.SAME_IMAGE)
-      raise ValueError(f"model.same_image is {same_image!r}; there are {choices}")
-    self.same_image, self.count, self.layerwise = same_image, negatives, layerwise
+    self.same_image = contrastive.check_same_image(same_image)
+    self.count, self.layerwise = negatives, layerwise
     kw = dict(dtype=dtype, rngs=rngs)
     self.kind = image["kind"]
     tower = registry.build_image_tower(image, output_dim=embed, **kw)
@@ -215,7 +213,7 @@ class TEAM(base.System):
     each = hard_negatives.matching_loss(right, wrong, found, scale_team)  # [K]
     match = each.sum() if self.layerwise else each[-1]
     best_wrong = jnp.where(found, wrong[..., -1], -jnp.inf).max(1)
-    metrics |= {
+    metrics |= contrastive.same_image_metrics(batch) | {
       "loss_contrastive": contrast,
       "loss_matching": match,
       "accuracy_matching": (right[:, -1] > best_wrong).mean(),

@@ -61,7 +61,10 @@ def preset(name: str) -> dict[str, Any]:
     return c
   c["text"] |= dict(remat="", unroll=1, dropout=0.1, attention_dropout=0.1)
   return c | dict(
-    temperature=TEMPERATURE, loss=dict(name="nce", **LOSSES["nce"]), mixup=dict(beta=0.0, block=0)
+    temperature=TEMPERATURE,
+    loss=dict(name="nce", **LOSSES["nce"]),
+    same_image="keep",
+    mixup=dict(beta=0.0, block=0),
   )
 
 
@@ -73,6 +76,7 @@ class ZeroVL(base.System):
   mixup acts on the projections.
   image: sizes of the tower; `kind` is a name of towers.registry, by default "timm".
   loss: a name of LOSSES with its options. learn_temperature: a parameter, clipped to BOUNDS.
+  same_image: see losses.contrastive.infonce; mixup partners remain targets.
   mixup: beta 0: none. Else each step mixes either the images or the texts of all pairs with those
   of their partners (losses.contrastive.mixup_partners), with a weight drawn from Beta(beta, beta).
   Without `text` and with `classes`: an image tower and a linear classifier of its features.
@@ -90,6 +94,7 @@ class ZeroVL(base.System):
     temperature: float = TEMPERATURE,
     learn_temperature: bool = False,
     loss: Mapping[str, Any] | None = None,
+    same_image: str = "keep",
     mixup: Mapping[str, Any] | None = None,
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -106,6 +111,7 @@ class ZeroVL(base.System):
     head = layers.linear(width, classes, ("embed", None), rngs=rngs) if classes else None
     self.classifier = nnx.data(head)
     self.loss_name, self.options = _loss_options(loss or {"name": "nce"})
+    self.same_image = contrastive.check_same_image(same_image)
     mixup = mixup or dict(beta=0.0, block=0)
     self.beta, self.block = mixup["beta"], mixup["block"]
     if self.beta and self.loss_name != "nce":
@@ -182,18 +188,32 @@ class ZeroVL(base.System):
   def objective(self, images, texts, batch, key):
     del key
     image, text, mix = self.mixed(images, texts, batch)
-    tau, options = self.tau(), dict(self.options)
+    tau, count = self.tau(), contrastive.same_image_metrics(batch)
+    same = dict(image_id=batch.get("image_id"), same_image=self.same_image)
     if self.loss_name == "sigmoid":
-      loss, metrics = contrastive.sigmoid(image, text, 1 / tau, self.logit_bias[...], self.ring)
-      return loss, metrics | {"temperature": tau}
+      loss, metrics = contrastive.sigmoid(
+        image, text, 1 / tau, self.logit_bias[...], **same, ring=self.ring
+      )
+      return loss, metrics | count | {"temperature": tau}
     if self.loss_name == "triplet":
-      loss, _ = triplet.triplet_loss(triplet.dot, image, text, **options, ring=self.ring)
-      return loss, {"temperature": tau}
-    return self._nce(image, text, tau, mix, options)
+      sides, dot = contrastive.mask_same_image(triplet.dot, image, text, **same)
+      loss, _ = triplet.triplet_loss(dot, *sides, **dict(self.options), ring=self.ring)
+      return loss, count | {"temperature": tau}
+    loss, metrics = self._nce(image, text, tau, mix, same)
+    return loss, metrics | count
 
-  def _nce(self, image, text, tau, mix, options):
+  def _nce(self, image, text, tau, mix, same):
+    options = dict(self.options)
     (i2t, i2t_metrics), (t2i, t2i_metrics) = contrastive.bidirectional_nce(
-      image, text, tau, mix=mix, block=self.block, **options, ring=self.ring
+      image,
+      text,
+      tau,
+      mix=mix,
+      mixed=bool(self.beta),
+      block=self.block,
+      **options,
+      **same,
+      ring=self.ring,
     )
     metrics = {
       "loss_i2t": i2t,

@@ -40,6 +40,18 @@ def per_param(what: str, rules: Sequence[tuple[str, float]], params: Any) -> Any
   )
 
 
+def first_steps(config: Mapping[str, Any], params: Any, steps_per_epoch: int) -> Any:
+  """Nested dict like `params` with the first step that trains each one, by config.optim.freeze.
+
+  config: the `optim` section. None if nothing is frozen.
+  """
+  if not config["freeze"]:
+    return None
+  to_steps = schedules.duration_to_steps
+  rules = [(pattern, to_steps(d, steps_per_epoch)) for pattern, d in config["freeze"]]
+  return jax.tree.map(int, per_param("optim.freeze", [*rules, (".*", 0)], params))
+
+
 Tensors = Sequence[tuple[Sequence[str], bool]]
 
 
@@ -90,11 +102,8 @@ def make_optimizer(
   decay = per_param("optim.decay", config["decay"], params)
   decay = jax.tree.map(lambda m: m * config["weight_decay"], decay)
   adam, chain, frozen = (config["b1"], config["b2"], config["eps"]), [], []
-  if config["freeze"]:
-    rules_of = [
-      (p, schedules.duration_to_steps(d, steps_per_epoch)) for p, d in config["freeze"]
-    ] + [(".*", 0)]
-    starts = jax.tree.map(int, per_param("optim.freeze", rules_of, params))
+  starts = first_steps(config, params, steps_per_epoch)
+  if starts is not None:
     chain.append(transforms.hold(starts))  # excluded from the global norm
     frozen = [transforms.hold(starts)]  # and from the weight decay
   if config["grad_clip"]:
@@ -112,9 +121,9 @@ def make_optimizer(
     optax.scale_by_learning_rate(schedule),
   ]
   if config["bounds"]:
-    chain.append(transforms.bound(config["bounds"]))
+    chain.append(transforms.bound(config["bounds"], starts))
   if config["round_to"]:
-    chain.append(transforms.round_trip(config["round_to"], config["round_paths"]))
+    chain.append(transforms.round_trip(config["round_to"], config["round_paths"], starts))
   if config["ema"]:
     chain.append(transforms.average(config["ema"], config["ema_schedule"], stats))
   return optax.chain(*chain)

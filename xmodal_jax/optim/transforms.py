@@ -168,21 +168,41 @@ def hold(starts: Any) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def adjust(fn: Callable[[str, jax.Array], jax.Array]) -> optax.GradientTransformation:
-  """Replaces the updated parameter p + u by fn(path, p + u); at the end of a chain."""
+def adjust(
+  fn: Callable[[str, jax.Array], jax.Array], starts: Any = None
+) -> optax.GradientTransformationExtraArgs:
+  """Replaces the updated parameter p + u by fn(path, p + u); at the end of a chain.
 
-  def one(path, u, p):
-    new = p + u
-    to = fn(path_of(path), new)
-    return u if to is new else to - p
+  starts: see `scale_by_adam_from`. Before its start a parameter stays as it is; needs
+  `update(updates, state, params, step=step)`.
+  """
 
-  return optax.stateless(lambda u, p: jax.tree_util.tree_map_with_path(one, u, p))
+  def update(updates, state, params=None, *, step=None, **extra_args):
+    del extra_args
+    if starts is not None and step is None:
+      raise ValueError("parameters are frozen: call update(updates, state, params, step=step)")
+
+    def one(path, u, p, start):
+      new = p + u
+      to = fn(path_of(path), new)
+      if to is new:
+        return u
+      return jnp.where(step >= start, to - p, u) if start else to - p
+
+    begin = starts if starts is not None else jax.tree.map(lambda _: 0, updates)
+    return jax.tree_util.tree_map_with_path(one, updates, params, begin), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def bound(bounds: Sequence[tuple[str, float, float]]) -> optax.GradientTransformation:
+def bound(
+  bounds: Sequence[tuple[str, float, float]], starts: Any = None
+) -> optax.GradientTransformationExtraArgs:
   """Clips updated parameters to [low, high]. bounds: (regex for the path, low, high).
 
-  bound([("^logit_scale$", 0.0, 4.6052)])
+  starts: see `adjust`.
+
+    bound([("^logit_scale$", 0.0, 4.6052)])
   """
 
   def fn(path, x):
@@ -191,20 +211,22 @@ def bound(bounds: Sequence[tuple[str, float, float]]) -> optax.GradientTransform
         return jnp.clip(x, low, high)
     return x
 
-  return adjust(fn)
+  return adjust(fn, starts)
 
 
-def round_trip(dtype: str, patterns: Sequence[str]) -> optax.GradientTransformation:
+def round_trip(
+  dtype: str, patterns: Sequence[str], starts: Any = None
+) -> optax.GradientTransformationExtraArgs:
   """Rounds updated parameters to `dtype`, as if they had no float32 master copy.
 
-  patterns: regular expressions for the paths.
+  patterns: regular expressions for the paths. starts: see `adjust`.
   """
   regex = re.compile("|".join(patterns))
 
   def fn(path, x):
     return x.astype(dtype).astype(x.dtype) if regex.search(path) else x
 
-  return adjust(fn)
+  return adjust(fn, starts)
 
 
 class AverageState(NamedTuple):

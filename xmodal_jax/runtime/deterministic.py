@@ -90,7 +90,7 @@ def make_train_step(
 
   Dropout draws a key per micro-shard, so its masks differ from those of the plain step.
   """
-  mesh = batch_sharding.mesh
+  mesh, tx = batch_sharding.mesh, optax.with_extra_args_support(tx)
   axes = tuple(a for a in sharding.BATCH_AXES if a in mesh.shape)
   model = functools.partial(_merge_model, graphdef, _one_device_sharding(mesh))
   local_step = functools.partial(
@@ -227,7 +227,7 @@ def _update(tx, schedule, state, grads, loss, metrics, times: Array):
     del i
     params, opt_state, _ = carry
     grads, loss, step, metrics = jax.tree.map(jnp.add, *rest[:2]), *rest[2:]
-    updates, opt_state = tx.update(grads, opt_state, params)
+    updates, opt_state = tx.update(grads, opt_state, params, step=step)
     metrics = {
       "loss": loss,
       "grad_norm": optax.tree_utils.tree_norm(grads),

@@ -70,6 +70,10 @@ class Built:
     stats = nnx.to_pure_dict(self.stats)
     return factory.make_optimizer(optim, schedule, params, tensors, steps_per_epoch, stats)
 
+  def first_steps(self, optim: Mapping[str, Any], steps_per_epoch: int = 0) -> Any:
+    """See `factory.first_steps`."""
+    return factory.first_steps(optim, nnx.to_pure_dict(self.params), steps_per_epoch)
+
   def state_shardings(self, tx: optax.GradientTransformation) -> train_state.TrainState:
     """Shardings of a whole TrainState; moments are sharded like their parameters."""
     params = nnx.to_pure_dict(self.params)
@@ -82,11 +86,15 @@ class Built:
     rng: jax.Array,
     shardings: train_state.TrainState,
     schedule: schedules.Schedule,
+    first_steps: Any = None,
   ) -> step_lib.TrainStep:
-    """The jitted (state, batch) -> (state, metrics), reproducible if config.reproducible is set."""
+    """The jitted (state, batch) -> (state, metrics), reproducible if config.reproducible is set.
+
+    first_steps: of the parameters, for a model with BatchNorm; see `first_steps`.
+    """
     args = self.graphdef, tx, rng, shardings, schedule
     if not self.micro_shards:
-      return step_lib.make_train_step(*args)
+      return step_lib.make_train_step(*args, first_steps)
     return deterministic.make_train_step(*args, self.batch_sharding, self.micro_shards)
 
 

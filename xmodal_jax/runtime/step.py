@@ -1,5 +1,7 @@
 """The jitted steps of training and evaluation, the same for every system."""
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,9 +76,11 @@ def make_train_step(
   rng: Array,
   shardings: TrainState,
   schedule: Callable[[Array], Array],
+  first_steps: Any = None,
 ) -> TrainStep:
   """The jitted train step: loss over the global batch, gradient, update. The state is donated.
 
+  first_steps: see `optim.factory.first_steps`; BatchNorm is frozen with its parameters.
   rng: the run's key. The key of a step is folded from it and `state.step` alone, so a resumed run
   draws the same keys. Metrics are float32 scalars: loss, grad_norm, lr, and the system's own.
   """
@@ -88,11 +92,15 @@ def make_train_step(
 
     def loss_fn(params):
       model = nnx.merge(graphdef, params, state.stats)
+      if first_steps is not None:
+        _hold_statistics(model, first_steps, state.step)
       loss, metrics = model.loss(batch, key)
       return loss, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     (loss, (aux, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, stats=stats)
+    updates, opt_state = tx.update(
+      grads, state.opt_state, state.params, stats=stats, step=state.step
+    )
     params = optax.apply_updates(state.params, updates)
     metrics = {
       "loss": loss,
@@ -103,6 +111,15 @@ def make_train_step(
     return TrainState(state.step + 1, params, stats, opt_state), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _hold_statistics(model: nnx.Module, first_steps: Any, step: Array) -> None:
+  """Makes BatchNorm whose scale and bias are frozen at `step` compute as in evaluation."""
+  for path, module in nnx.iter_modules(model):
+    if hasattr(module, "held"):
+      first = max(jax.tree.leaves(functools.reduce(operator.getitem, path, first_steps)))
+      layers = module.mean.shape[:-1]  # of a stack
+      module.held = nnx.data(jnp.broadcast_to(step < first, layers))
 
 
 def make_embed_step(

@@ -65,10 +65,11 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
     writer.jsonl.resume(start, drop="val" if pending else None)
     evaluator = retrieval.from_config(config, inputs, built, stop)
     rng = jax.jit(jax.random.key, static_argnums=0, out_shardings=built.replicated)(config.seed)
-    train_step = built.train_step(tx, rng, shardings, schedule)
+    frozen = built.first_steps(config.optim, run.steps_per_epoch)
+    train_step = built.train_step(tx, rng, shardings, schedule, frozen)
     profile = _profiler(workdir, config.profile.first_step, config.profile.steps)
     throughput = _Throughput(config)
-    clock, last_finite, stopped = logs.Clock(), start, False
+    clock, last_finite, stopped, repeated = logs.Clock(), start, False, []
 
     with contextlib.closing(_host_batches(inputs, start)) as host_batches:
       # A run whose last evaluation was interrupted begins with it, before the first train step.
@@ -100,6 +101,10 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
             loss = float(metrics["loss"])
             line = logs.progress_line(step, total, loss, run.batch_size, seconds, **used)
             logging.info("%s", line)
+            if "same_image_rows" in metrics:
+              repeated.append(float(metrics["same_image_rows"]))
+              if len(repeated) == 1:
+                _log_same_image(repeated, run.batch_size)
 
         with clock.paused():
           # Evaluate.
@@ -119,6 +124,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
         if stopped:
           break
 
+    _log_same_image(repeated, run.batch_size)
     checkpoints.wait()
     if stopped:
       logging.info("asked to stop: saved at step %d", checkpoints.latest())
@@ -152,6 +158,18 @@ def _host_batches(inputs: inputs_lib.Inputs, start: int) -> Iterator[Mapping[str
   """This process's rows of the batches after step `start`; reads nothing before the first."""
   with contextlib.closing(inputs.train(start)) as batches:
     yield from batches
+
+
+def _log_same_image(rows: list[float], batch_size: int) -> None:
+  """rows: of each logged batch, those that show the image of another row."""
+  if any(rows):
+    logging.info(
+      "on average over %d logged batches, %.1f of %d rows show the image of another row; "
+      "config.model.same_image says how the loss treats such pairs",
+      len(rows),
+      np.mean(rows),
+      batch_size,
+    )
 
 
 def _is_due(step: int, every: int, total: int) -> bool:

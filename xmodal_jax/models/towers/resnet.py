@@ -17,7 +17,11 @@ from xmodal_jax.models.towers.base import ImageTower
 
 class BatchNorm(nnx.Module):
   """torch's BatchNorm over [B, H, W, C]: normalises with the biased variance of the batch, and
-  keeps the unbiased one in the running statistics. The batch is global on any number of devices."""
+  keeps the unbiased one in the running statistics. The batch is global on any number of devices.
+
+  held: bool [], or [layers] in a stack, set while training: where True, it normalises with the
+  running statistics and keeps them, as in evaluation. None: nowhere.
+  """
 
   def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1, gamma: float = 1.0):
     self.eps, self.momentum = eps, momentum
@@ -25,14 +29,20 @@ class BatchNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(dim), axes=("embed",))
     self.mean = nnx.BatchStat(jnp.zeros(dim), axes=("embed",))
     self.var = nnx.BatchStat(jnp.ones(dim), axes=("embed",))
+    self.held = nnx.data(None)
 
   def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
     y = x.astype(jnp.float32)
     if train:
       mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
       n = y.size // y.shape[-1]
-      self.mean[...] = self._moved(self.mean[...], mean)
-      self.var[...] = self._moved(self.var[...], var * (n / (n - 1)))
+      moved_mean = self._moved(self.mean[...], mean)
+      moved_var = self._moved(self.var[...], var * (n / (n - 1)))
+      if self.held is not None:
+        held = functools.partial(jnp.where, self.held)
+        mean, var = held(self.mean[...], mean), held(self.var[...], var)
+        moved_mean, moved_var = held(mean, moved_mean), held(var, moved_var)
+      self.mean[...], self.var[...] = moved_mean, moved_var
     else:
       mean, var = self.mean[...], self.var[...]
     y = (y - mean) * (jax.lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
