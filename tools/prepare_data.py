@@ -26,14 +26,21 @@ The dataset is written to DATA_DIR/NAME/VERSION; give DATA_DIR/NAME as config.da
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import functools
 import logging
 import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
+from xmodal_jax.data import image
 from xmodal_jax.data.preparing import (
   annotations,
   builder,
@@ -42,6 +49,8 @@ from xmodal_jax.data.preparing import (
   folders,
   img2dataset,
   pairs,
+  pictures,
+  publish,
   regions,
   shapes,
   shards,
@@ -83,12 +92,20 @@ def _command(
   sub.add_argument("--version", default=version, help="(default: %(default)s)")
   sub.add_argument("--overwrite", action="store_true", help="replace the dataset if it exists")
   if check_images:
-    broken = "left out and counted" if name == "img2dataset" else "an error"
-    text = f"decode each image; one that does not decode is {broken}"
-    sub.add_argument("--check_images", action="store_true", help=text)
+    _add_check(sub, ["leave_out"] if name == "img2dataset" else ["error", "leave_out"])
   if check_images and name != "img2dataset":
     sub.add_argument("--max_missing", type=int, default=0, help=_MISSING)
   return sub
+
+
+def _add_check(sub: argparse.ArgumentParser, choices: list[str]) -> None:
+  """choices: what becomes of images that do not decode; the first without a value."""
+  text = f"decode each image; one that does not decode is: {' or '.join(choices)} (counted by "
+  text += "reason). Without a value: %(const)s"
+  sub.add_argument("--check_images", nargs="?", const=choices[0], choices=choices, help=text)
+  text = "width x height of an image that --check_images accepts; training and evaluation accept "
+  text += "config.data.max_pixels (default of both: %(default)s)"
+  sub.add_argument("--max_pixels", type=int, default=image.MAX_PIXELS, metavar="N", help=text)
 
 
 def _add_annotations(
@@ -221,7 +238,7 @@ def _write(args: argparse.Namespace) -> epath.Path | None:
     return None
   if not args.out:
     raise builder.DatasetError("no --out; name the folder of datasets, or pass --check")
-  builder.check_absent(args.out, args.name, args.version, args.overwrite)
+  publish.make_way(args.out, args.name, args.version, args.overwrite)
   where = {"name": args.name, "version": args.version, "overwrite": args.overwrite}
   if args.source == "regions":
     return _write_regions(args, where)
@@ -293,9 +310,23 @@ _READERS = {
 }
 
 
+def _checked(
+  splits: annotations.Splits, args: argparse.Namespace
+) -> tuple[annotations.Splits, pictures.LeftOut]:
+  """The splits without images that may be left out, and how many of each these are."""
+  found = annotations.check_images(splits, args.max_missing)
+  missing = {name: len(split) - len(found[name]) for name, split in splits.items()}
+  left_out = {name: collections.Counter(missing=n) for name, n in missing.items() if n}
+  if args.check_images:
+    leave_out = args.check_images == "leave_out"
+    found, broken = pictures.check(found, max_pixels=args.max_pixels, leave_out=leave_out)
+    left_out = {name: left_out.get(name, collections.Counter()) + broken[name] for name in broken}
+  return found, left_out
+
+
 def _write_images(args: argparse.Namespace, where: dict) -> epath.Path:
   splits, options, sha256, class_names = _READERS[args.source](args)
-  splits = annotations.check_images(splits, args.check_images, args.max_missing)
+  splits, left_out = _checked(splits, args)
   return builder.write_dataset(
     args.out,
     splits={name: annotations.examples(split) for name, split in splits.items()},
@@ -307,6 +338,8 @@ def _write_images(args: argparse.Namespace, where: dict) -> epath.Path:
       "sha256": sha256,
     },
     class_names=class_names,
+    totals={name: len(split) for name, split in splits.items()},
+    left_out=left_out,
     **where,
   )
 
@@ -351,6 +384,7 @@ def _write_regions(args: argparse.Namespace, where: dict) -> epath.Path:
     region_dim=joined.region_dim,
     region_dtype=args.dtype,
     images=False,
+    totals=joined.report.images,
     **where,
   )
   logging.info("%s", joined.report)
@@ -363,7 +397,8 @@ def _write_img2dataset(args: argparse.Namespace, where: dict) -> epath.Path:
     raise builder.DatasetError("no folder is named; pass --train, --val or --test DIR")
   if args.beam_options and not args.beam_runner:
     raise builder.DatasetError("--beam_options without --beam_runner; pass that too")
-  options = {"check_images": args.check_images, "caption_lines": args.caption_lines}
+  names = ("caption_lines", "max_pixels")
+  options = {"check_images": bool(args.check_images), **{k: getattr(args, k) for k in names}}
   return shards.write_dataset(
     args.out,
     sources={
@@ -378,6 +413,26 @@ def _write_img2dataset(args: argparse.Namespace, where: dict) -> epath.Path:
   )
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+  """SIGTERM and SIGHUP raise SystemExit: what is half written is removed, as after errors."""
+
+  def end(number: int, frame: object) -> None:
+    name = signal.Signals(number).name
+    print(f"prepare_data.py: ended by {name}; the dataset was not written", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
 @cli.program
 def main(argv: list[str] | None = None) -> None:
   """Runs one command line."""
@@ -385,7 +440,8 @@ def main(argv: list[str] | None = None) -> None:
   logging.basicConfig(level=logging.INFO, format="%(message)s")
   # At INFO, Beam logs every worker's start and end.
   logging.getLogger("apache_beam").setLevel(logging.WARNING)
-  path = _write(args)
+  with _ended_by_signals():
+    path = _write(args)
   if path:
     print(path)
 

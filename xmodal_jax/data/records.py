@@ -19,6 +19,7 @@ import numpy.typing as npt
 from etils import epath
 
 from xmodal_jax.data import tfrecord
+from xmodal_jax.data.progress import Progress
 from xmodal_jax.data.tfrecord import DatasetError
 
 _KEPT_FDS = 512  # open files of all splits of the process; further shards are opened per read
@@ -214,8 +215,12 @@ class Split:
     self._region_dtype = np.dtype(region_dtype).newbyteorder("<")
     self.class_names: tuple[str, ...] = tuple(class_names)
     shards = [(epath.Path(path), n) for part in parts for path, n in part]
-    load = lambda shard: tfrecord.load_index(*shard, count_captions)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote indices load in parallel
+    what = f"indexing split {name!r}"
+    with (
+      Progress(what, "records", sum(n for _, n in shards), last=False) as progress,
+      concurrent.futures.ThreadPoolExecutor(16) as pool,  # remote indices load in parallel
+    ):
+      load = lambda shard: tfrecord.load_index(*shard, count_captions, progress)
       self._indices = list(pool.map(load, shards))
     self._paths = [path for path, _ in shards]
     self._part_sizes = [len(part) for part in parts]

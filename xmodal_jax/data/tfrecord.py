@@ -34,6 +34,7 @@ import google_crc32c
 import numpy as np
 from etils import epath
 
+from xmodal_jax.data.progress import Progress
 from xmodal_jax.errors import UserError
 
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
@@ -137,7 +138,9 @@ def unframe(data: bytes, length: int, crc: int) -> bytes:
   return payload
 
 
-def index_shard(path: epath.PathLike, count: CountCaptions) -> ShardIndex:
+def index_shard(
+  path: epath.PathLike, count: CountCaptions, progress: Progress | None = None
+) -> ShardIndex:
   """Makes the index of a shard by reading all of its records. Raises DatasetError if damaged."""
   path, index = epath.Path(path), IndexBuilder()
   size = path.stat().length
@@ -159,6 +162,8 @@ def index_shard(path: epath.PathLike, count: CountCaptions) -> ShardIndex:
         logging.warning("%s does not parse: %s", where, e)
         captions, positions = 1, ()
       index.add(length, FOOTER.unpack_from(body, length)[0], captions, positions)
+      if progress:
+        progress.add()
   return index.build()
 
 
@@ -181,12 +186,20 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
   """Writes a file atomically, also if several processes write it at once."""
   path = epath.Path(path)
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-  temporary.write_bytes(data)
-  temporary.replace(path)
+  try:
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
-def load_index(shard: epath.PathLike, records: int, count: CountCaptions) -> ShardIndex:
+def load_index(
+  shard: epath.PathLike, records: int, count: CountCaptions, progress: Progress | None = None
+) -> ShardIndex:
   """Loads the index of a shard of `records` records, or makes and stores it if there is none.
+
+  progress: to which the records are added.
 
   Raises DatasetError if shard and index do not fit together, or one of them is damaged.
   """
@@ -199,8 +212,10 @@ def load_index(shard: epath.PathLike, records: int, count: CountCaptions) -> Sha
       index = ShardIndex.from_bytes(place.read_bytes())
     except Exception as e:  # zip, npy and key errors alike
       raise DatasetError(f"{place}: no readable index ({e}); delete it, it is made again") from e
+    if progress:
+      progress.add(records)
   else:
-    index, place = index_shard(shard, count), places[0]
+    index, place = index_shard(shard, count, progress), places[0]
     _store(index, *places)
   size = shard.stat().length
   if index.shard_bytes != size:
@@ -223,5 +238,8 @@ def _store(index: ShardIndex, beside: epath.Path, cached: epath.Path) -> None:
     write_atomic(beside, index.to_bytes())
   except Exception as e:  # OSError, or an error of TensorFlow or of the cloud's library
     logging.info("%s cannot be written (%s); the index goes to %s", beside, e, cached)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(cached, index.to_bytes())
+    try:
+      cached.parent.mkdir(parents=True, exist_ok=True)
+      write_atomic(cached, index.to_bytes())
+    except OSError as e:
+      logging.warning("%s cannot be written (%s): the index will be made again", cached, e)

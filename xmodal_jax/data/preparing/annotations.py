@@ -1,13 +1,12 @@
 """Annotated images: what the readers of sources return, and the examples that `builder` writes."""
 
-import concurrent.futures
 import dataclasses
-import io
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from xmodal_jax.data.preparing import ahead
 from xmodal_jax.data.preparing.builder import Example
 from xmodal_jax.data.preparing.listing import Listing
 from xmodal_jax.data.tfrecord import DatasetError
@@ -37,8 +36,8 @@ Splits = dict[str, list[AnnotatedImage]]
 
 
 def examples(images: Iterable[AnnotatedImage]) -> Iterator[Example]:
-  """Images -> examples of `builder`. Reads one file at a time."""
-  return map(example, images)
+  """Images -> examples of `builder`, in order. Threads read a few files ahead."""
+  return ahead.ordered(example, images)
 
 
 def example(image: AnnotatedImage) -> Example:
@@ -61,12 +60,12 @@ def fields(image: AnnotatedImage) -> dict:
   }
 
 
-def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> Splits:
-  """Checks that image files exist, are of one split each and, with `decode`, that they decode.
+def check_images(splits: Splits, max_missing: int = 0) -> Splits:
+  """Checks that image files exist, and are of one split each. `pictures.check` decodes them.
 
   Up to max_missing files that do not exist are left out of the splits returned. Raises
-  DatasetError, listing the first images, for more of them and for those that do not decode; and for
-  a file that two splits have under different names, by links.
+  DatasetError, listing the first images, for more of them, and for a file that two splits have
+  under different names, by links.
   """
   listing = Listing()
   listing.load(p.path for split in splits.values() for p in split)
@@ -77,14 +76,15 @@ def check_images(splits: Splits, decode: bool = False, max_missing: int = 0) -> 
     _fail(splits, missing, f"missing{allowed}", remedy)
   if missing:
     logging.info("left out %d missing images:%s", len(missing), _named(missing))
-    absent = {id(p) for p, _ in missing}
-    splits = {
-      n: renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()
-    }
+    splits = without(splits, [p for p, _ in missing])
   _check_links(splits, listing)
-  if decode and (broken := _faults(splits, lambda p: decode_error(p.path.read_bytes()))):
-    _fail(splits, broken, "broken", "replace them, or take them out of the annotations")
   return splits
+
+
+def without(splits: Splits, images: Iterable[AnnotatedImage]) -> Splits:
+  """The splits without these of their images."""
+  absent = {id(p) for p in images}
+  return {n: renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()}
 
 
 def _absence(image: AnnotatedImage, listing: Listing) -> str | None:
@@ -129,18 +129,6 @@ def renumbered(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
 Faults = list[tuple[AnnotatedImage, str]]
 
 
-def _faults(splits: Splits, fault: Callable[[AnnotatedImage], str | None]) -> Faults:
-  """The images for which `fault` is not None, with its result."""
-  images = [p for split in splits.values() for p in split]
-  # In groups: one task for each of millions of images would fill the memory.
-  parts = [images[i : i + 100] for i in range(0, len(images), 100)]
-  with concurrent.futures.ThreadPoolExecutor(
-    16
-  ) as pool:  # threads hide the latency of remote folders
-    found = pool.map(lambda part: [(p, fault(p)) for p in part], parts)
-    return [(p, f) for part in found for p, f in part if f is not None]
-
-
 def _named(faults: Faults) -> str:
   more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
   return "".join(f"\n  {p.path} {f}".rstrip() for p, f in faults[:5]) + more
@@ -149,15 +137,3 @@ def _named(faults: Faults) -> str:
 def _fail(splits: Splits, faults: Faults, what: str, remedy: str) -> None:
   total = sum(map(len, splits.values()))
   raise DatasetError(f"{len(faults)} of {total} images are {what}; {remedy}:{_named(faults)}")
-
-
-def decode_error(data: bytes) -> str | None:
-  """The error of decoding an image, in brackets; None if it decodes."""
-  from PIL import Image
-
-  try:
-    with Image.open(io.BytesIO(data)) as image:
-      image.load()
-  except Exception as e:  # Pillow's decoders raise errors of many types
-    return f"({e})"
-  return None

@@ -6,15 +6,12 @@ source.json with its origin, counts and checksums. Image files are stored unchan
 the source.
 """
 
-import contextlib
 import dataclasses
-import errno
 import itertools
 import json
 import logging
 import os
-import re
-import uuid
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,20 +20,16 @@ import numpy.typing as npt
 from etils import epath
 
 from xmodal_jax.data import tfrecord
+from xmodal_jax.data.preparing import publish, summary
+from xmodal_jax.data.progress import Progress
 from xmodal_jax.data.tfrecord import DatasetError
 
 SHARD_BYTES = 256 << 20
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 # One image: image (encoded bytes), image_id, filename, captions [C], caption_ids [C],
 # caption_positions [C] (both are enumerated if absent), label (optional); and either all of regions
 # [R, F], boxes [R, 4] in pixels, image_width and image_height, or none of them.
 Example = Mapping[str, Any]
-
-
-class OutputExistsError(DatasetError):
-  """The dataset exists already."""
 
 
 def features(
@@ -115,23 +108,6 @@ def encode(example: Example) -> bytes:
   return out.SerializeToString(deterministic=True)
 
 
-def dataset_dir(out_dir: epath.PathLike, name: str, version: str) -> epath.Path:
-  """The folder of a dataset. Raises DatasetError for a bad name or version."""
-  if not _NAME.fullmatch(name) or not _VERSION.fullmatch(version):
-    raise DatasetError(
-      f"dataset {name!r}, version {version!r}: a name is lower-case letters, digits and "
-      "underscores after a letter, a version is like 1.0.0; choose others (--name, --version)"
-    )
-  return epath.Path(out_dir) / name / version
-
-
-def check_absent(out_dir: epath.PathLike, name: str, version: str, overwrite: bool) -> None:
-  """Raises OutputExistsError if the dataset exists and `overwrite` is false."""
-  path = dataset_dir(out_dir, name, version)
-  if path.exists() and not overwrite:
-    raise OutputExistsError(f"{path} exists; pass --overwrite to replace it, or another --name")
-
-
 def write_dataset(
   out_dir: epath.PathLike,
   name: str,
@@ -146,10 +122,13 @@ def write_dataset(
   region_dtype: npt.DTypeLike = np.float32,
   shard_bytes: int = SHARD_BYTES,
   overwrite: bool = False,
+  totals: Mapping[str, int] | None = None,
+  left_out: Mapping[str, summary.LeftOut] | None = None,
 ) -> epath.Path:
   """Writes a dataset and returns its folder, out_dir/name/version.
 
-  The folder is published at the end, complete; after an error nothing is left.
+  The folder is published at the end, complete, and a table of the splits is logged; after an error
+  nothing is left (see `publish`).
 
   Args:
     splits: split -> its examples.
@@ -158,44 +137,33 @@ def write_dataset(
       `features`.
     shard_bytes: size from which a new shard is started.
     overwrite: replace an existing dataset.
+    totals: split -> number of its examples, for the line of progress.
+    left_out: split -> what its source had and the split has not, for the table and source.json.
 
   Raises:
-    DatasetError: for bad names, an empty split, or examples with different fields.
+    DatasetError: for bad names, an empty split, a full disk, or examples with different fields.
     OutputExistsError: if the dataset exists and `overwrite` is false.
   """
-  final = dataset_dir(out_dir, name, version)
-  with publishing(final, splits, overwrite) as folder:
-    spec = features(region_dim, images, class_names, region_dtype=region_dtype)
-    written = {
-      split: _write_split(folder, shard_prefix(final, split), split, examples, shard_bytes, spec)
-      for split, examples in splits.items()
-    }
-    write_metadata(folder, final, written, description, spec, sources or {})
+  final = publish.dataset_dir(out_dir, name, version)
+  totals, left_out, rows = totals or {}, left_out or {}, {}
+  with publish.publishing(final, splits, overwrite) as folder:
+    spec, written = features(region_dim, images, class_names, region_dtype=region_dtype), {}
+    for split, examples in splits.items():
+      start, prefix = time.monotonic(), shard_prefix(final, split)
+      with Progress(f"writing {split}", "images", totals.get(split)) as progress:
+        counts = _write_split(folder, prefix, split, examples, shard_bytes, spec, progress)
+      written[split] = counts
+      rows[split] = row(counts, time.monotonic() - start, left_out.get(split, {}))
+    origin = {**(sources or {}), **({"left_out": left_out} if any(left_out.values()) else {})}
+    write_metadata(folder, final, written, description, spec, origin)
+  logging.info("%s", summary.table(rows))
   return final
 
 
-@contextlib.contextmanager
-def publishing(
-  final: epath.Path, splits: Iterable[str], overwrite: bool = False
-) -> Iterator[epath.Path]:
-  """A temporary folder that is renamed to `final`, of `dataset_dir`, at the end.
-
-  It is removed after an error. Raises DatasetError for a bad name of a split, OutputExistsError if
-  `final` exists and `overwrite` is false.
-  """
-  check_absent(final.parent.parent, final.parent.name, final.name, overwrite)
-  for split in splits:
-    if not _NAME.fullmatch(split):
-      raise DatasetError(f"split {split!r}: a name is lower-case letters, digits and underscores")
-  final.parent.mkdir(parents=True, exist_ok=True)
-  temporary = final.parent / f".{final.name}.incomplete-{uuid.uuid4().hex}"
-  temporary.mkdir()
-  try:
-    yield temporary
-    _publish(temporary, final, overwrite)
-  except BaseException:
-    temporary.rmtree(missing_ok=True)
-    raise
+def row(shards: Sequence["ShardCounts"], seconds: float | None, left_out: summary.LeftOut) -> tuple:
+  """A split's row of `summary.table`."""
+  total = [sum(getattr(x, k) for x in shards) for k in ("records", "captions", "bytes")]
+  return (*total, seconds, left_out)
 
 
 def shard_prefix(final: epath.Path, split: str) -> str:
@@ -221,7 +189,13 @@ class ShardCounts:
 
 
 def _write_split(
-  folder: epath.Path, prefix: str, split: str, examples: Iterable[Example], shard_bytes: int, spec
+  folder: epath.Path,
+  prefix: str,
+  split: str,
+  examples: Iterable[Example],
+  shard_bytes: int,
+  spec,
+  progress: Progress,
 ) -> list[ShardCounts]:
   indices, numbered = [], _numbered(examples, spec, split)
   first = next(numbered, None)
@@ -231,12 +205,11 @@ def _write_split(
   # The number of shards, a part of their names, is known only at the end.
   shard = lambda i, of: folder / shard_name(prefix, i, of)
   for i in itertools.count():
-    index = write_records(shard(i, 0), numbered, shard_bytes)
+    index = write_records(shard(i, 0), numbered, shard_bytes, progress)
     if not len(index):
       shard(i, 0).unlink()
       break
     indices.append(index)
-    logging.info("%s: shard %d, %d records", split, i, len(index))
   for i, index in enumerate(indices):
     path = shard(i, len(indices))
     shard(i, 0).rename(path)
@@ -245,7 +218,10 @@ def _write_split(
 
 
 def write_records(
-  path: epath.PathLike, examples: Iterator[Example], shard_bytes: int | None = None
+  path: epath.PathLike,
+  examples: Iterator[Example],
+  shard_bytes: int | None = None,
+  progress: Progress | None = None,
 ) -> tfrecord.ShardIndex:
   """Writes examples to one file until it has shard_bytes, and returns the index of the file.
 
@@ -259,6 +235,8 @@ def write_records(
       f.write(data)
       places = example.get("caption_positions", ())
       builder.add(len(payload), crc, len(example["captions"]), places)
+      if progress:
+        progress.add()
       if shard_bytes and builder.size >= shard_bytes:
         break
   return builder.build()
@@ -335,24 +313,3 @@ def write_metadata(
     check_data=False,
     description=description,
   )
-
-
-def _publish(temporary: epath.Path, final: epath.Path, overwrite: bool) -> None:
-  old = None
-  if overwrite and final.exists():
-    old = final.parent / f".{final.name}.old-{uuid.uuid4().hex}"
-    final.rename(old)
-  if "://" in os.fspath(final):  # object stores rename one file at a time: the marker comes last
-    final.mkdir()
-    for path in sorted(temporary.iterdir(), key=lambda p: p.name == "dataset_info.json"):
-      path.rename(final / path.name)
-    temporary.rmtree(missing_ok=True)
-  else:
-    try:
-      os.rename(temporary, final)
-    except OSError as e:
-      if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-        raise
-      raise OutputExistsError(f"{final} was written by another process in the meantime") from e
-  if old is not None:
-    old.rmtree()

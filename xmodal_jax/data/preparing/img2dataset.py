@@ -18,8 +18,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from xmodal_jax.data.preparing import values, web_samples
-from xmodal_jax.data.preparing.annotations import decode_error
+from xmodal_jax.data import image as image_lib
+from xmodal_jax.data.preparing import pictures, values, web_samples
 from xmodal_jax.data.preparing.builder import Example
 from xmodal_jax.data.preparing.web_samples import Sample
 from xmodal_jax.data.tfrecord import DatasetError
@@ -32,7 +32,7 @@ WITHOUT_KEY = "without key"
 NOT_UTF8 = "key not UTF-8"
 SAME_KEY = "key of an earlier pair"
 EMPTY = "image of 0 bytes"
-BROKEN = "broken"  # does not decode; checked with check_images only
+# With check_images also those of `image.DecodeError.kind`, like "damaged".
 LOST = "lost"  # a success in img2dataset's statistics, but not in the shard
 # Counts shards, not pairs: those without a file of statistics.
 UNRECORDED = "shards without a record of failures"
@@ -74,6 +74,7 @@ def read(
   left_out: collections.Counter,
   check_images: bool = False,
   caption_lines: bool = False,
+  max_pixels: int = image_lib.MAX_PIXELS,
 ) -> Iterator[Example]:
   """The pairs of a shard, as a `shards.Reader`: one sample at a time.
 
@@ -89,7 +90,7 @@ def read(
       failed += 1
       continue
     found += 1
-    if reason := _fault(sample, check_images):
+    if reason := _fault(sample, check_images, max_pixels):
       left_out[reason] += 1
       continue
     image_id = _image_id(path.stem, sample.key)
@@ -117,7 +118,7 @@ def read(
     del left_out[reason]
 
 
-def _fault(sample: Sample, check_images: bool) -> str | None:
+def _fault(sample: Sample, check_images: bool, max_pixels: int) -> str | None:
   """The reason for which a sample is left out."""
   if sample.key is None:
     return WITHOUT_KEY
@@ -131,7 +132,7 @@ def _fault(sample: Sample, check_images: bool) -> str | None:
     return WITHOUT_IMAGE
   if not sample.image:
     return EMPTY
-  return BROKEN if check_images and decode_error(sample.image) is not None else None
+  return pictures.kind_of_fault(sample.image, max_pixels) if check_images else None
 
 
 def _image_id(stem: str, key: str) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
 
-from xmodal_jax.data.preparing import builder
+from xmodal_jax.data.preparing import builder, publish
 
 NAME, VERSION = "shapes", "1.1.0"  # to be changed with the contents, see `ensure`
 SIZES = {"train": 4000, "val": 500, "test": 500}  # images of each split
@@ -300,11 +300,11 @@ def ensure(data_dir: epath.PathLike) -> epath.Path:
   Folders of earlier versions are left alone. Several processes may call it at the same time: each
   renders the dataset, the first to finish publishes it, and all return that folder.
   """
-  path = builder.dataset_dir(data_dir, NAME, VERSION)
+  path = publish.dataset_dir(data_dir, NAME, VERSION)
   if not (path / "dataset_info.json").exists():
     try:
       write(data_dir)
-    except builder.OutputExistsError:
+    except publish.OutputExistsError:
       if not (path / "dataset_info.json").exists():
         raise
   return path

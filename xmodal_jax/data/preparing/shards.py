@@ -23,7 +23,9 @@ from typing import Any
 from etils import epath
 
 from xmodal_jax.data import tfrecord
-from xmodal_jax.data.preparing import builder
+from xmodal_jax.data.preparing import builder, publish
+from xmodal_jax.data.preparing import summary as summary_lib
+from xmodal_jax.data.progress import Progress
 from xmodal_jax.data.tfrecord import DatasetError
 
 # (path of a source shard, counter of left out pairs by reason) -> examples with caption ids and
@@ -73,19 +75,22 @@ def write_dataset(
     DatasetError: for sources that cannot be read; nothing is published then.
     OutputExistsError: if the dataset exists and `overwrite` is false.
   """
-  final = builder.dataset_dir(out_dir, name, version)
-  with builder.publishing(final, sources, overwrite) as folder:
+  final = publish.dataset_dir(out_dir, name, version)
+  with publish.publishing(final, sources, overwrite) as folder:
     spec = builder.features(positions=False)
     jobs = [Job(s, i, p) for s, paths in sources.items() for i, p in enumerate(paths)]
     where = {"folder": os.fspath(folder), "fields": frozenset(spec), "read": read}
     if beam is None:
-      _run_here(functools.partial(write_shard, **where), jobs)
+      seconds = _run_here(functools.partial(write_shard, **where), jobs)
     else:
       _run_beam(functools.partial(_write_shard_or_say_why, **where), jobs, beam)
+      seconds = {}
     reports = _reports(folder, jobs)
     kept = _number(folder, final, jobs, reports)
     summary = {split: _summary(split, jobs, reports) for split in sources}
     builder.write_metadata(folder, final, kept, description, spec, {**origin, "inputs": summary})
+  rows = {k: builder.row(v, seconds.get(k), summary[k]["left_out"]) for k, v in kept.items()}
+  logging.info("%s", summary_lib.table(rows))
   return final
 
 
@@ -128,14 +133,16 @@ def _report(shard: epath.Path) -> epath.Path:
   return shard.with_name(shard.name + ".report.json")
 
 
-def _run_here(task: Callable[[Job], dict], jobs: Sequence[Job]) -> None:
-  start = last = time.monotonic()
-  records = 0
-  for i, job in enumerate(jobs, 1):
-    records += task(job)["records"]
-    if (now := time.monotonic()) - last > 10 or i == len(jobs):
-      rate, last = records / max(now - start, 1e-3), now
-      logging.info("%d of %d shards, %d images, %.0f a second", i, len(jobs), records, rate)
+def _run_here(task: Callable[[Job], dict], jobs: Sequence[Job]) -> dict[str, float]:
+  """Returns the seconds of each split."""
+  seconds: collections.Counter = collections.Counter()
+  with Progress("writing", "shards", len(jobs)) as progress:
+    for job in jobs:
+      start = time.monotonic()
+      task(job)
+      seconds[job.split] += time.monotonic() - start
+      progress.add()
+  return seconds
 
 
 def _run_beam(task: Callable[[Job], None], jobs: Sequence[Job], where: Beam) -> None:
@@ -250,8 +257,8 @@ def _summary(split: str, jobs: Sequence[Job], reports: Sequence[dict]) -> dict[s
     (collections.Counter(r["left_out"]) for _, r in own), collections.Counter()
   )
   empty = sum(not r["records"] for _, r in own)
-  reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items())) or "nothing"
   text = "%s: %d images of %d shards (%d of them without any); left out: %s"
-  logging.info(text, split, sum(r["records"] for _, r in own), len(own), empty, reasons)
+  images, reasons = sum(r["records"] for _, r in own), summary_lib.reasons(left_out)
+  logging.info(text, split, images, len(own), empty, reasons)
   shards = [{"file": j.source, "records": r["records"], **r["left_out"]} for j, r in own]
   return {"left_out": dict(left_out), "empty_shards": empty, "shards": shards}
