@@ -141,6 +141,19 @@ def test_overwriting_without_an_exchange(tmp_path, new, caplog, monkeypatch):
   assert caption(write(tmp_path, "new")) == "new" and names(tmp_path) == ["1.0.0"]
 
 
+def test_an_object_store(tmp_path, caplog, monkeypatch):
+  """No locks, and files are moved one by one: what is left of other runs is named, not removed."""
+  monkeypatch.setattr(publish, "_is_local", lambda path: False)
+  assert caption(write(tmp_path)) == "old" and names(tmp_path) == ["1.0.0"]
+  left = tmp_path / "toy" / ".1.0.0.incomplete-1"
+  left.mkdir()
+  with caplog.at_level("WARNING"):
+    assert caption(write(tmp_path, "new")) == "new"
+  assert names(tmp_path) == [left.name, "1.0.0"]
+  assert f"{left} is of another run: remove it if none is running" in caplog.text
+  assert "until that is done, the old dataset is in" in caplog.text
+
+
 def test_a_lock_that_cannot_be_taken_is_named(tmp_path, caplog, monkeypatch):
   left = tmp_path / "toy" / ".1.0.0.incomplete-1"
   left.mkdir(parents=True)

@@ -211,6 +211,28 @@ def test_index_rebuilt_equals_index_written(tmp_path):
   assert records.open_split(folder, "train").fingerprint == fingerprint
 
 
+def test_an_index_that_cannot_be_kept_anywhere(tmp_path, monkeypatch, caplog):
+  """On a full disk, for instance: the split opens all the same."""
+  folder = write(tmp_path)
+  for path in folder.glob("*.index"):
+    path.unlink()
+
+  def full(path, data):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(tfrecord, "write_atomic", full)
+  assert len(records.open_split(folder, "train")) == 20
+  assert "the index will be made again" in caplog.text
+
+
+def test_a_failed_atomic_write_leaves_nothing(tmp_path):
+  (tmp_path / "a").mkdir()
+  with pytest.raises(OSError):
+    tfrecord.write_atomic(tmp_path / "a", b"x")  # a folder is in its place
+  assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_index_of_a_read_only_folder_is_cached(tmp_path, monkeypatch):
   folder = write(tmp_path / "data")
   for path in folder.glob("*.index"):

