@@ -11,6 +11,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
@@ -277,12 +278,25 @@ def test_killed_before_the_manifest(copied, caplog):
   killed_before_manifest(copied, 12)
   assert opened(copied, read_only=True).latest() == 9
   checkpoints = opened(copied)
-  assert "checkpoint of step 12 is damaged and not used: manifest is missing" in caplog.text
+  assert f"removing {copied}/checkpoints/12: the save was interrupted" in caplog.text
+  assert {p.name for p in (copied / "checkpoints").iterdir()} == {"3", "6", "9", "manifests"}
   step, _, state = checkpoints.restore_latest(want())
   assert step == 9 and same(state, 9)
   checkpoints.save(12, state_of(12), META)  # the same step is saved again
   checkpoints.wait()
   assert checkpoints.restore_latest(want())[0] == 12
+
+
+def test_lost_manifest_keeps_the_step(copied, caplog):
+  """It was whole once: nothing of it is removed, also if it happens again."""
+  for names in ({"9.damaged"}, {"9.damaged", "9.damaged-2"}):
+    (copied / "checkpoints" / "9" / manifest_lib.MANIFEST).unlink()
+    checkpoints = opened(copied)
+    assert "checkpoint of step 9 is damaged and not used: manifest is missing" in caplog.text
+    assert {p.name for p in (copied / "checkpoints").glob("*.damaged*")} == names
+    assert checkpoints.restore_latest(want())[0] == 6
+    checkpoints.save(9, state_of(9), META)
+    checkpoints.close()
 
 
 def test_killed_in_the_first_save(tmp_path):
@@ -333,6 +347,23 @@ def test_checkpoints_without_manifests(copied, caplog):
   # If only some steps have no manifest, they are damaged.
   (folder / "6" / manifest_lib.MANIFEST).unlink()
   assert opened(copied).restore_latest(want())[0] == 3
+
+
+def test_optimizer_with_and_without_clipping(tmp_path):
+  """The moments are kept when a part without arrays comes into an optimizer, or goes."""
+  plain = state_of(3)
+  clipped = plain.replace(opt_state=(optax.EmptyState(), *plain.opt_state))
+  longer = plain.replace(opt_state=(*plain.opt_state, jnp.zeros(3)))
+  shapes = lambda x: checkpointer.abstract_state(x, jax.tree.map(lambda x: x.sharding, x))
+  for name, saved, wanted in (("plain", plain, clipped), ("clipped", clipped, plain)):
+    with contextlib.closing(opened(tmp_path / name)) as checkpoints:
+      checkpoints.save(3, saved, META)
+      checkpoints.wait()
+      found = checkpoints.restore_latest(shapes(wanted))[2]
+      assert jax.tree.structure(found) == jax.tree.structure(wanted)
+      assert jax.tree.all(jax.tree.map(np.array_equal, found, wanted))
+      with pytest.raises(checkpointer.CheckpointError, match="does not fit the config"):
+        checkpoints.restore_latest(shapes(longer))
 
 
 def test_which_steps_are_kept(tmp_path):

@@ -109,7 +109,7 @@ def test_unknown_variant_lists_those_that_exist(name):
 @pytest.mark.parametrize(
   ("code", "text"),
   [
-    ("def get_config(variant):\n  return lr\n", "line 2: NameError: name 'lr' is not defined"),
+    ("def get_config():\n  return lr\n", "line 2: NameError: name 'lr' is not defined"),
     ("def get_config(:\n", "line 1: SyntaxError: "),
     ("x = 1\n", "has no function get_config"),
   ],

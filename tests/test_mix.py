@@ -320,7 +320,10 @@ def test_the_loss_takes_such_batches(two_sets, accumulate):
 
 def test_a_workdir_knows_what_was_trained_and_evaluated(two_sets, tmp_path):
   c = config(two_sets, data__eval_dir=two_sets[1])
-  folder = workdir.claim(tmp_path, workdir.flatten(c))
+  folder = workdir.absolute(tmp_path)
+  workdir.record(folder, workdir.flatten(c), 0, {})
+  (folder / "checkpoints").mkdir()
+  (folder / "checkpoints" / "manifests").write_text("whole")  # a step was saved
   split = inputs.from_config(c).split("test")
   facts = dict(protocol={"split": "test"}, source={"kind": "random weights"})
   facts |= dict(dataset=results.dataset_name(c.data), fingerprint=split.fingerprint)
@@ -328,4 +331,4 @@ def test_a_workdir_knows_what_was_trained_and_evaluated(two_sets, tmp_path):
   assert written["data"]["name"] == two_sets[1]
   with pytest.raises(workdir.WorkdirError, match=r"data\.mix: 'debias' -> 'shuffle'"):
     changed = config(two_sets, "shuffle", data__eval_dir=two_sets[1])
-    workdir.claim(tmp_path, workdir.flatten(changed))
+    workdir.check(folder, workdir.flatten(changed))

@@ -18,7 +18,7 @@ from xmodal_jax.distributed import sharding
 from xmodal_jax.evaluation import retrieval
 from xmodal_jax.models import tgdt
 from xmodal_jax.optim import schedules, train_state
-from xmodal_jax.runtime import preemption, setup, workdir
+from xmodal_jax.runtime import preemption, setup
 from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.training import loop
 
@@ -197,13 +197,6 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny_data, tmp_path):
   checkpoints = checkpointer.Checkpoints(tmp_path, keep=2, metric="rsum", read_only=True)
   model = model_files.load_model(tmp_path / "checkpoints" / str(checkpoints.latest()))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(model["params"]))
-
-
-def test_workdir_of_another_config(tiny_data, tmp_path):
-  workdir.claim(tmp_path, workdir.flatten(tiny.config(tiny_data)))
-  workdir.claim(tmp_path, workdir.flatten(tiny.config(tiny_data, log_every=7)))
-  with pytest.raises(workdir.WorkdirError, match=r"optim\.lr: 0\.01 -> 0\.5"):
-    workdir.claim(tmp_path, workdir.flatten(tiny.config(tiny_data, optim__lr=0.5)))
 
 
 def test_changed_data(tiny_data, tmp_path):

@@ -25,6 +25,12 @@ _MODE = flags.DEFINE_enum(
   "zeroshot_classify: classify images by prompts with their class names, by the model that eval "
   "would test.",
 )
+_CHANGE = flags.DEFINE_list(
+  "change",
+  [],
+  "Keys of the config, or sections of them, with which a run that has saved steps goes on although "
+  "they differ, e.g. optim.lr,total. config.json records each with its step.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   None,
@@ -67,7 +73,7 @@ def run() -> None:
   workdir.check_processes(workdir.flatten(config), _WORKDIR.value, _MODE.value)
   logging.info("devices: %s", jax.devices())
   modes = {
-    "train": loop.train,
+    "train": functools.partial(loop.train, change=_CHANGE.value),
     "eval": functools.partial(retrieval.evaluate, init_given="init" in overrides),
     "linear_probe": linear_probe.linear_probe,
     "zeroshot_classify": functools.partial(zero_shot.classify, init_given="init" in overrides),

@@ -93,6 +93,7 @@ class Checkpoints:
       # Its evaluation was interrupted and is now done. Orbax writes a checkpoint once, so it is
       # written again with the metrics.
       _on_first_process("save", lambda: self.folders.make_room(step))
+    _on_first_process("save", lambda: self.folders.begin(step))
     # Orbax's barriers are collectives on the devices. From a background thread they could run in
     # another order relative to the next train step on each process.
     on_devices = jax.process_count() == 1 and _room_for_copy(state)
@@ -246,16 +247,24 @@ class Checkpoints:
     return self._first_intact(self._choose_best, check, read)
 
   def _read_state(self, folder: epath.Path, want: train_state.TrainState) -> train_state.TrainState:
+    saved = ocp.PyTreeCheckpointHandler().metadata(folder / "train").tree["opt_state"]
     opt_state = want.opt_state
-    if earlier := transforms.has_average(opt_state) and _has_earlier_average(folder):
+    if earlier := transforms.has_average(opt_state) and _has_earlier_average(saved):
       opt_state = transforms.as_saved_before(opt_state)
+    placed = _in_saved_places(saved, opt_state)
     args = ocp.args.Composite(
       model=ocp.args.StandardRestore({"params": want.params, "stats": want.stats}),
-      train=ocp.args.StandardRestore({"step": want.step, "opt_state": opt_state}),
+      train=ocp.args.StandardRestore({"step": want.step, "opt_state": placed}),
     )
-    out = self.reader.restore(folder, args=args)
+    try:
+      out = self.reader.restore(folder, args=args)
+    except ValueError as e:  # of other shapes or another tree
+      raise CheckpointError(
+        f"{folder} does not fit the config, which makes other parameters or another optimizer: {e}"
+      ) from e
     model, train = out["model"], out["train"]
-    stats, opt_state = model.get("stats") or {}, train["opt_state"]
+    stats, leaves = model.get("stats") or {}, jax.tree.leaves(train["opt_state"])
+    opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
     if earlier:
       logging.warning(
         "an earlier version saved %s: its average is of the parameters alone and has a constant "
@@ -338,6 +347,22 @@ class Checkpoints:
     )
 
 
+def _in_saved_places(saved: Any, want: Any) -> Any:
+  """An optimizer state `want`, with its parts at the places that they have in a saved one.
+
+  Parts without arrays, such as clipping, may differ between two runs. Where more than that differs,
+  `want` is returned as it is.
+  """
+  if type(want) is not tuple or not isinstance(saved, list):  # not a chain
+    return want
+  has_arrays = [bool(jax.tree.leaves(part)) for part in saved]
+  parts = [part for part in want if jax.tree.leaves(part)]
+  if len(parts) != sum(has_arrays):
+    return want
+  parts = iter(parts)
+  return tuple(next(parts) if has else None for has in has_arrays)
+
+
 def _room_for_copy(state: Any) -> bool:
   """Whether every device has room for a copy of its part of the state beside a train step's
   temporaries, even if the copy is put where they were before. False if the device does not report
@@ -368,10 +393,9 @@ def _handler() -> ocp.CompositeCheckpointHandler:
   return ocp.CompositeCheckpointHandler(handler_registry=registry)
 
 
-def _has_earlier_average(folder: epath.Path) -> bool:
-  """Whether a step holds an average as `transforms.as_saved_before`."""
-  states = ocp.PyTreeCheckpointHandler().metadata(folder / "train").tree["opt_state"]
-  return any("average" in x and "count" not in x for x in states if isinstance(x, Mapping))
+def _has_earlier_average(saved: Any) -> bool:
+  """Whether a saved optimizer state holds an average as `transforms.as_saved_before`."""
+  return any("average" in x and "count" not in x for x in saved if isinstance(x, Mapping))
 
 
 def _share() -> manifest.Share:

@@ -20,7 +20,7 @@ from etils import epath
 from xmodal_jax.errors import UserError
 
 MANIFEST = "manifest"
-UNFINISHED = f"{MANIFEST} is missing: the save was interrupted before it was complete"
+UNFINISHED = f"{MANIFEST} is missing: it was lost, or the save was interrupted"
 # Files are hashed in blocks of this size, so that threads and processes share a single large one.
 BLOCK = 1 << 26
 # A new manifest is not urgent, and the input pipeline needs the cores.
@@ -214,9 +214,10 @@ def _unreadable(error: OSError) -> str:
 class StepFolders:
   """The folders `checkpoints/<step>` of a workdir, and which of them are complete.
 
-  A step is complete if it has a valid manifest. Other folders there: `<step>.damaged` (kept for the
-  user), `<step>.replaced` (the earlier version of a step that is being rewritten) and temporary
-  ones. With read_only nothing is moved or removed.
+  A step is complete if it has a valid manifest. Beside them: `<step>.damaged` (kept for the user;
+  more of the same step are `<step>.damaged-2` and so on), `<step>.replaced` (the earlier version of
+  a step that is being rewritten), the file `<step>.saving` (until a step is complete), and
+  temporary ones. With read_only nothing is moved or removed.
   """
 
   def __init__(self, directory: epath.Path, *, read_only: bool):
@@ -252,7 +253,7 @@ class StepFolders:
 
   def damaged(self) -> list[str]:
     """Names of the folders that `set_aside` has renamed."""
-    return sorted(p.name for p in self.directory.glob("*.damaged"))
+    return sorted(p.name for p in self.directory.glob("*.damaged*"))
 
   def ever_complete(self) -> bool:
     """Whether a step has ever been complete in this workdir."""
@@ -277,8 +278,16 @@ class StepFolders:
     """Writes the manifest of a step, then removes the version that the step replaces."""
     write(self.path(step), step, files, parts)
     (self.directory / _MARKER).write_text("whole\n")
+    self._saving(step).unlink(missing_ok=True)
     if (old := _beside(self.path(step), "replaced")).exists():
       _remove(old)
+
+  def begin(self, step: int) -> None:
+    """Before a step is written: until it is complete, `clean_up` may remove it."""
+    self._saving(step).write_text("")
+
+  def _saving(self, step: int) -> epath.Path:
+    return _beside(self.path(step), "saving")
 
   def remove(self, step: int) -> None:
     _remove(self.path(step))
@@ -293,19 +302,20 @@ class StepFolders:
     if self.read_only:
       logging.warning(text, step, summarize(problems), f"It stays in {self.directory}")
       return
-    aside = _beside(self.path(step), "damaged")
-    if aside.exists():
-      aside.rmtree()
+    aside, count = _beside(self.path(step), "damaged"), 1
+    while aside.exists():
+      count += 1
+      aside = _beside(self.path(step), f"damaged-{count}")
     self.path(step).replace(aside)
     done = f"It is kept as {aside}, which you may remove"
     logging.warning(text, step, summarize(problems), done)
 
   def clean_up(self) -> None:
-    """Before writing: removes what interrupted saves left, and sets incomplete steps aside."""
+    """Before writing: removes what interrupted saves left, and sets damaged steps aside."""
     self.directory.mkdir(parents=True, exist_ok=True)
     for path in list(self.directory.iterdir()):
       if ".orbax-checkpoint-tmp" in path.name:
-        logging.info("removing %s, left by an interrupted save", path)
+        logging.warning("removing %s, left by an interrupted save", path)
         path.rmtree() if path.is_dir() else path.unlink()
     for old in list(self.directory.glob("*.replaced")):
       step = int(old.stem)
@@ -322,8 +332,16 @@ class StepFolders:
     if complete or not marker.exists():
       marker.write_text("whole\n" if complete else "")
     for step in self.all_steps():
-      if not self._has_manifest(step):
+      if self._has_manifest(step):
+        continue
+      if self._saving(step).exists():
+        text = "removing %s: the save was interrupted before it was complete"
+        logging.warning(text, self.path(step))
+        self.remove(step)
+      else:
         self.set_aside(step, [UNFINISHED])
+    for saving in list(self.directory.glob("*.saving")):
+      saving.unlink()
 
   def _write_manifests(self) -> None:
     """Gives the steps of a workdir without manifests their manifests."""

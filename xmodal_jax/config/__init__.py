@@ -246,7 +246,8 @@ def load(name: str | os.PathLike, variant: str | None = None) -> ConfigDict:
   variant.
   """
   path, _, named = os.fspath(name).partition(":")
-  return _call(path, load_module(path).get_config, variant or named or None)
+  variant = variant or named
+  return _call(path, load_module(path).get_config, *([variant] if variant else []))
 
 
 def _call(path: str | os.PathLike, function: Any, *args: Any) -> Any:

@@ -35,7 +35,8 @@ def check_finite(metrics: Mapping[str, np.ndarray], last: int, step: int) -> Map
     raise NonFiniteLossError(
       f"{' and '.join(bad)} not finite at step {step}; the first bad step is one of "
       f"{last + 1}..{step}. Checkpoints up to step {last} are untouched. Lower config.optim.lr, "
-      "lengthen config.optim.warmup, or set config.optim.grad_clip, and run again"
+      "lengthen config.optim.warmup, or set config.optim.grad_clip, and run again; if a step was "
+      "saved, with --change=optim.lr, or with the other keys that you changed"
     )
   return metrics
 

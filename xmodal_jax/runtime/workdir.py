@@ -1,19 +1,22 @@
-"""config.json of a workdir, written when a run starts and compared when it is resumed."""
+"""config.json of a workdir: the config of its run, and what was changed on purpose."""
 
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import ml_collections
+from absl import logging
 from etils import epath
 
 from xmodal_jax import __version__
 from xmodal_jax import config as config_lib
+from xmodal_jax.checkpoints import manifest
 from xmodal_jax.distributed import processes
 from xmodal_jax.errors import UserError
 from xmodal_jax.runtime import metric_writers
@@ -21,9 +24,9 @@ from xmodal_jax.runtime import metric_writers
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
 # Config keys that may change when a workdir is resumed: where and how it runs, not what it
-# computes. A section stands for all keys in it.
+# computes. A section stands for all keys in it. `recipes` is what could be chosen.
 MAY_CHANGE_ON_RESUME = (
-  "mesh", "rules", "min_shard", "loss_chunk", "log_every", "profile", "checkpoint",
+  "mesh", "rules", "min_shard", "loss_chunk", "log_every", "profile", "checkpoint", "recipes",
   "data.dir", "data.eval_dir", "data.threads",
   "data.max_bad_fraction", "data.eval_max_bad_fraction", "data.max_pixels",
   "eval.batch_size", "eval.block", "eval.rerank_block",
@@ -31,6 +34,16 @@ MAY_CHANGE_ON_RESUME = (
   "classify",
 )  # fmt: skip
 
+# Keys that --change does not take: the state of a step and its position in the data depend on them,
+# and the init keys are not read again.
+_FIXED = (
+  "seed", "batch_size", "reproducible", "micro_shards",
+  "init", "init_image", "init_text", "init_half", "init_optimizer",
+  "data.mix", "data.tfds", "data.tfds_captions", "data.train", "data.captions",
+  "optim.name", "optim.freeze", "optim.ema",
+)  # fmt: skip
+
+_ABSENT = "(absent)"
 _VISIBLE_SECONDS = 30.0  # within which every process must see a file that process 0 wrote
 
 
@@ -57,58 +70,134 @@ def _as_lists(value: Any) -> Any:
   return [_as_lists(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """What keeps a workdir of the flat config `old` from being resumed with `new`.
+def _in(key: str, sections: Iterable[str]) -> bool:
+  return any(key == s or key.startswith(f"{s}.") for s in sections)
 
-  Returns a line "key: old value -> new value" for every key that differs and is not one of
-  MAY_CHANGE_ON_RESUME.
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """{key: (old value, new value)} of what keeps a workdir of the flat config `old` from being
+  resumed with `new`: all keys that differ and are not among MAY_CHANGE_ON_RESUME.
+
+  A key that `old` does not have is newer than the run: it had the default of `config.base` then. Of
+  a key of the model, which has no default there, the new value is taken.
   """
   # The order in which tiles of pairs are summed depends on loss_chunk.
   fixed = ("loss_chunk",) if new.get("reproducible") else ()
-
-  def may_change(key: str) -> bool:
-    sections = (key == k or key.startswith(f"{k}.") for k in MAY_CHANGE_ON_RESUME)
-    return key not in fixed and any(sections)
-
-  # Keys that were added after the workdir was made had the effect of their default.
-  added = json_like(flatten(config_lib.base())) | {"model.same_image": "keep"}
-  old = {k: v for k, v in added.items() if k in new} | dict(old)
-  missing = "(absent)"
-  return [
-    f"{key}: {old.get(key, missing)!r} -> {new.get(key, missing)!r}"
-    for key in sorted(old.keys() | new.keys())
-    if not may_change(key) and old.get(key, missing) != new.get(key, missing)
-  ]
+  # Before model.same_image was a choice of all systems, the others kept such pairs.
+  defaults = json_like(flatten(config_lib.base())) | {"model.same_image": "keep"}
+  old = {k: v for k, v in defaults.items() if k in new} | dict(old)
+  old = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in old.items()}
+  added = [k for k in new.keys() - old.keys() if _in(k, ("model",))]
+  if added:
+    logging.warning("new keys, which the run did not have: %s", ", ".join(sorted(added)))
+  return {
+    key: (old.get(key, _ABSENT), new.get(key, _ABSENT))
+    for key in sorted((old.keys() | new.keys()) - set(added))
+    if (key in fixed or not _in(key, MAY_CHANGE_ON_RESUME))
+    and old.get(key, _ABSENT) != new.get(key, _ABSENT)
+  }
 
 
 def absolute(workdir: epath.PathLike) -> epath.Path:
-  """The absolute path of a workdir, which Orbax and TensorBoard need, with ~ expanded."""
+  """The absolute path: Orbax and TensorBoard take no other. `~` is expanded."""
   workdir = epath.Path(workdir).expanduser()
   return workdir if "://" in str(workdir) else workdir.resolve()
 
 
-def claim(workdir: epath.PathLike, flat_config: Mapping[str, Any]) -> epath.Path:
-  """Creates the workdir and its config.json, or checks that it was made by the same config.
+def check(
+  workdir: epath.Path, flat_config: Mapping[str, Any], change: Iterable[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+  """The keys that the run resumes with other values than the workdir's config.json has.
 
-  flat_config: from `flatten`. Returns the absolute path. Raises WorkdirError, listing the keys that
-  differ, or if this process does not see the config.json that process 0 wrote.
+  workdir: from `absolute`. flat_config: from `flatten`. change: keys, or sections of keys, that may
+  differ. A workdir in which no step was saved may be started again with any config. Raises
+  WorkdirError, listing the keys, for all others, and for a key in `change` that does not exist.
   """
-  workdir = absolute(workdir)
+  values = processes.broadcast("config", _check(workdir, flat_config, list(change)))
+  if isinstance(values, str):
+    raise WorkdirError(values)
+  return {key: tuple(both) for key, both in values.items()}
+
+
+def _check(
+  workdir: epath.Path, flat_config: Mapping[str, Any], change: list[str]
+) -> dict[str, tuple[Any, Any]] | str:
+  """In process 0: the changes, or the text of the error."""
+  if jax.process_index() != 0:
+    return {}
+  path, new = workdir / "config.json", json_like(flat_config)
+  old = _read_config(path) if path.exists() else None
+  if isinstance(old, str):
+    return old
+  known = new.keys() | (old or {}).keys()
+  if unknown := [k for k in change if not any(_in(name, [k]) for name in known)]:
+    return f"--change {','.join(unknown)}: there is no such key in the config"
+  found = {} if old is None else difference(old, new)
+  if not found:
+    return {}
+  listing = "\n  ".join(f"{key}: {a!r} -> {b!r}" for key, (a, b) in found.items())
+  if not _holds_steps(workdir / "checkpoints"):
+    logging.warning(
+      "no step was saved in %s: it starts again with another config, which differs in\n  %s",
+      workdir,
+      listing,
+    )
+    return {}
+  fixed = [k for k in found if _in(k, _FIXED)]
+  refused = [k for k in found if not _in(k, change)]
+  if not fixed and not refused:
+    return found
+  text = f"{workdir} was made by another config, which differs in\n  {listing}\n"
+  if fixed:
+    return text + (
+      f"Of a run that has steps, {', '.join(fixed)} cannot be changed: use the config it was made "
+      "with, or a new --workdir"
+    )
+  return text + (
+    "Use the config it was made with, or a new --workdir. To go on from the last step with these "
+    f"changes, add --change={','.join(found)}"
+  )
+
+
+def _read_config(path: epath.Path) -> dict[str, Any] | str:
+  """The flat config of a config.json, or the text of an error."""
+  try:
+    return dict(json.loads(path.read_text())["config"])
+  except (ValueError, TypeError, KeyError):
+    return f"{path} is not a config.json of a run: put back the one it was made with"
+
+
+def _holds_steps(directory: epath.Path) -> bool:
+  folders = manifest.StepFolders(directory, read_only=True)
+  return folders.ever_complete() or bool(folders.damaged() or folders.complete_steps())
+
+
+def record(
+  workdir: epath.Path,
+  flat_config: Mapping[str, Any],
+  step: int,
+  changed: Mapping[str, tuple[Any, Any]],
+) -> None:
+  """Writes config.json, once a run can begin, and in it each change with its step.
+
+  changed: from `check`. Raises WorkdirError if this process does not see what process 0 wrote.
+  """
   path = workdir / "config.json"
-  if jax.process_index() == 0 and not path.exists():
+  if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     devices = dict(kind=jax.devices()[0].device_kind, count=jax.device_count())
-    content = dict(config=flat_config, versions=versions(), devices=devices)
-    metric_writers.write_json(path, content)
-  processes.barrier("claim of the workdir")
-  changed = difference(json.loads(_read_when_visible(path))["config"], json_like(flat_config))
-  if changed:
-    listing = "\n  ".join(changed)
-    raise WorkdirError(
-      f"{workdir} was made by another config, which differs in\n  {listing}\n"
-      "Use the config it was made with, or a new --workdir"
-    )
-  return workdir
+    about = dict(versions=versions(), devices=devices)
+    if not path.exists() or not _holds_steps(workdir / "checkpoints"):
+      metric_writers.write_json(path, dict(config=flat_config, **about))
+    elif changed:
+      content = json.loads(path.read_text()) | dict(config=flat_config)
+      entry = dict(step=step, changed={k: list(v) for k, v in changed.items()}, **about)
+      content["changes"] = [*content.get("changes", []), entry]
+      metric_writers.write_json(path, content)
+      for key, (old, new) in changed.items():
+        logging.info("from step %d on, %s is %r instead of %r", step, key, new, old)
+  processes.barrier("config.json")
+  _read_when_visible(path)
 
 
 def _read_when_visible(path: epath.Path) -> str:

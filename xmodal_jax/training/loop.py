@@ -1,7 +1,7 @@
 """The training loop. Rerunning the same command resumes the run from its workdir."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,20 +16,31 @@ from xmodal_jax.distributed import processes, sharding
 from xmodal_jax.evaluation import checks, retrieval, tables
 from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.optim import factory, schedules, train_state, transforms
-from xmodal_jax.runtime import flops, initial_state, logs, metric_writers, preemption, setup
+from xmodal_jax.runtime import claims, flops, initial_state, logs, metric_writers, preemption, setup
 from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.runtime import workdir as workdir_lib
 
 
-def train(config: Any, workdir: str) -> dict[str, Any] | None:
+def train(config: Any, workdir: str, change: Sequence[str] = ()) -> dict[str, Any] | None:
   """`--mode train`: trains, evaluates and saves as configured, then evaluates the test split.
+
+  change: config keys that may differ from those of the run so far, see `workdir.check`.
 
   Returns the content of results.json; None if config.eval.test is False, or if the run was asked to
   stop, in which case its state is saved. Raises NonFiniteLossError, WorkdirError, DatasetError,
   CheckpointError, and ValueError for a config whose values do not fit each other.
   """
-  stop = preemption.Preemption()
-  workdir = workdir_lib.claim(workdir, workdir_lib.flatten(config))
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(preemption.handled())
+    claim = stack.enter_context(claims.hold(workdir_lib.absolute(workdir)))
+    return _train(config, claim, stop, change)
+
+
+def _train(
+  config: Any, claim: claims.Claim, stop: Callable[[], bool], change: Sequence[str]
+) -> dict[str, Any] | None:
+  workdir, flat_config = claim.workdir, workdir_lib.flatten(config)
+  changed = workdir_lib.check(workdir, flat_config, change)
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)
   checks.check_splits(config.eval, inputs)
@@ -61,8 +72,9 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
         f"config.init_optimizer is of step {start}, and config.total={run.total!r} are {total} "
         "steps: nothing is left to train"
       )
+    workdir_lib.record(workdir, flat_config, start, changed)
     writer = stack.enter_context(contextlib.closing(metric_writers.Writer(workdir)))
-    writer.jsonl.resume(start, drop="val" if pending else None)
+    writer.resume(start, drop="val" if pending else None)
     evaluator = retrieval.from_config(config, inputs, built, stop)
     rng = jax.jit(jax.random.key, static_argnums=0, out_shardings=built.replicated)(config.seed)
     frozen = built.first_steps(config.optim, run.steps_per_epoch)
@@ -117,6 +129,7 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
             except retrieval.Interrupted:
               interrupted = True
 
+          claim.check()
           # Save. `pending`: a restarted run has to make up for the evaluation.
           stopped = interrupted or stop()
           if evaluate or save or stopped:
@@ -127,7 +140,12 @@ def train(config: Any, workdir: str) -> dict[str, Any] | None:
     _log_same_image(repeated, run.batch_size)
     checkpoints.wait()
     if stopped:
-      logging.info("asked to stop: saved at step %d", checkpoints.latest())
+      logging.info(
+        "asked to stop: saved at step %d of %d in %s; the same command goes on from there",
+        checkpoints.latest(),
+        total,
+        workdir,
+      )
       return None
 
     # Test.

@@ -25,7 +25,7 @@ from xmodal_jax.evaluation import batching, labels, tables
 from xmodal_jax.evaluation.probe import classifier, lars, regression, training
 from xmodal_jax.evaluation.probe import features as features_lib
 from xmodal_jax.optim import schedules, train_state
-from xmodal_jax.runtime import metric_writers, preemption, results, setup
+from xmodal_jax.runtime import claims, metric_writers, preemption, results, setup
 from xmodal_jax.runtime import workdir as workdir_lib
 
 _KIND = "linear probe"  # the system name in the checkpoints of a probe
@@ -37,7 +37,14 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
   Returns the content of results.json, None if the run was asked to stop. Raises ValueError,
   DatasetError, CheckpointError, WorkdirError, NonFiniteError, NonFiniteLossError.
   """
-  options, stop = config.probe, preemption.Preemption()
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(preemption.handled())
+    claim = stack.enter_context(claims.hold(workdir_lib.absolute(workdir)))
+    return _probe(config, claim.workdir, stop)
+
+
+def _probe(config: Any, workdir: epath.Path, stop: Callable[[], bool]) -> dict[str, Any] | None:
+  options = config.probe
   _check_options(options)
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)
@@ -45,12 +52,14 @@ def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
   train_keys = () if options.classifier else ("train", config.eval.select)
   names = _check_classes(inputs, train_keys)
   inputs.check_processes("test", *train_keys)
-  workdir = workdir_lib.claim(workdir, workdir_lib.flatten(config))
+  flat_config = workdir_lib.flatten(config)
+  workdir_lib.check(workdir, flat_config)
   with contextlib.closing(
     checkpointer.Checkpoints(workdir, keep=config.checkpoint.keep, metric="top1")
   ) as checkpoints:
     _refuse_training_run(checkpoints, workdir)
     tower = features_lib.load_tower(config, built)
+    workdir_lib.record(workdir, flat_config, checkpoints.latest() or 0, {})
     features = features_lib.SplitFeatures(tower, inputs, workdir, stop)
     try:
       test = features("test")
@@ -133,11 +142,11 @@ def _fit(
   """The classifier that config.probe asks for. Raises Interrupted."""
   options = config.probe
   if options.classifier:
-    writer.jsonl.resume(0)  # a single line, written again
+    writer.resume(0)  # a single line, written again
     params = classifier.load(options.classifier, tower, features("test"))
     return classifier.Fitted(0, params, dict(classifier=options.classifier))
   if options.optim == "lbfgs":
-    writer.jsonl.resume(0)  # a regression starts again from the beginning
+    writer.resume(0)  # a regression starts again from the beginning
     train, select = features("train"), features(config.eval.select)
     validation = None if select is features("test") else select
     return regression.regress(
@@ -192,7 +201,7 @@ def _train_lars(
     total=run.total_steps,
   )
   state, start = training.first_state(new, checkpoints, meta, built.replicated)
-  writer.jsonl.resume(start)
+  writer.resume(start)
   with contextlib.closing(steps):
     state, step = training.train(
       steps,
