@@ -1,4 +1,4 @@
-"""Durations below one step, and schedules that do not fit the length of a run."""
+"""Durations below one step, schedules that do not fit a run, and regexes without effect."""
 
 import logging
 import pathlib
@@ -10,8 +10,9 @@ import tiny
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.errors import ConfigError
-from xmodal_jax.optim import schedules
+from xmodal_jax.optim import factory, schedules
 from xmodal_jax.optim.schedules import RunLength, duration_to_steps
+from xmodal_jax.runtime import setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 README = RunLength(samples=7000, batch_size=256, total="5 epochs")  # 135 steps
@@ -75,3 +76,45 @@ def test_schedules_that_fit_say_nothing():
   fit += [dict(schedule="step", step_every="4 epochs"), dict(schedule="linear", warmup="1 epochs")]
   for changes in fit:
     assert not schedules.unreached(tiny.optim(**changes), README), changes
+
+
+PARAMS = {
+  "image": {"q": {"kernel": np.ones(2), "bias": np.ones(2)}},
+  "text": {"q": {"kernel": np.ones(2)}},
+  "logit_scale": np.ones(()),
+}
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    (dict(bounds=(("^logit_scal$", 0.0, 4.6),)), r"bounds: '\^logit_scal\$' matches no parameter"),
+    (dict(freeze=(("^vision/", "1 epochs"),)), r"freeze: '\^vision/' matches no parameter"),
+    (dict(lr_mult=(("kernels", 0.1), (".*", 1.0))), r"lr_mult: 'kernels' matches no parameter"),
+    (dict(decay=(("bias", 0.0), ("scale0", 1.0), (".*", 1.0))), r"decay: 'scale0' matches no"),
+    (dict(round_to="float16", round_paths=("kernel", "wi")), r"round_paths: 'wi' matches no par"),
+    (dict(decay=((".*", 1.0), ("bias$", 0.0))), r"decay: 'bias\$' has no effect, .* 1 parameters"),
+  ],
+)
+def test_a_regex_without_effect_is_an_error(changes, text):
+  with pytest.raises(ConfigError, match=r"^config\.optim\." + text) as e:
+    factory.check_rules(tiny.optim(**changes), PARAMS)
+  listed = "The parameters are:\n  image/q/bias\n  image/q/kernel\n  logit_scale" in str(e.value)
+  assert listed == ("matches no parameter" in str(e.value))
+
+
+def test_all_regexes_without_effect_are_listed_and_those_with_effect_pass():
+  wrong = dict(bounds=(("xx", 0, 1), ("yy", 0, 1)), freeze=(("z", "1 steps"),))
+  with pytest.raises(ConfigError) as e:
+    factory.check_rules(tiny.optim(**wrong), PARAMS)
+  assert len(re.findall("matches no parameter", str(e.value))) == 3
+  right = dict(bounds=(("^logit_scale$", 0, 1),), freeze=(("^image/", "1 steps"),))
+  right |= dict(decay=(("kernel$|bias$|scale$", 1.0), (".*", 0.0)), round_paths=("unused",))
+  factory.check_rules(tiny.optim(**right), PARAMS)
+
+
+def test_the_program_checks_the_regexes():
+  built = setup.build(tiny.config("unused"))
+  optim = tiny.optim(freeze=(("^visual/", "1 epochs"),))
+  with pytest.raises(ConfigError, match=r"config\.optim\.freeze: '\^visual/' matches no parameter"):
+    built.optimizer(optim, lambda step, xp=np: 0.1)

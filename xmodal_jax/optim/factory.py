@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.optim import schedules, transforms
 from xmodal_jax.optim.schedules import Schedule
 
@@ -50,6 +51,40 @@ def first_steps(config: Mapping[str, Any], params: Any, steps_per_epoch: int) ->
   to_steps = schedules.duration_to_steps
   rules = [(pattern, to_steps(d, steps_per_epoch)) for pattern, d in config["freeze"]]
   return jax.tree.map(int, per_param("optim.freeze", [*rules, (".*", 0)], params))
+
+
+_LISTED = 60  # parameters that an error lists
+
+
+def check_rules(config: Mapping[str, Any], params: Any) -> None:
+  """Raises ConfigError if a regex of the `optim` section has no effect on parameters like `params`.
+
+  It finds no parameter, or only those that rules before it have taken. A rule that finds all
+  parameters, such as ".*" at the end of a list, may be left with none.
+  """
+  paths = [transforms.path_of(k) for k, _ in jax.tree_util.tree_leaves_with_path(params)]
+  patterns = {k: [row[0] for row in config[k]] for k in ("decay", "lr_mult", "freeze", "bounds")}
+  if config["round_to"]:
+    patterns["round_paths"] = config["round_paths"]
+  faults, unmatched = [], False
+  for key, regexes in patterns.items():
+    taken: set[str] = set()
+    for regex in regexes:
+      found = {path for path in paths if re.search(regex, path)}
+      if not found:
+        faults.append(f"config.optim.{key}: {regex!r} matches no parameter")
+        unmatched = True
+      elif key != "round_paths" and found <= taken and len(found) < len(paths):
+        faults.append(
+          f"config.optim.{key}: {regex!r} has no effect, because rules before it match the same "
+          f"{len(found)} parameters, and the first match wins: put it before them"
+        )
+      taken |= found
+  if unmatched:
+    more = [f"and {len(paths) - _LISTED} more"] if len(paths) > _LISTED else []
+    faults += ["The parameters are:", *(f"  {p}" for p in [*paths[:_LISTED], *more])]
+  if faults:
+    raise ConfigError("\n".join(faults))
 
 
 Tensors = Sequence[tuple[Sequence[str], bool]]

@@ -62,8 +62,12 @@ class Built:
   def optimizer(
     self, optim: Mapping[str, Any], schedule: schedules.Schedule, steps_per_epoch: int = 0
   ) -> optax.GradientTransformation:
-    """The optax chain of config.optim. steps_per_epoch converts epochs in `optim.freeze`."""
+    """The optax chain of config.optim. steps_per_epoch converts epochs in `optim.freeze`.
+
+    Raises ConfigError for regexes without effect, see `factory.check_rules`.
+    """
     params, tensors = nnx.to_pure_dict(self.params), ()
+    factory.check_rules(optim, params)
     if optim["name"] == "lamb":  # trust ratios are per tensor of the original PyTorch model
       rules = tables.rule_table(self.system_name).RULES
       tensors = conversion.tensors_of(rules, params)
