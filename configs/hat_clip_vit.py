@@ -14,6 +14,7 @@ def get_config(variant=None):
   small = base.choose_variant(variant, ("", "shapes")) == "shapes"
   c, model = base.base(), hat.preset("swin_b")
   model["image"] = dict(kind="clip", size=224, patch=16, width=768, depth=12, heads=12)
+  model["image"]["act"] = "quick_gelu"  # a LAION or DataComp file: "gelu"
   model["levels"] = ((11, 11), (3, 3), (9, 9))  # (image block, text block)
   if small:
     model["image"] |= dict(size=48, patch=12, width=64, depth=3, heads=2)

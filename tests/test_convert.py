@@ -156,15 +156,17 @@ def test_wrappers_come_back():
 
 # --- CLIP ---------------------------------------------------------------------------------------
 
+OPENAI = dict(act="quick_gelu", mean=clip.MEAN, std=clip.STD)
 CONFIGS = {
   "vit": dict(
-    system="clip", embed=24,
-    image=dict(kind="vit", size=20, patch=5, width=64, depth=3, heads=1),
-    text=dict(vocab=70, context=9, width=128, depth=2, heads=2),
+    system="clip", embed=24, **OPENAI,
+    image=dict(kind="vit", size=20, patch=5, width=64, depth=3, heads=1, pool="cls"),
+    text=dict(vocab=70, context=9, width=128, depth=2, heads=2, causal=True),
   ),
   "resnet": dict(
-    system="clip", embed=24, image=dict(kind="resnet", size=64, width=4, depths=(1, 3, 1, 2)),
-    text=dict(vocab=70, context=9, width=64, depth=2, heads=1),
+    system="clip", embed=24, **OPENAI,
+    image=dict(kind="resnet", size=64, width=4, depths=(1, 3, 1, 2), heads=2),
+    text=dict(vocab=70, context=9, width=64, depth=2, heads=1, causal=True),
   ),
 }  # fmt: skip
 
@@ -268,7 +270,128 @@ def test_the_tool_in_both_directions(kind, wrapper, tool, tmp_path, capsys):
   assert back.read_bytes() == source.read_bytes()
 
 
-def test_the_tool_lists_what_is_missing(tool, tmp_path):
+def there_and_back(tool, source: pathlib.Path, folder: pathlib.Path, *flags: str) -> pathlib.Path:
+  """Converts a file of CLIP and back; returns the converted directory."""
+  out, back = folder / "dir", folder / "back.pt"
+  tool(["--system", "clip", "--checkpoint", str(source), "--out", str(out), *flags])
+  tool(["--system", "clip", "--to", "torch", "--checkpoint", str(out), "--out", str(back)])
+  assert back.read_bytes() == source.read_bytes()
+  return out
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_scalar_with_axes(shape, tool, tmp_path):
+  """open_clip's older training wrote logit_scale with one axis. It comes back with it."""
+  state = clip_state("vit")
+  state["logit_scale"] = np.full(shape, 2.5, np.float32)
+  torch_files.write(tmp_path / "m.pt", state)
+  out = there_and_back(tool, tmp_path / "m.pt", tmp_path)
+  assert model_files.load_model(out)["params"]["logit_scale"] == np.float32(2.5)
+  module = nnx.eval_shape(lambda: clip.build(CONFIGS["vit"], rngs=nnx.Rngs(0)))
+  params = nnx.state(module, nnx.Param)
+  have, _, _ = restore.load(str(tmp_path / "m.pt"), "clip", params, nnx.State({}))
+  assert have["logit_scale"].shape == () and have["logit_scale"] == np.float32(2.5)
+  state["logit_scale"] = np.ones(2, np.float32)
+  torch_files.write(tmp_path / "two.pt", state)
+  with pytest.raises(SystemExit, match=r"two.pt: .*\n.*misshapen:\n *logit_scale \[2\]"):
+    tool(["--system", "clip", "--checkpoint", str(tmp_path / "two.pt"), "--out", str(out / "x")])
+
+
+def test_a_file_of_the_sigmoid_loss(tool, tmp_path):
+  """model.loss is read off the bias; a config without it says what to set."""
+  config = CONFIGS["vit"] | dict(loss="sigmoid")
+  state = clip_state("vit") | dict(logit_bias=np.array(-7, np.float16))
+  assert clip_rules.infer_config({k: v.shape for k, v in state.items()}) == config
+  torch_files.write(tmp_path / "m.pt", state)
+  out = there_and_back(tool, tmp_path / "m.pt", tmp_path)
+  assert meta_lib.read_meta(out)["config"]["loss"] == "sigmoid"
+
+  def load(config):
+    module = nnx.eval_shape(lambda: clip.build(config, rngs=nnx.Rngs(0)))
+    return restore.load(
+      str(tmp_path / "m.pt"), "clip", nnx.state(module, nnx.Param), nnx.State({})
+    )[0]
+
+  assert load(config)["logit_bias"] == -7
+  with pytest.raises(restore.CheckpointError, match=r"set config\.model\.loss to 'sigmoid'"):
+    load(CONFIGS["vit"])
+
+
+def test_a_vit_without_projection_is_named(tool, tmp_path):
+  state = clip_state("vit")
+  del state["visual.proj"]
+  torch_files.write(tmp_path / "m.pt", state)
+  with pytest.raises(SystemExit, match=r"m.pt: .*\n.*\n.*; no visual\.proj$"):
+    tool(["--system", "clip", "--checkpoint", str(tmp_path / "m.pt"), "--out", str(tmp_path / "o")])
+
+
+def test_what_is_given_and_what_a_json_says(tool, tmp_path, capsys):
+  """A flag outweighs the json, which is said; the json of another model is not used."""
+  file, json_file = tmp_path / "m.pt", tmp_path / "open_clip_config.json"
+  torch_files.write(file, clip_state("vit"))
+  vision, text = dict(width=64, layers=3, head_width=32), dict(width=128, layers=2, heads=2)
+  cfg = dict(embed_dim=24, vision_cfg=vision, text_cfg=text)
+  preprocess = dict(mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash", interpolation="bilinear")
+  json_file.write_text(json.dumps(dict(model_cfg=cfg, preprocess_cfg=preprocess)))
+  there_and_back(tool, file, tmp_path, "--act", "quick_gelu")
+  printed = capsys.readouterr().out
+  assert "act=quick_gelu as given, although open_clip_config.json says gelu" in printed
+  assert "assumed" not in printed
+  meta = meta_lib.read_meta(tmp_path / "dir")
+  assert (meta["config"]["mean"], meta["config"]["image"]["heads"]) == ([0.5] * 3, 2)
+  assert meta["facts"] == {
+    "data.image.resize": "exact", "data.image.interpolation": "bilinear",
+  }  # fmt: skip
+  assert "warning: back.pt cannot say that model.image.heads is 2; its readers assume 1" in printed
+  assert "model.mean is [0.5, 0.5, 0.5]; its readers assume [0.48" in printed
+
+  other = dict(cfg, vision_cfg=vision | dict(width=1024))
+  json_file.write_text(json.dumps(dict(model_cfg=other)))
+  there_and_back(tool, file, tmp_path / "b", "--heads", "2,4")
+  printed = capsys.readouterr().out
+  assert "is of another model (model.image.width is 1024 there, 64 in the file); assumed" in printed
+  assert "model.text.heads is 4; its readers assume 2" in printed
+
+  json_file.write_text(json.dumps(dict(model_cfg=cfg | dict(text_cfg=dict(pool_type="last")))))
+  with pytest.raises(SystemExit, match=r"pool_type='last', which this package does not compute"):
+    tool(["--system", "clip", "--checkpoint", str(file), "--out", str(tmp_path / "c")])
+  (tmp_path / "config.json").write_text(
+    json.dumps(dict(
+      model_type="clip", projection_dim=24,
+      vision_config=dict(hidden_act="gelu", hidden_size=64, num_hidden_layers=3,
+                         num_attention_heads=4),
+      text_config=dict(hidden_act="gelu", hidden_size=128, num_hidden_layers=2),
+    ))
+  )  # fmt: skip
+  json_file.unlink()
+  there_and_back(tool, file, tmp_path / "d")
+  config = meta_lib.read_meta(tmp_path / "d" / "dir")["config"]
+  heads = config["image"]["heads"], config["text"]["heads"]
+  assert (config["act"], heads) == ("gelu", (4, 8))
+  assert "assumed mean=" in capsys.readouterr().out  # Hugging Face has them in another file
+
+
+@pytest.mark.parametrize(
+  ("flags", "error"),
+  [
+    (("--act", "swish"), "model.*act is 'swish'; there are quick_gelu"),
+    (("--heads", "3"), "3 heads do not divide a width of 64"),
+    (("--pool", "max"), "model.image.pool is 'max'; there are cls, mean"),
+  ],
+)
+def test_choices_that_do_not_exist(flags, error, tool, tmp_path):
+  torch_files.write(tmp_path / "m.pt", clip_state("vit"))
+  with pytest.raises(SystemExit, match=error):
+    source, out = str(tmp_path / "m.pt"), str(tmp_path / "o")
+    tool(["--system", "clip", "--checkpoint", source, "--out", out, *flags])
+
+
+def test_a_choice_that_a_system_does_not_have(tool, tmp_path):
+  with pytest.raises(SystemExit, match=r"a file of team leaves no choice of image\.pool"):
+    tool(["--system", "team", "--checkpoint", "x", "--out", str(tmp_path / "o"), "--pool", "mean"])
+
+
+def test_the_tool_lists_what_is_missing(tool, tmp_path, capsys):
   state = clip_state("vit")
   del state["visual.ln_pre.bias"]
   source, out = tmp_path / "m.pt", tmp_path / "dir"
@@ -279,6 +402,11 @@ def test_the_tool_lists_what_is_missing(tool, tmp_path):
   assert not out.exists()
   tool([*args, "--allow-missing", r"visual\.ln_pre\.bias"])
   assert meta_lib.read_meta(out)["missing"] == ["visual.ln_pre.bias"]
+  assert "lacks visual.ln_pre.bias: --to torch reads it" in capsys.readouterr().out
+  module = nnx.eval_shape(lambda: clip.build(CONFIGS["vit"], rngs=nnx.Rngs(0)))
+  params = nnx.state(module, nnx.Param)
+  with pytest.raises(restore.CheckpointError, match=r"--allow-missing .*visual.ln_pre.bias"):
+    restore.load(str(out), "clip", params, nnx.State({}))
 
 
 def test_the_tool_overwrites_nothing(tool, tmp_path):

@@ -14,7 +14,7 @@ from flax import nnx
 from zerovl_golden import EMBEDDING, close, recorded
 
 from xmodal_jax import config as config_lib
-from xmodal_jax.checkpoints import checkpointer, model_files, restore
+from xmodal_jax.checkpoints import checkpointer, facts, model_files, restore
 from xmodal_jax.data import inputs
 from xmodal_jax.evaluation import metrics, retrieval
 from xmodal_jax.interop import conversion, torch_files
@@ -154,11 +154,13 @@ def test_directory_records_the_normalisation_of_pixels(tmp_path):
     info=info, report=report,
   )  # fmt: skip
   model_files.save_model(tmp_path / "out", params, stats, meta)
-  load = lambda model: restore.load(str(tmp_path / "out"), "zerovl", *abstract(section), model)
+
+  def load(model):
+    config = facts.of({"model": model | dict(system="zerovl")})
+    restore.load(str(tmp_path / "out"), "zerovl", *abstract(section), config)
+
   load(section | zerovl.HALF)
-  with pytest.raises(
-    checkpointer.CheckpointError, match=r"of mean \[0.5, 0.5, 0.5\], config.model.mean"
-  ):
+  with pytest.raises(checkpointer.CheckpointError, match=r"model.mean: \[0.5, 0.5, 0.5\] there"):
     load(section | zerovl.IMAGENET)
 
 

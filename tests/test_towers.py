@@ -1,6 +1,7 @@
 """config.init_image and config.init_text: towers initialised from public files."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 
@@ -14,6 +15,7 @@ import tiny
 from flax import nnx
 
 from xmodal_jax.checkpoints import checkpointer, model_files, restore
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.interop import clip as clip_rules
 from xmodal_jax.interop import conversion, meta, torch_files
 from xmodal_jax.models import clip, team
@@ -124,6 +126,9 @@ def hugging_face(kind: str):
   """A BERT with large random weights, and its encoder."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
+  import torchvision_ops
+
+  torchvision_ops.declare()
   c = transformers.BertConfig(
     vocab_size=BERT["vocab"],
     hidden_size=BERT["width"],
@@ -406,8 +411,27 @@ def test_no_file(tmp_path):
 
 def test_a_system_without_towers(tmp_path):
   torch_files.write(tmp_path / "clip.pt", clip_state())
-  with pytest.raises(checkpointer.CheckpointError, match=r"clip starts from whole checkpoints"):
-    restore.load_tower(str(tmp_path / "clip.pt"), "image", "clip", nnx.State({}))
+  load = functools.partial(restore.load_tower, str(tmp_path / "clip.pt"), "image")
+  with pytest.raises(
+    ConfigError, match=r"no public file of one image tower is known for clip; use"
+  ):
+    load("clip", nnx.State({}))
+  with pytest.raises(ConfigError, match=r"for tgdt; use config.init .* or config.init_text"):
+    load("tgdt", nnx.State({}))
+
+
+def test_half_of_a_file_that_is_not_rounded(files, tiny_data, tmp_path):
+  """A system without a list of such parameters, a tower without one, and no file of a tower."""
+  c = tiny.team(tiny_data, **SHORT, init_image=files["init_image"], init_half=True)
+  with pytest.raises(ConfigError, match=r"config.init_half: .* set it to False"):
+    first_params(c)
+  params = setup.build(c).params
+  with pytest.raises(ConfigError, match=r"config.init_half: .* set it to False"):
+    restore.load_tower(files["init_text"], "text", "team", params, half=True)
+  for init in ("", "whole.pt"):
+    c = tiny.team(tiny_data, **SHORT, init=init, init_half=True)
+    with pytest.raises(ConfigError, match=r"config.init_half"):
+      first_params(c)
 
 
 # --- a run --------------------------------------------------------------------------------------

@@ -67,7 +67,9 @@ class Model:
     if not hasattr(self.inputs.tokenizer, "pieces"):
       raise SystemExit(f"the tokenizer {config.text.tokenizer!r} does not name its pieces")
     self.second = rerank.second_stage(config.eval, system)
-    params, stats, _ = restore.load(source, name, built.params, built.stats)
+    params, stats, _ = restore.load(
+      source, name, built.params, built.stats, built.facts, built.init_change
+    )
     self.params = restore.put(params, built.params_shardings)
     self.stats = restore.put(stats, built.stats_shardings)
 

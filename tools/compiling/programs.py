@@ -56,7 +56,7 @@ class Programs:
 
   def train(self) -> Any:
     # Not on a device: a key on one could not go into a program for others.
-    key = jax.random.key(self.config.seed)
+    key = step_lib.stream(self.config.seed, "train")
     return self.built.train_step(self.tx, key, self.shardings, self.schedule, self.first_steps)
 
   def _evaluation(self) -> None:

@@ -2,8 +2,9 @@
 config.init_image and config.init_text."""
 
 import functools
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,11 @@ from etils import epath
 from flax import nnx, traverse_util
 
 from xmodal_jax.checkpoints import checkpointer, model_files
+from xmodal_jax.checkpoints import facts as facts_lib
 from xmodal_jax.checkpoints.manifest import CheckpointError
 from xmodal_jax.distributed import sharding
-from xmodal_jax.errors import naming
-from xmodal_jax.interop import conversion, tables, torch_files
+from xmodal_jax.errors import ConfigError, naming
+from xmodal_jax.interop import beside, conversion, tables, torch_files
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.interop.local import local_copy
 from xmodal_jax.interop.torch_files import folders
@@ -31,20 +33,22 @@ def load(
   system: str,
   params: nnx.State,
   stats: nnx.State,
-  model: Mapping[str, Any] | None = None,
+  facts: facts_lib.Facts | None = None,
+  may_change: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
   """Reads the parameters of a whole model, config.init, as float32 arrays on the host.
 
   source: a converted directory, a workdir (its best checkpoint), a file that torch.save or
   safetensors wrote, or a folder or index of such files. params, stats: the abstract states of the
-  model. model: config.model, whose pixel statistics must be those of a converted directory.
-  Position tables of another resolution are interpolated as the rule table of the system says.
+  model. facts: of this config, which must be those of the source, except for keys in may_change
+  (config.init_change); None: not compared. Position tables of another resolution are interpolated
+  as the rule table of the system says.
 
   Returns (params, stats, info): nested dicts, and where the values came from. Raises
   CheckpointError or ConversionError for a source of another system or size, listing every key that
   does not fit.
 
-    params, stats, _ = load("clip_vit_b32", "clip", built.params, built.stats, config.model)
+    params, stats, _ = load("clip_vit_b32", "clip", built.params, built.stats, built.facts)
     params = put(params, built.params_shardings)
   """
   want = flat(nnx.to_pure_dict(params)) | flat(nnx.to_pure_dict(stats))
@@ -53,15 +57,16 @@ def load(
     raise CheckpointError(
       f"config.init: {path} does not exist; expected a converted directory, a workdir or a file"
     )
+  check = functools.partial(facts_lib.check, want=facts or {}, may_change=may_change)
   if path.is_file():
-    have, info = _read_file(path, system, want)
+    have, info = _read_file(path, system, want, facts or {}, check)
   elif (path / "meta.json").exists():
-    have, info = _read_converted(path, system, model or {})
+    have, info = _read_converted(path, system, check)
   elif (path / "checkpoints").is_dir():
-    have, info = _read_workdir(path, system)
+    have, info = _read_workdir(path, system, check)
   else:
     _check_folder(path, f"{path}: expected meta.json, checkpoints/ or PyTorch weights, but it")
-    have, info = _read_file(path, system, want)
+    have, info = _read_file(path, system, want, facts or {}, check)
   have = _resize(path, tables.rule_table(system), have, want)
   _check_shapes(path, have, want)
   logging.info("parameters from %s (%s)", path, info["kind"])
@@ -75,14 +80,20 @@ def load(
 
 
 def load_tower(
-  source: str, side: str, system: str, params: nnx.State, half: bool = False
+  source: str,
+  side: str,
+  system: str,
+  params: nnx.State,
+  half: bool = False,
+  facts: facts_lib.Facts | None = None,
+  may_change: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
   """Reads a public file of one tower into {path: float32 array}: config.init_image, init_text.
 
   side: "image" or "text". The TOWERS of the system's rule table say which files are known. Paths
   that the file does not have (a new projection) are left out. half: the parameters in HALF_PATHS
-  are rounded to float16, as in CLIP's own files. Raises CheckpointError, ConversionError,
-  FileFormatError.
+  are rounded to float16, as in CLIP's own files. facts, may_change: see `load`. Raises ConfigError,
+  CheckpointError, ConversionError, FileFormatError.
   """
   path = epath.Path(source).expanduser()
   if not path.exists():
@@ -90,61 +101,88 @@ def load_tower(
   if path.is_dir():
     _check_folder(path, f"config.init_{side}: {path}")
   table = tables.rule_table(system)
-  rules = getattr(table, "TOWERS", {}).get(side)
-  if rules is None:
-    raise CheckpointError(
-      f"config.init_{side}: {system} starts from whole checkpoints; use config.init"
+  towers = getattr(table, "TOWERS", {})
+  tower_rules = towers.get(side)
+  if tower_rules is None:
+    other = "".join(f" or config.init_{name}" for name in towers)
+    raise ConfigError(
+      f"config.init_{side}: no public file of one {side} tower is known for {system}; use "
+      f"config.init with a file of the whole model{other}"
     )
   want = flat(nnx.to_pure_dict(params))
-  placements = conversion.plan(rules, {k: tuple(v.shape) for k, v in want.items()})
+  placements = conversion.plan(tower_rules, {k: tuple(v.shape) for k, v in want.items()})
   covered = {p for place in placements.values() for p in place.paths}
   want = {k: v for k, v in want.items() if k in covered}
   with local_copy(path) as local:
     state, file_info = torch_files.state_dict(local)
     _log_notes(path, file_info)
     try:
-      leaves, report = conversion.to_jax(state, rules, want, check_shapes=False)
+      leaves, report = conversion.to_jax(state, tower_rules, want, check_shapes=False)
     except conversion.ConversionError as e:
       what = tables.describe_keys(state)
       e.args = (f"config.init_{side}: {path}, {what}, is not the {side} tower of {system}: {e}",)
       raise
+  if facts:
+    check = functools.partial(facts_lib.check, want=facts, may_change=may_change)
+    _check_file(path, table, _tower_sizes(side, leaves), facts, check, side)
   logging.info("%s tower from %s, %d keys not used", side, path, len(report.dropped))
   leaves = _resize(path, table, leaves, want)
   _check_shapes(path, leaves, want)
   if half:
-    rounded = re.compile("|".join(table.HALF_PATHS))
+    rounded = re.compile("|".join(getattr(table, "HALF_PATHS", ())) or "(?!)")
+    if not any(map(rounded.search, leaves)):
+      raise ConfigError(
+        f"config.init_half: {path} has no parameters that CLIP's files have in float16; set it to "
+        "False"
+      )
     leaves = {k: v.astype(np.float16) if rounded.search(k) else v for k, v in leaves.items()}
   return {k: np.asarray(v, np.float32) for k, v in leaves.items()}
 
 
+Check = Callable[..., None]  # facts.check with the facts of this config
 Leaves = dict[str, Any]  # path -> array
 Info = dict[str, Any]  # where they came from: kind, source, and sha256 or step
 
 
-def _read_converted(path: epath.Path, system: str, model: Mapping[str, Any]) -> tuple[Leaves, Info]:
+def _read_converted(path: epath.Path, system: str, check: Check) -> tuple[Leaves, Info]:
   meta = meta_lib.read_meta(path)
   _check_system(path, meta["system"], system)
-  for key in ("mean", "std"):
-    have = meta["config"].get(key)
-    if have is not None and key in model and list(have) != list(model[key]):
-      raise CheckpointError(
-        f"{path} was trained with pixels of {key} {have}, config.model.{key} is "
-        f"{list(model[key])}: choose the config of {meta['variant'] or 'that model'}, or set it"
-      )
+  recorded, assumed = facts_lib.of_converted(meta)
+  doubt = f"The conversion assumed {assumed}; convert again to say otherwise. " if assumed else ""
+  variant = meta.get("variant")
+  check(f"{path} ({variant})" if variant else str(path), recorded, doubt=doubt)
+  if assumed:
+    logging.warning("%s: its conversion assumed %s", path, assumed)
+  if missing := meta.get("missing"):
+    more = " ..." if len(missing) > 3 else ""
+    raise CheckpointError(
+      f"config.init: {path} was converted with --allow-missing and lacks {len(missing)} tensors "
+      f"({', '.join(missing[:3])}{more}): it can only be converted back"
+    )
   info = dict(kind="converted directory", source=meta["source"], sha256=meta["sha256"])
   return _leaves(model_files.load_model(path)), info
 
 
-def _read_workdir(path: epath.Path, system: str) -> tuple[Leaves, Info]:
-  def check(step, meta):
+def _read_workdir(path: epath.Path, system: str, check: Check) -> tuple[Leaves, Info]:
+  config = path / "config.json"
+
+  def check_source(step, meta):
     del step
     _check_system(path, meta["system"], system)
+    have = facts_lib.of(json.loads(config.read_text())["config"]) if config.exists() else {}
+    check(str(path), have)
 
   checkpoints = checkpointer.Checkpoints(path, keep=1, metric="", read_only=True)
-  found = checkpoints.restore_best(check=check)
+  found = checkpoints.restore_best(check=check_source)
   if found is None:
     raise CheckpointError(f"{path}/checkpoints is empty: nothing to start from")
   step, _, tree = found
+  logging.info(
+    "%s: the parameters of its best checkpoint, step %d, are taken. Its optimizer state, step, "
+    "schedule and position in the data are not",
+    path,
+    step,
+  )
   return _leaves(tree), dict(kind="checkpoint", source=str(path), step=step)
 
 
@@ -165,21 +203,70 @@ def _leaves(tree: Mapping[str, Any]) -> Leaves:
   return flat(tree["params"]) | flat(tree.get("stats") or {})
 
 
-def _read_file(path: epath.Path, system: str, want: Mapping[str, Any]) -> tuple[Leaves, Info]:
+def _read_file(
+  path: epath.Path, system: str, want: Mapping[str, Any], facts: facts_lib.Facts, check: Check
+) -> tuple[Leaves, Info]:
   table = tables.rule_table(system)
   with local_copy(path) as local, naming(path):
     state, file_info = torch_files.state_dict(local)
     _log_notes(path, file_info)
-    table.infer_config({k: v.shape for k, v in state.items()})  # raises for another system
+    # Raises for another system.
+    inferred = table.infer_config({k: v.shape for k, v in state.items()})
+    _check_loss(path, inferred, want)
+    if facts:
+      _check_file(path, table, facts_lib.flatten({"model": inferred}), facts, check)
     # Tables of another resolution are resized afterwards.
-    leaves, _ = conversion.to_jax(state, table.RULES, want, check_shapes=False)
+    leaves, report = conversion.to_jax(state, table.RULES, want, check_shapes=False)
     sha256 = torch_files.sha256(local)
+  if report.filled:
+    logging.warning("%s: not in the file, so initial values: %s", path, ", ".join(report.filled))
   return leaves, dict(kind=file_info["format"], source=path.name, sha256=sha256)
 
 
 def _log_notes(path: epath.Path, info: torch_files.FileInfo) -> None:
   for note in info["notes"]:
     logging.warning("%s: %s", path, note)
+
+
+def _check_loss(path: epath.Path, inferred: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+  if "loss" in inferred and "logit_bias" not in want:
+    raise CheckpointError(
+      f"config.init: {path} has the bias of the sigmoid loss, for which config.model has no place: "
+      f"set config.model.loss to {inferred['loss']!r}"
+    )
+
+
+def _tower_sizes(side: str, leaves: Leaves) -> dict[str, int]:
+  for path, x in leaves.items():
+    if path.endswith("blocks/wi/kernel"):
+      return {f"model.{side}.width": x.shape[1], f"model.{side}.mlp": x.shape[2]}
+  return {}
+
+
+def _check_file(
+  path: epath.Path,
+  table: tables.RuleTable,
+  sizes: facts_lib.Facts,
+  facts: facts_lib.Facts,
+  check: Check,
+  side: str = "",
+) -> None:
+  """Compares what a json beside a file says with this config, and logs what is only assumed.
+
+  sizes: that the file shows, by keys of a config. side: of a file of one tower.
+  """
+  parser = getattr(table, f"parse_beside_{side}" if side else "parse_beside", None)
+  found = beside.describe(path, parser, sizes)
+  if found.facts:
+    check(f"{path} ({found.name} beside it)", found.facts)
+  assumed = {
+    key: facts[f"model.{key}"]
+    for key in getattr(table, "ASSUMED", ())
+    if key.startswith(side) and f"model.{key}" in facts.keys() - found.facts.keys()
+  }
+  if assumed or found.problem:
+    hint = getattr(table, "ASSUMED_HINT", "").format(flag="--config.model.")
+    logging.warning("%s", beside.assumption(path.name, assumed, found, hint))
 
 
 def _resize(

@@ -55,6 +55,9 @@ def base() -> ConfigDict:
   c.recipe = "default"  # a key of `recipes`: a named set of changes to this config
   c.recipes = _section({"default": _section()})  # name -> {dotted key with "/": value}
   c.init = ""  # converted directory, workdir, checkpoint or PyTorch file; "": random parameters
+  # Keys, separated by commas, in which this config may differ from what config.init was made with,
+  # "text.length,data.image". Any other difference in what is computed is an error.
+  c.init_change = ""
   # Public files of single towers, for systems that define TOWERS; parameters missing from them are
   # randomly initialised. init_half: round the image tower's matrices to float16, as CLIP does.
   c.init_image, c.init_text, c.init_half = "", "", False

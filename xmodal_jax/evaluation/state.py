@@ -22,7 +22,7 @@ def load_state(built: setup.Built, source: str) -> tuple[TrainState, dict[str, A
   Raises CheckpointError.
   """
   params, stats, info = restore.load(
-    source, built.system_name, built.params, built.stats, built.model_config
+    source, built.system_name, built.params, built.stats, built.facts, built.init_change
   )
   if "sha256" not in info:  # a workdir, which may reach the same step again with other parameters
     info = dict(info) | {"sha256": _digest({"params": params, "stats": stats})}

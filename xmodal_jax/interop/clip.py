@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop import tables, towers
+from xmodal_jax.interop import beside, tables, towers
 from xmodal_jax.interop.rules import ConversionError, Ignore, Rule, conv, same
 from xmodal_jax.losses import contrastive
+from xmodal_jax.models import clip
 
 
 def _bottleneck(torch: str, ours: str, first: int = 0) -> list[Rule]:
@@ -52,16 +53,24 @@ _IGNORED = [
 
 RULES: Sequence[Rule | Ignore] = [*_TEXT, *_VIT, *_RESNET, *_IGNORED]
 
+# Other models have the same keys: open_clip's ViTs of LAION and DataComp compute GELU.
+_ASSUMED = clip.DEFAULTS
+ASSUMED = ("act", "image.heads", "image.pool", "text.heads", "text.causal", "mean", "std")
+ASSUMED_HINT = "LAION's and DataComp's ViTs of open_clip want {flag}act=gelu"
+parse_beside = beside.parse_clip
+
 
 def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:
   """The model section of a config from the shapes of a state dict (spec of CLIP, 7.3).
 
   scalars: input_resolution, context_length, vocab_size of a TorchScript archive, which must agree
-  with the shapes. Raises ConversionError for another system.
+  with the shapes. The values of ASSUMED are those of OpenAI's models. Raises ConversionError for
+  another system.
   """
-  tables.check_keys("CLIP", shapes, _required_keys("visual.proj" in shapes))
-  if "visual.proj" in shapes:
-    image = dict(kind="vit") | towers.vit_config(
+  vit = not any(key.startswith(("visual.layer1.", "visual.attnpool.")) for key in shapes)
+  tables.check_keys("CLIP", shapes, _required_keys(vit))
+  if vit:
+    image = dict(kind="vit", pool=_ASSUMED["image.pool"]) | towers.vit_config(
       shapes,
       pos="visual.positional_embedding",
       patch="visual.conv1.weight",
@@ -74,6 +83,7 @@ def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None
       size=32 * towers.grid_side(shapes[pos][0], pos),
       width=shapes["visual.layer1.0.conv1.weight"][0],
       depths=tuple(towers.count_layers(f"visual.layer{s}.", shapes) for s in (1, 2, 3, 4)),
+      heads=towers.heads(shapes["visual.attnpool.q_proj.weight"][0]),
     )
   width = shapes["ln_final.weight"][0]
   text = dict(
@@ -82,6 +92,7 @@ def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None
     width=width,
     depth=towers.count_layers("transformer.resblocks.", shapes),
     heads=towers.heads(width),
+    causal=_ASSUMED["text.causal"],
   )
   found = dict(
     input_resolution=image["size"], context_length=text["context"], vocab_size=text["vocab"]
@@ -89,7 +100,9 @@ def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None
   for name, value in (scalars or {}).items():
     if found[name] != value:
       raise ConversionError(misshapen=[f"{name} is {value}, the weights say {found[name]}"])
-  return dict(system="clip", embed=shapes["text_projection"][1], image=image, text=text)
+  out = dict(system="clip", embed=shapes["text_projection"][1], image=image, text=text)
+  out |= {key: _ASSUMED[key] for key in ("act", "mean", "std")}
+  return out | (dict(loss="sigmoid") if "logit_bias" in shapes else {})
 
 
 def _required_keys(vit: bool) -> dict[str, int]:
@@ -99,7 +112,8 @@ def _required_keys(vit: bool) -> dict[str, int]:
   }  # fmt: skip
   if vit:
     return ranks | {"visual.positional_embedding": 2, "visual.proj": 2}
-  return ranks | {"visual.attnpool.positional_embedding": 2, "visual.layer1.0.conv1.weight": 4}
+  ranks |= {"visual.attnpool.positional_embedding": 2, "visual.attnpool.q_proj.weight": 2}
+  return ranks | {"visual.layer1.0.conv1.weight": 4}
 
 
 def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,6 +10,7 @@ together in one ConversionError. Values keep their dtypes and bits; the caller w
 import collections
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,8 @@ class Report:
   missing: list[str]  # absent keys that `allow_missing` accepted
   parameters: int  # number of values
   filled: list[str] = dataclasses.field(default_factory=list)  # absent keys with a default
+  # Scalars that the file has with axes of length 1: key -> shape in the file.
+  scalars: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,9 @@ def parameter_names(rules: Sequence[Entry], shapes: Shapes, keys: Iterable[str])
 
 def _canonical(rules: Sequence[Entry], names: Iterable[str]) -> dict[str, str]:
   """Name in a file -> name in the rules."""
-  aliases = [r for r in rules if isinstance(r, Alias)]
+  names = list(names)
+  usual = lambda alias: alias.unless and any(re.fullmatch(alias.unless, name) for name in names)
+  aliases = [r for r in rules if isinstance(r, Alias) and not usual(r)]
 
   def rename(name: str) -> str:
     for alias in aliases:
@@ -140,7 +145,7 @@ def to_jax(
   allow_missing: regular expression for whole torch keys that may be absent, as are then their
   paths in the result.
   check_shapes: False accepts tensors of other shapes (position tables that the caller resizes);
-  numbers of layers must fit in any case.
+  numbers of layers must fit in any case. A scalar may have axes of length 1 in the file.
 
   Raises ConversionError, which lists all keys that do not fit.
   """
@@ -154,7 +159,7 @@ def to_jax(
   if check_shapes and not problems["rules_without_a_parameter"]:
     problems["misshapen"] = _shape_problems(state, placements, shapes)
   _raise_if_any(problems)
-  flat = _fill(state, placements, report)
+  flat = _fill(state, placements, shapes, report)
   for name in report.filled:
     for path in placements[name].paths:
       flat[path] = np.full(shapes[path], placements[name].rule.default, np.float32)
@@ -270,6 +275,8 @@ def _shape_problems(
       continue
     expected = [shapes[p] if place.layer is None else shapes[p][1:] for p in place.paths]
     shape = tuple(state[name].shape)
+    if expected == [()] and math.prod(shape) == 1:
+      continue
     try:
       found = [x.shape for x in place.rule.fn.forward(np.broadcast_to(np.int8(0), shape))]
     except ValueError:  # np.split or transpose of another rank
@@ -281,7 +288,10 @@ def _shape_problems(
 
 
 def _fill(
-  state: Mapping[str, Any], placements: Mapping[str, Placement], report: Report
+  state: Mapping[str, Any],
+  placements: Mapping[str, Placement],
+  shapes: Shapes,
+  report: Report,
 ) -> dict[str, np.ndarray]:
   """Reads the tensors one at a time into {path: array}, stacked ones into their layer."""
   flat: dict[str, np.ndarray] = {}
@@ -289,7 +299,10 @@ def _fill(
   for name, place in placements.items():
     if name not in state:
       continue
-    pieces = place.rule.fn.forward(_fetch(state[name]))
+    value = _fetch(state[name])
+    if value.ndim and value.size == 1 and [shapes[p] for p in place.paths] == [()]:
+      report.scalars[name], value = list(value.shape), value.reshape(())
+    pieces = place.rule.fn.forward(value)
     for path, piece in zip(place.paths, pieces, strict=True):
       if problem := _store(flat, path, piece, place):
         misshapen.append(f"{name} -> {path}: {problem}")
@@ -344,12 +357,14 @@ def to_torch(
   *,
   kept: Mapping[str, np.ndarray] | None = None,
   order: Sequence[str] = (),
+  scalars: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Lazy]:
   """{path: array} -> torch state dict of lazy arrays, each made when it is written.
 
   kept: values of ignored keys, from the report of `to_jax`. order: the keys of the original file,
   from the same report. They come first, under the names they have there, and what the file lacks
-  (defaults, tied keys, constants) is not written.
+  (defaults, tied keys, constants) is not written. scalars: shapes of scalars in the original file,
+  from the same report.
   """
   shapes = {path: tuple(x.shape) for path, x in flat.items()}
   placements = plan(rules, shapes)
@@ -357,8 +372,9 @@ def to_torch(
   alias = {known: name for name, known in _canonical(rules, order).items()}
   name_in_file = lambda known: alias.get(known, known)
   in_file = lambda known: not order or known in alias
+  scalars = scalars or {}
   out = {
-    name_in_file(known): _lazy(flat, place)
+    name_in_file(known): _lazy(flat, place, scalars.get(known))
     for known, place in placements.items()
     if place.rule.default is None or in_file(known)
   }
@@ -395,12 +411,15 @@ def _ready(value: np.ndarray) -> Lazy:
   return Lazy(value.shape, value.dtype, lambda: value)
 
 
-def _lazy(flat: Mapping[str, Any], place: Placement) -> Lazy:
+def _lazy(flat: Mapping[str, Any], place: Placement, shape: Sequence[int] | None = None) -> Lazy:
+  """shape: of the tensor in the file, where it is not the array's own."""
+
   def make():
     arrays = (np.asarray(flat[p]) for p in place.paths)
-    return place.rule.fn.backward(
+    out = place.rule.fn.backward(
       tuple(x if place.layer is None else x[place.layer] for x in arrays)
     )
+    return out if shape is None else out.reshape(shape)
 
   sample = make()  # a view; of fused weights a copy, which is freed at once
   return Lazy(sample.shape, sample.dtype, make)

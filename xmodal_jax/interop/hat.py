@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop import tables, towers
+from xmodal_jax.interop import beside, tables, towers
 from xmodal_jax.interop.rules import Entry, Ignore, Rule
 
 _TEXT = "text_transformer."
@@ -36,6 +36,13 @@ TOWERS: Mapping[str, Sequence[Entry]] = {
   ],
   "text": [*towers.bert("bert.", "text"), *towers.BERT_REST],
 }
+
+
+# OpenAI's files are published in float16.
+HALF_PATHS = towers.clip_half("image/clip")
+
+ASSUMED = ("image.act", "text.heads", "levels")
+parse_beside_text, parse_beside_image = beside.parse_bert, beside.parse_clip_image
 
 
 def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:

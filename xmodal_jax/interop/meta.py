@@ -46,11 +46,15 @@ def meta(
   sha256: str,
   info: Mapping[str, Any],
   report: Report,
+  assumed: Sequence[str] = (),
+  facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """The content of meta.json.
 
   source, sha256: the PyTorch file; info: from `torch_files.state_dict`; report: from
-  `conversion.to_jax`. The caller writes the ignored arrays named in `beside` to the file BESIDE.
+  `conversion.to_jax`. assumed: keys of config that nothing said. facts: what is known beyond the
+  model, by keys of a config ("data.image.resize"). The caller writes the ignored arrays named in
+  `beside` to the file BESIDE.
   """
   return dict(
     system=system,
@@ -58,12 +62,15 @@ def meta(
     config=dict(config),
     source=source,
     sha256=sha256,
+    assumed=list(assumed),
+    facts=dict(facts or {}),
     converter=VERSION,
     format=info["format"],
     wrapper=list(info["wrapper"]),
     scalars=dict(info["scalars"]),
     missing=report.missing,
     dropped=report.dropped,
+    reshaped=report.scalars,
     ignored={name: pack(x) for name, x in report.kept.items() if x.nbytes <= _PACKED},
     beside=[name for name, x in report.kept.items() if x.nbytes > _PACKED],
     keys=report.keys,

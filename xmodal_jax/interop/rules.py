@@ -94,10 +94,14 @@ class Ignore:
 
 @dataclasses.dataclass(frozen=True)
 class Alias:
-  """Another spelling of keys: re.sub(torch, means, key) is the name that the rules use."""
+  """Another spelling of keys: re.sub(torch, means, key) is the name that the rules use.
+
+  unless: regular expression; a file with a key that it matches in full has the usual spelling.
+  """
 
   torch: str
-  means: str
+  means: str | Callable[[re.Match], str]
+  unless: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

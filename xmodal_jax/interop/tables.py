@@ -21,6 +21,14 @@ class RuleTable(Protocol):
     config.init_text. Without it a system starts from whole checkpoints only.
   HALF_PATHS: Sequence[str]
     Regular expressions for the paths that config.init_half rounds to float16.
+  ASSUMED: Sequence[str]
+    Keys of config.model, as "text.heads", that change what is computed and that no state dict
+    records. `infer_config` gives them the values of the published models.
+  ASSUMED_HINT: str
+    Which files have other values, in words.
+  parse_beside, parse_beside_text, parse_beside_image: beside.Parser
+    For a json beside a file that records those of ASSUMED: beside files of the whole model, and of
+    one tower.
   optimizer_names(names, groups) -> list[str]
     The torch parameter names in the order of the ids of an optimizer file. names: in the order of
     the state dict; groups: number of parameters of each parameter group. Without it both orders are

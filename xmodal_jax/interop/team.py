@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop import tables, towers
+from xmodal_jax.interop import beside, tables, towers
 from xmodal_jax.interop.rules import Alias, Entry, Ignore, Rule, linear
 from xmodal_jax.models import team
 
@@ -62,10 +62,7 @@ TOWERS: Mapping[str, Sequence[Entry]] = {
 
 
 # The original loads these parameters of an OpenAI CLIP file through float16.
-HALF_PATHS = (
-  r"^image/clip/(patch|proj)/kernel$",
-  r"^image/clip/blocks/(q|k|v|out|wi|wo)/(kernel|bias)$",
-)
+HALF_PATHS = towers.clip_half("image/clip")
 
 
 def optimizer_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
@@ -77,6 +74,10 @@ def optimizer_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
     return list(names)
   slow = [n for n in names if "image_model" in n and "tensor_fc" not in n]
   return [n for n in names if n not in set(slow)] + slow
+
+
+ASSUMED = ("image.act", "image.heads", "text.heads", "matching.heads")
+parse_beside_text, parse_beside_image = beside.parse_bert, beside.parse_clip_image
 
 
 def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:

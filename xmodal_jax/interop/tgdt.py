@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop import tables, towers
+from xmodal_jax.interop import beside, tables, towers
 from xmodal_jax.interop.rules import Entry, Ignore, Rule, Tied
 
 _ALL, _BERT = "img_txt_enc.", "img_txt_enc.txt_enc.bert_model."
@@ -74,6 +74,10 @@ def optimizer_names(names: Sequence[str], groups: Sequence[int]) -> list[str]:
   first = [n for prefix in _GROUP for n in names if bare[n].startswith(prefix)]
   second = [n for n in names if bare[n].startswith("txt_enc.")]
   return first if len(groups) == 1 else first + second
+
+
+ASSUMED = ("image.heads", "text.heads", "lower.heads", "upper.heads")
+parse_beside_text = beside.parse_bert
 
 
 def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:

@@ -92,6 +92,14 @@ def clip_vit(torch: str, ours: str) -> list[Rule]:
   ]
 
 
+def clip_half(ours: str) -> tuple[str, ...]:
+  """Regular expressions for the paths of an OpenAI ViT that its published files have in float16."""
+  return (
+    rf"^{ours}/(patch|proj)/kernel$",
+    rf"^{ours}/blocks/(q|k|v|out|wi|wo)/(kernel|bias)$",
+  )
+
+
 def timm_vit(torch: str, ours: str) -> list[Rule]:
   """timm's and DeiT's VisionTransformer. torch: prefix with its dot, "" for none."""
   block, blocks = f"{torch}blocks.{{layer}}", f"{ours}/blocks"
@@ -130,8 +138,8 @@ def bert(torch: str, ours: str) -> list[Rule]:
 
 
 def swin(torch: str, ours: str) -> list[Entry]:
-  """Swin Transformer as in Microsoft's files and timm 0.4.12. torch: prefix with its dot, "" for
-  none.
+  """Swin Transformer as in Microsoft's files and timm 0.4.12; for timm's of today see SWIN_REST.
+  torch: prefix with its dot, "" for none.
 
   Public files are of classifiers, which normalise the last stage only: the norms of the other
   stages get their initial values. Index and mask buffers must have the values that the position
@@ -200,7 +208,15 @@ CLIP_REST: list[Entry] = [
   )
 ]
 TIMM_REST: list[Entry] = [Ignore(name, keep=False) for name in ("head.*", "pre_logits.*")]
-SWIN_REST: list[Entry] = [Ignore("head.*", keep=False)]
+SWIN_REST: list[Entry] = [
+  # timm has moved a stage's downsampling to the start of the next stage.
+  Alias(
+    r"^layers\.([1-9]\d*)(?=\.downsample\.)",
+    lambda match: f"layers.{int(match[1]) - 1}",
+    unless=r"layers\.0\.downsample\..*",
+  ),
+  Ignore("head.*", keep=False),
+]
 BERT_REST: list[Entry] = [
   # Files with a language model's head have the prefix; the oldest have TensorFlow's names.
   Alias(r"^(?=embeddings\.|encoder\.|pooler\.)", "bert."),

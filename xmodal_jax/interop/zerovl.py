@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from xmodal_jax.interop import tables, towers
+from xmodal_jax.interop import beside, tables, towers
 from xmodal_jax.interop.rules import ConversionError, Entry, Ignore, Rule, linear
 from xmodal_jax.losses import contrastive
 from xmodal_jax.models import zerovl
@@ -33,6 +33,10 @@ TOWERS: Mapping[str, Sequence[Entry]] = {
 }
 
 
+ASSUMED = ("image.heads", "text.heads", "mean", "std")
+parse_beside_text = beside.parse_bert
+
+
 def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None) -> dict[str, Any]:
   """The model section of a config from the shapes of a state dict (ZeroVL spec, 7).
 
@@ -54,13 +58,14 @@ def infer_config(shapes: tables.Shapes, scalars: Mapping[str, int] | None = None
   image = towers.vit_config(shapes, **image_keys)
   if probe:
     return dict(system="zerovl", image=image, classes=shapes["classifier.weight"][0])
-  return dict(
+  out = dict(
     system="zerovl",
     embed=shapes["image_projection.linear.weight"][0],
     image=image,
     text=towers.bert_config(shapes, _TEXT),
     learn_temperature="loss.temperature" in shapes,
   )
+  return out | (dict(loss=dict(name="sigmoid")) if "loss.bias" in shapes else {})
 
 
 def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

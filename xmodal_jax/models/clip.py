@@ -1,13 +1,14 @@
 """CLIP (Radford et al., 2021) and its fine-tuning for retrieval, CLIP_ITM."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses import contrastive
 from xmodal_jax.models import base, layers
 from xmodal_jax.models.towers import clip_text, registry
@@ -24,16 +25,18 @@ HALF_PATHS = (
 
 
 def _vit(size, patch, width, depth):
-  return dict(kind="vit", size=size, patch=patch, width=width, depth=depth, heads=width // 64)
+  sizes = dict(size=size, patch=patch, width=width, depth=depth, heads=width // 64)
+  return dict(kind="vit", **sizes, pool="cls")
 
 
 def _resnet(size, width, depths):
-  return dict(kind="resnet", size=size, width=width, depths=depths)
+  return dict(kind="resnet", size=size, width=width, depths=depths, heads=width // 2)
 
 
 def _preset(embed: int, image: dict, text_width: int, **text_kw) -> dict[str, Any]:
   txt = dict(vocab=49408, context=77, width=text_width, depth=12, heads=text_width // 64)
-  return dict(system="clip", embed=embed, image=image, text=txt | text_kw)
+  both = dict(image=image, text=txt | dict(causal=True) | text_kw)
+  return dict(system="clip", embed=embed, act="quick_gelu", mean=MEAN, std=STD, **both)
 
 
 # CLIP's released models: embed, image tower, text width.
@@ -55,12 +58,17 @@ PRESETS = {
 def preset(name: str) -> dict[str, Any]:
   """The model section of a config for one of PRESETS, as a fresh nested dict."""
   if name not in PRESETS:
-    raise ValueError(f"clip has no variant {name!r}; there are {', '.join(PRESETS)}")
+    raise ConfigError(f"clip has no variant {name!r}; there are {', '.join(PRESETS)}")
   # Rematerialization of the scan over layers: see layers.scan. Saving only the outputs of dense
   # layers takes a third less memory for ViT-B/32, and no more time on CPU.
   loop = {"remat": "dots_with_no_batch_dims_saveable", "unroll": 1}
   return copy.deepcopy(PRESETS[name]) | loop | {"loss": "infonce", "same_image": "keep"}
 
+
+# What a config of CLIP means that lacks these keys of its model section.
+DEFAULTS = {
+  "act": "quick_gelu", "mean": MEAN, "std": STD, "image.pool": "cls", "text.causal": True,
+}  # fmt: skip
 
 # Values of model.image.kind whose name in towers.registry differs.
 _KINDS = {"vit": "clip"}
@@ -70,12 +78,11 @@ class CLIP(base.System):
   """Two towers, pooled and projected; pairs are scored by cosine.
 
   batch: image [B, S, S, 3], text_ids int [B, L]. Features: embed float32 [B, E], unit vectors.
-  image: `kind` is "vit", "resnet" or another name of towers.registry. loss: "infonce", or
-  "sigmoid" (SigLIP; Zhai et al., 2023) with a learned bias. same_image: see
-  losses.contrastive.infonce. remat, unroll: see layers.scan.
+  image: `kind` is "vit", "resnet" or another name of towers.registry. act: a name of
+  layers.ACTIVATIONS, of the text tower and of an image tower of kind "vit". mean, std: pixel
+  statistics. loss: "infonce", or "sigmoid" (SigLIP; Zhai et al., 2023) with a learned bias.
+  same_image: see losses.contrastive.infonce. remat, unroll: see layers.scan.
   """
-
-  mean, std = MEAN, STD
 
   def __init__(
     self,
@@ -83,6 +90,9 @@ class CLIP(base.System):
     embed: int,
     image: Mapping[str, Any],
     text: Mapping[str, Any],
+    act: str = "quick_gelu",
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
     dtype: Any = jnp.float32,
     remat: str = "",
     unroll: int = 1,
@@ -91,17 +101,20 @@ class CLIP(base.System):
     rngs: nnx.Rngs,
   ):
     if loss not in ("infonce", "sigmoid"):
-      raise ValueError(f"model.loss is {loss!r}; there are infonce, sigmoid")
+      raise ConfigError(f"model.loss is {loss!r}; there are infonce, sigmoid")
+    self.mean, self.std = tuple(mean), tuple(std)
     self.same_image = contrastive.check_same_image(same_image)
     kw = dict(dtype=dtype, rngs=rngs)
     kind = _KINDS.get(image["kind"], image["kind"])
-    image = dict(image) | dict(kind=kind, remat=remat, unroll=unroll)
+    acts = dict(act=act) if kind == "clip" else {}
+    image = acts | dict(image) | dict(kind=kind, remat=remat, unroll=unroll)
     self.image = registry.build_image_tower(image, output_dim=embed, **kw)
     self.image_proj = nnx.data(None)
     if not self.image.projects:
       proj = layers.linear(self.image.widths[-1], embed, ("embed", None), use_bias=False, **kw)
       self.image_proj = nnx.data(proj)
-    self.text = clip_text.TextTransformer(embed=embed, **text, remat=remat, unroll=unroll, **kw)
+    text = dict(act=act) | dict(text) | dict(remat=remat, unroll=unroll)
+    self.text = clip_text.TextTransformer(embed=embed, **text, **kw)
     self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)), axes=())
     bias = nnx.Param(jnp.float32(contrastive.INITIAL_BIAS), axes=()) if loss == "sigmoid" else None
     self.logit_bias = nnx.data(bias)

@@ -33,6 +33,11 @@ PRESETS = {
 
 OBJECTIVE = dict(direction="i2t", sharpness=9.0, margin=0.2, reduce="max", first_levels=())
 
+# What a config means that lacks these keys of the model section.
+DEFAULTS = {"image.act": "quick_gelu"}  # of kind "clip"
+# Keys of the model section that do not change what is computed from a text or an image.
+TRAINING = ("margin", "reduce", "first_levels")
+
 
 def preset(name: str) -> dict[str, Any]:
   """The model section of a config for one of PRESETS, as a fresh nested dict.

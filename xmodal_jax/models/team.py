@@ -42,6 +42,11 @@ PRESETS = {
   "chinese_l14": _preset("clip", 224, 14, 1024, 24, 21128, 768, 1, 768),
 }
 
+# What a config means that lacks these keys of the model section.
+DEFAULTS = {"image.act": "quick_gelu", "image.pool": "cls"}  # of kind "clip"
+# Keys of the model section that do not change what is computed from a text or an image.
+TRAINING = ("same_image", "negatives", "layerwise")
+
 
 def preset(name: str) -> dict[str, Any]:
   """The model section of a config for one of PRESETS, as a fresh nested dict.
@@ -52,6 +57,7 @@ def preset(name: str) -> dict[str, Any]:
     raise ValueError(f"team has no variant {name!r}; there are {', '.join(PRESETS)}")
   c = copy.deepcopy(PRESETS[name])
   c["image"] |= dict(remat="nothing_saveable", unroll=1)
+  c["image"] |= dict(act="quick_gelu") if c["image"]["kind"] == "clip" else {}
   c["text"] |= dict(remat="", unroll=1, dropout=0.1, attention_dropout=0.1)
   c["matching"] |= dict(remat="", unroll=1, dropout=0.1)
   return c | dict(same_image="exclude", negatives=1, layerwise=True)

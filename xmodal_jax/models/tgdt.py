@@ -69,6 +69,12 @@ CHOICES = dict(
   first_stage=("global", "local"),
 )
 
+# Keys of the model section that do not change what is computed from a text or an image.
+TRAINING = (
+  *("stage", "scale", "margin", "intra_margin", "reduce", "lower_dropout"),
+  *("first_stage",),  # an evaluation's choice
+)
+
 
 def preset(name: str) -> dict[str, Any]:
   """The model section of a config for one of PRESETS, as a fresh nested dict.

@@ -47,6 +47,9 @@ groups: the batch is cut into so many contiguous groups, each with a contrastive
 The others: see losses.contrastive and losses.triplet.
 """
 
+# Keys of the model section that do not change what is computed from a text or an image.
+TRAINING = ("temperature",)
+
 
 def preset(name: str) -> dict[str, Any]:
   """The model section of a config for one of PRESETS, as a fresh nested dict.

@@ -13,6 +13,7 @@ from flax import nnx
 
 from xmodal_jax.checkpoints import checkpointer, restore
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.interop import optimizer_state
 from xmodal_jax.models import registry
 from xmodal_jax.optim import train_state, transforms
@@ -70,6 +71,8 @@ def first_state(
     raise ValueError(
       "config.init is a whole model: set it, or config.init_image and config.init_text, not both"
     )
+  if sources.init and sources.init_half:
+    raise ConfigError("config.init_half is for config.init_image, not for config.init")
   if sources.init or sources.init_optimizer:
     return *_load(built, tx, shardings, sources), False
   check_start = getattr(registry.system_module(built.system_name), "check_start", None)
@@ -89,7 +92,7 @@ def _load(
       sources.init, sources.init_optimizer, system, shapes, tx
     )
   params, stats, _ = restore.load(
-    sources.init, system, built.params, built.stats, built.model_config
+    sources.init, system, built.params, built.stats, built.facts, built.init_change
   )
   if opt_state is not None:
     opt_state = transforms.restart_average(opt_state, params, stats)
@@ -106,12 +109,16 @@ def _load(
 
 def with_towers(sources: Sources, built: setup.Built, state: TrainState) -> TrainState:
   """The state with the towers of sources.init_image and sources.init_text, where given."""
+  if sources.init_half and not sources.init_image:
+    raise ConfigError("config.init_half rounds config.init_image, which is empty: set it to False")
   params = restore.flat(state.params)
   shardings = restore.flat(built.params_shardings)
   for side, source in (("image", sources.init_image), ("text", sources.init_text)):
     if source:
       half = sources.init_half and side == "image"
-      leaves = restore.load_tower(source, side, built.system_name, built.params, half)
+      leaves = restore.load_tower(
+        source, side, built.system_name, built.params, half, built.facts, built.init_change
+      )
       params |= {k: sharding.place(v, shardings[k]) for k, v in leaves.items()}
   params = restore.nested(params)
   opt_state = transforms.restart_average(state.opt_state, params, state.stats)

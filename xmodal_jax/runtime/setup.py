@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from xmodal_jax.checkpoints import facts
 from xmodal_jax.distributed import sharding
 from xmodal_jax.errors import ConfigError, UserError
 from xmodal_jax.interop import conversion, tables
@@ -39,6 +40,8 @@ class Built:
 
   mesh: jax.sharding.Mesh
   model_config: dict[str, Any]  # config.model
+  facts: dict[str, Any]  # what config.init has to agree with, see checkpoints.facts
+  init_change: tuple[str, ...]  # facts that are meant to differ
   init_model: Callable[[], System]  # the model with parameters drawn from config.seed
   system: System  # the abstract model: ShapeDtypeStructs in place of arrays
   graphdef: nnx.GraphDef
@@ -154,6 +157,8 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
   return Built(
     mesh=mesh,
     model_config=model_config,
+    facts=facts.of(config),
+    init_change=tuple(filter(None, config.init_change.replace(" ", "").split(","))),
     init_model=init_model,
     system=system,
     graphdef=graphdef,

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,15 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 class NonFiniteLossError(UserError):
   """The loss or the gradient is NaN or infinite. Saved checkpoints are all from finite steps."""
+
+
+def stream(seed: int, name: str) -> Array:
+  """The key of a named stream of random numbers, "train" for the train steps of a run.
+
+  Initialisation draws its keys as `nnx.Rngs(seed)` does, by folding 0, 1, 2 ... into the seed's
+  key. The key of step n, folded from that of a stream, is none of them.
+  """
+  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def check_finite(metrics: Mapping[str, np.ndarray], last: int, step: int) -> Mapping[str, Any]:
@@ -82,8 +92,9 @@ def make_train_step(
   """The jitted train step: loss over the global batch, gradient, update. The state is donated.
 
   first_steps: see `optim.factory.first_steps`; BatchNorm is frozen with its parameters.
-  rng: the run's key. The key of a step is folded from it and `state.step` alone, so a resumed run
-  draws the same keys. Metrics are float32 scalars: loss, grad_norm, lr, and the system's own.
+  rng: the run's key, see `stream`. The key of a step is folded from it and `state.step` alone, so a
+  resumed run draws the same keys. Metrics are float32 scalars: loss, grad_norm, lr, and the
+  system's own.
   """
 
   tx = optax.with_extra_args_support(tx)

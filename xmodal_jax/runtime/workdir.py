@@ -19,6 +19,7 @@ from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import manifest
 from xmodal_jax.distributed import processes
 from xmodal_jax.errors import UserError
+from xmodal_jax.models import registry
 from xmodal_jax.runtime import metric_writers
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
@@ -85,6 +86,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tupl
   fixed = ("loss_chunk",) if new.get("reproducible") else ()
   # Before model.same_image was a choice of all systems, the others kept such pairs.
   defaults = json_like(flatten(config_lib.base())) | {"model.same_image": "keep"}
+  if "model.system" in new:
+    module = registry.system_module(new["model.system"])
+    defaults |= {f"model.{k}": _as_lists(v) for k, v in getattr(module, "DEFAULTS", {}).items()}
   old = {k: v for k, v in defaults.items() if k in new} | dict(old)
   old = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in old.items()}
   added = [k for k in new.keys() - old.keys() if _in(k, ("model",))]

@@ -1,7 +1,7 @@
 """Dense layers, norms, embeddings and dropout with float32 parameters."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models.layers.partitioning import constrain, constrain_batch
 
 ArrayLike = Array | np.ndarray  # parameters as restored from a file are NumPy arrays
@@ -36,8 +37,15 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 ACTIVATIONS = {
   "quick_gelu": quick_gelu,
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
 }
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+  """Raises ConfigError unless `value` is one of the choices. name: of the config key."""
+  if value not in choices:
+    raise ConfigError(f"{name} is {value!r}; there are {', '.join(choices)}")
 
 
 def layer_norm(dim: int, *, eps: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -103,9 +111,12 @@ def linear(
   """Dense layer with kernel [din, dout] in float32; torch's default initialisation.
 
   axes: logical axes of the kernel. heads: number of heads, for kernels with an axis "heads", which
-  is sharded by whole heads.
+  is sharded by whole heads. Raises ConfigError for heads that do not divide that axis.
   """
   default = uniform(din**-0.5)
+  for axis, size in zip(axes, (din, dout), strict=True):
+    if axis == "heads" and heads and size % heads:
+      raise ConfigError(f"{heads} heads do not divide a width of {size}: change model.*.heads")
 
   def metadata(axes):
     return {"axes": axes} | ({"heads": heads} if "heads" in axes else {})

@@ -1,4 +1,4 @@
-"""The causal text Transformer of CLIP (Radford et al., 2021, section 2.4)."""
+"""The text Transformer of CLIP (Radford et al., 2021, section 2.4)."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +9,11 @@ from xmodal_jax.models import layers
 
 
 class TextTransformer(nnx.Module):
-  """ids int [B, L] -> the residual stream after the last block [B, L, W]; L at most `context`."""
+  """ids int [B, L] -> the residual stream after the last block [B, L, W]; L at most `context`.
+
+  act: a name of layers.ACTIVATIONS. causal: positions attend to themselves and those before, as
+  published; False: to all, padding included.
+  """
 
   batch_sharding: NamedSharding | None = None
 
@@ -22,11 +26,14 @@ class TextTransformer(nnx.Module):
     depth: int,
     heads: int,
     embed: int,
+    act: str = "quick_gelu",
+    causal: bool = True,
     remat: str = "",
     unroll: int = 1,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    layers.check_choice("model.text.act", act, layers.ACTIVATIONS)
     self.dtype, self.loop = dtype, dict(remat=remat, unroll=unroll)
     self.token = nnx.Embed(
       vocab,
@@ -43,8 +50,8 @@ class TextTransformer(nnx.Module):
       width,
       heads,
       mlp_dim=4 * width,
-      act="quick_gelu",
-      causal=True,
+      act=act,
+      causal=causal,
       std=(width**-0.5, width**-0.5 * (2 * depth) ** -0.5, (2 * width) ** -0.5),
       dtype=dtype,
       rngs=rngs,

@@ -1,17 +1,19 @@
 """Image towers by name. A new one is a file in this package and a line in KINDS."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models.towers import resnet, swin, vit
 from xmodal_jax.models.towers.base import ImageTower
 
 
 class Kind(NamedTuple):
-  """The class of a tower, and the arguments that a config does not set."""
+  """The class of a tower, and its arguments where a config does not set them."""
 
   tower: type[ImageTower]
   options: Mapping[str, Any] = {}
@@ -35,16 +37,19 @@ def build_image_tower(
   dtype: Any = jnp.float32,
   rngs: nnx.Rngs,
 ) -> ImageTower:
-  """The tower of a config's `model.image`: its `kind`, a name of KINDS, and the tower's sizes.
+  """The tower of a config's `model.image`: its `kind`, a name of KINDS, and the tower's arguments.
 
   output_dim: width of the tower's projection, for towers that have one (`ImageTower.projects`).
-  Raises ValueError for an unknown kind.
+  Raises ConfigError for an unknown kind or argument.
   """
   config = dict(config)
   name = config.pop("kind")
   if name not in KINDS:
-    raise ValueError(f"model.image.kind is {name!r}; there are {', '.join(KINDS)}")
+    raise ConfigError(f"model.image.kind is {name!r}; there are {', '.join(KINDS)}")
   kind = KINDS[name]
+  known = inspect.signature(kind.tower.__init__).parameters
+  if unknown := sorted(config.keys() - known.keys()):
+    raise ConfigError(f"model.image.{unknown[0]} is no argument of kind={name!r}")
   if kind.tower.projects:
     config["output_dim"] = output_dim
-  return kind.tower(**config, **kind.options, dtype=dtype, rngs=rngs)
+  return kind.tower(**(dict(kind.options) | config), dtype=dtype, rngs=rngs)

@@ -196,7 +196,7 @@ class ModifiedResNet(ImageTower):
 
   With a key (training), BatchNorm uses the statistics of the batch and updates its running ones in
   place. output_dim: attention pooling that gives vectors of this width; None: the mean over tokens.
-  remat, unroll: see layers.scan.
+  heads: of the attention pooling; 0: of 64 units each. remat, unroll: see layers.scan.
   """
 
   projects = True
@@ -207,6 +207,7 @@ class ModifiedResNet(ImageTower):
     size: int,
     width: int,
     depths: Sequence[int],
+    heads: int = 0,
     output_dim: int | None = None,
     remat: str = "",
     unroll: int = 1,
@@ -225,7 +226,7 @@ class ModifiedResNet(ImageTower):
     self.stage4 = make(depths[3], 16 * width, 8 * width, 2)
     self.pool = nnx.data(None)
     if output_dim is not None:
-      positions, heads = (size // 32) ** 2 + 1, width * 32 // 64
+      positions, heads = (size // 32) ** 2 + 1, heads or width * 32 // 64
       self.pool = nnx.data(AttentionPool(positions, 32 * width, heads, output_dim, **kw))
 
   def states(

@@ -8,6 +8,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from xmodal_jax.models import layers
 from xmodal_jax.models.towers.base import ImageTower
 
+POOLS = ("cls", "mean")
+
 
 class ViT(ImageTower):
   """Patches, class token, positions, pre-norm blocks. images [B, S, S, 3] -> tokens [B, P, D].
@@ -15,9 +17,11 @@ class ViT(ImageTower):
   P = 1 + (S / patch) ** 2: the class token, then the patches row-major. `__call__` and `states`
   return the residual stream without the final norm `ln_post`.
 
+  act: a name of layers.ACTIVATIONS. pool: one of POOLS, the vector of an image: "cls", the class
+    token through `ln_post`; "mean", the mean over the patches of all tokens through `ln_post`.
   norm_tokens: whether `tokens` applies `ln_post`; as published, TEAM reads DeiT's tokens with it
     and CLIP's without. ln_pre: a LayerNorm before the first block. output_dim: width of the
-    projection of the class token, None for no projection. remat, unroll: see layers.scan.
+    projection of the pooled vector, None for no projection. remat, unroll: see layers.scan.
   drop_path: not implemented, ignored; accepted so that a config of a Swin can switch to a ViT.
   """
 
@@ -34,6 +38,7 @@ class ViT(ImageTower):
     heads: int,
     mlp_ratio: int = 4,
     act: str = "gelu",
+    pool: str = "cls",
     eps: float = 1e-6,
     ln_pre: bool = False,
     patch_bias: bool = True,
@@ -46,9 +51,11 @@ class ViT(ImageTower):
     rngs: nnx.Rngs,
   ):
     del drop_path
+    layers.check_choice("model.image.act", act, layers.ACTIVATIONS)
+    layers.check_choice("model.image.pool", pool, POOLS)
     if size % patch:
       raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
-    self.widths, self.norm_tokens = (width,) * depth, norm_tokens
+    self.widths, self.norm_tokens, self.pool = (width,) * depth, norm_tokens, pool
     self.dtype, self.loop = dtype, dict(remat=remat, unroll=unroll)
     kw = dict(dtype=dtype, rngs=rngs)
     normal = layers.normal(width**-0.5)
@@ -96,8 +103,8 @@ class ViT(ImageTower):
     return self.ln_post(x) if self.norm_tokens else x
 
   def pooled(self, x: Float[Array, "b p d"]) -> Float[Array, "b d"]:
-    """The class token through the final norm."""
-    return self.ln_post(x[:, 0])
+    """The class token through the final norm, or the mean over patches, see `pool`."""
+    return self.ln_post(x[:, 0]) if self.pool == "cls" else self.ln_post(x[:, 1:]).mean(1)
 
   def project(self, pooled: Float[Array, "b d"]) -> Float[Array, "b e"]:
     return self.proj(pooled)
