@@ -11,6 +11,7 @@ from labelled import COUNT, NAMES, weights
 
 from xmodal_jax.checkpoints import model_files
 from xmodal_jax.data import inputs
+from xmodal_jax.data import text as text_lib
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.evaluation import batching, retrieval, zero_shot
 from xmodal_jax.evaluation import state as state_lib
@@ -155,6 +156,18 @@ def test_names_and_templates_from_files(tmp_path, caplog):
   (tmp_path / "names").unlink()
   with pytest.raises(DatasetError, match=r"config\.classify\.names: there is no file"):
     zero_shot.class_names(names, "val", own)
+
+
+def test_prompts_with_the_same_tokens_are_noticed(caplog):
+  tokenizer = text_lib.ClipTokenizer(max_merges=200)
+  check = lambda template, length: zero_shot.warn_same_tokens(
+    ["red cube", "blue cube", "red cube"], [template], tokenizer, length, True
+  )
+  check("a photo of a {}.", 24)
+  assert not caplog.records
+  check("a photo of a very large {}.", 8)
+  assert "1 of 2 names have the same tokens as another" in caplog.text
+  assert "config.text.length=8 cuts the text" in caplog.text
 
 
 def test_what_cannot_be_classified(labelled_data, tiny_data, tmp_path):

@@ -319,6 +319,9 @@ def test_what_mixes_need(tiny_data, built):
   same = tiny.team(tiny_data, eval__stage_mixes=(0.0, 1.0), data__val="test")
   with pytest.raises(UserError, match=r"chosen on config\.data\.val, which is the test"):
     checks.check_splits(same.eval, inputs.from_config(same))
+  words = tiny.team(tiny_data, eval__stage_mixes=("much",))
+  with pytest.raises(UserError, match=r"stage_mixes is \('much',\): expected numbers"):
+    retrieval.from_config(words, inputs.from_config(words), built["team"])
   one_stage = tiny.config(tiny_data, eval__stage_mixes=(0.0, 1.0))
   with pytest.raises(UserError, match=r"stage_mixes is \(0.0, 1.0\), and there is one stage"):
     retrieval.from_config(one_stage, inputs.from_config(one_stage), built["config"])

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from xmodal_jax.data import inputs as inputs_lib
@@ -36,7 +37,8 @@ def check_splits(options: Any, inputs: inputs_lib.Inputs, keys: list[str] | None
         "the dataset without them, or choose another split"
       )
     if key == "test":
-      _check_test(options, split)
+      datasets = inputs.datasets
+      _check_test(options, split, from_tfds=bool(datasets.tfds and not datasets.eval_dir))
     report_lib.grades(options, split, compute=False)
   mixes = options.stage_mixes and "test" in keys
   if mixes and inputs.split("val").fingerprint == inputs.split("test").fingerprint:
@@ -46,9 +48,15 @@ def check_splits(options: Any, inputs: inputs_lib.Inputs, keys: list[str] | None
     )
 
 
-def _check_test(options: Any, split: records.Split | mix.Joined) -> None:
+def _check_test(options: Any, split: records.Split | mix.Joined, from_tfds: bool) -> None:
   """Folds, and the files of config.eval.eccv_dir."""
-  for prefix, folds in report_lib.fold_counts(options).items():
+  counts = report_lib.fold_counts(options)
+  if counts and from_tfds:
+    logging.warning(
+      "TFDS stores images in its own order: the folds of split %r are not the published ones; "
+      "prepare the dataset with `tools/prepare_data.py karpathy` or `coco`", split.name,
+    )  # fmt: skip
+  for prefix, folds in counts.items():
     if len(split) % folds:
       key = "folds" if prefix.startswith("folds") else "eccv_dir"
       raise ConfigError(

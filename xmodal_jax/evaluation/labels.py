@@ -51,7 +51,10 @@ def class_ranks(scores: Array, label: Array) -> Array:
 
 
 def report(ranks: np.ndarray, label: np.ndarray) -> dict[str, float]:
-  """`metrics.accuracy` of ranks from `class_ranks`. Raises NonFiniteError if one is -1."""
+  """`metrics.accuracy` of ranks from `class_ranks`. Raises NonFiniteError if one is -1, and
+  DatasetError without a rank."""
+  if not len(ranks):
+    raise DatasetError("no image of the split could be read: there is nothing to classify")
   if bad := int(np.count_nonzero(ranks < 0)):
     raise metrics.NonFiniteError(f"scores of {bad} of {len(ranks)} images hold NaN or infinity")
   return metrics.accuracy(ranks, label)

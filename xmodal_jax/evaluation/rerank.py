@@ -60,8 +60,14 @@ def second_stage(options: Any, system: System) -> SecondStage | None:
       f"config.eval.top_k_text and top_k_image are {top_k_text} and {top_k_image}: a second stage "
       f"needs both, and {type(system).__name__} {'has' if system.second_stage else 'has none'}"
     )
+  try:
+    mixes = tuple(map(float, options.stage_mixes))
+  except (TypeError, ValueError) as e:
+    raise ConfigError(
+      f"config.eval.stage_mixes is {options.stage_mixes!r}: expected numbers, as in (0.0, 0.5, 1.0)"
+    ) from e
   mix = choose(options.stage_mix, system.stage_mix)
-  return SecondStage(top_k_text, top_k_image, mix, tuple(map(float, options.stage_mixes)))
+  return SecondStage(top_k_text, top_k_image, mix, mixes)
 
 
 class Bank:

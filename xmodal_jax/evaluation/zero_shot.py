@@ -43,19 +43,9 @@ def classify(config: Any, workdir: str, init_given: bool = False) -> dict[str, A
   inputs.check_processes("test")
   names = class_names(config.classify.names, split.name, split.class_names)
   templates = read_templates(config.classify.templates)
+  warn_same_tokens(names, templates, inputs.tokenizer, config.text.length, config.text.truncate)
   state, source = state_lib.load_state(built, model)
-  batches = text_batches(
-    prompts(names, templates),
-    inputs.tokenizer,
-    batch_size=config.eval.batch_size,
-    length=config.text.length,
-    truncate=config.text.truncate,
-    rows=inputs.local_rows(config.eval.batch_size),
-  )
-  features, _ = retrieval.from_config(config, inputs, built).encode(state, "text", batches)
-  texts, count = class_features(features, len(templates))
-  texts = batching.split_blocks(texts, min(config.classify.block, count * len(names)))
-  texts = jax.tree.map(lambda x: sharding.place(x, built.replicated), texts)
+  texts, count = _text_blocks(config, built, inputs, state, names, templates)
   step = make_step(built.graphdef, built.system.second_stage, len(names), count, built.replicated)
 
   def classify_batch(batch):
@@ -88,6 +78,29 @@ def classify(config: Any, workdir: str, init_given: bool = False) -> dict[str, A
     fingerprint=split.fingerprint,
     source=source,
   )
+
+
+def _text_blocks(
+  config: Any,
+  built: setup.Built,
+  inputs: inputs_lib.Inputs,
+  state: Any,
+  names: Sequence[str],
+  templates: Sequence[str],
+) -> tuple[dict[str, Array], int]:
+  """Features of all prompts as the texts of `make_step`, and how many there are per class."""
+  batches = text_batches(
+    prompts(names, templates),
+    inputs.tokenizer,
+    batch_size=config.eval.batch_size,
+    length=config.text.length,
+    truncate=config.text.truncate,
+    rows=inputs.local_rows(config.eval.batch_size),
+  )
+  features, _ = retrieval.from_config(config, inputs, built).encode(state, "text", batches)
+  texts, count = class_features(features, len(templates))
+  texts = batching.split_blocks(texts, min(config.classify.block, count * len(names)))
+  return jax.tree.map(lambda x: sharding.place(x, built.replicated), texts), count
 
 
 def _check_model(source: str, workdir: epath.Path, model: Any) -> None:
@@ -168,6 +181,29 @@ def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
   ['a cat.', 'two cats.', 'a dog.', 'two dogs.']
   """
   return [t.replace("{}", name) for name in names for t in templates]
+
+
+def warn_same_tokens(
+  names: Sequence[str],
+  templates: Sequence[str],
+  tokenizer: text_lib.Tokenizer,
+  length: int,
+  truncate: bool,
+) -> None:
+  """Warns if the prompts of classes with different names have the same tokens.
+
+  A template that is longer than `length` tokens loses the name at its end, and names may consist of
+  words that the vocabulary does not have.
+  """
+  different = sorted(set(names))
+  for template in templates:
+    ids, _ = tokenizer(prompts(different, [template]), length, truncate)
+    if (same := len(different) - len(np.unique(ids, axis=0))) > 0:
+      logging.warning(
+        "template %r: %d of %d names have the same tokens as another, so that their classes are "
+        "never chosen: config.text.length=%d cuts the text, or the vocabulary lacks their words",
+        template, same, len(different), length,
+      )  # fmt: skip
 
 
 def text_batches(
