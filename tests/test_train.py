@@ -133,6 +133,8 @@ def test_interrupted_evaluation_is_done_on_resume(tiny_data, tmp_path):
 def test_evaluated_splits_are_checked_first(tiny_data, tmp_path):
   with pytest.raises(ValueError, match=r"eval\.folds is 5, but split 'test' has 12 images"):
     loop.train(tiny.config(tiny_data, eval__folds=5), tmp_path)
+  with pytest.raises(ValueError, match=r"eval\.eccv_dir is set, but split 'test' has 12 images"):
+    loop.train(tiny.config(tiny_data, eval__eccv_dir="none"), tmp_path / "coco")
   with pytest.raises(ValueError, match="no split 'dev'"):
     loop.train(tiny.config(tiny_data, data__val="dev"), tmp_path / "other")
 

@@ -58,11 +58,12 @@ def _check_test(options: Any, split: records.Split | mix.Joined, from_tfds: bool
     )  # fmt: skip
   for prefix, folds in counts.items():
     if len(split) % folds:
-      key = "folds" if prefix.startswith("folds") else "eccv_dir"
+      what, remedy = f"folds is {folds}", "0 for no folds"
+      if not prefix.startswith("folds"):
+        what, remedy = "eccv_dir is set", "'' if this is not the COCO 5K test split"
       raise ConfigError(
-        f"config.eval.{key} asks for {folds} folds, but split {split.name!r} has {len(split)} "
-        "images, which do not divide into equal folds; set it to "
-        + ("0 for no folds" if key == "folds" else "'' if this is not the COCO 5K test split")
+        f"config.eval.{what}, but split {split.name!r} has {len(split)} images, which do not "
+        f"divide into {folds} equal folds; set it to {remedy}"
       )
   if options.eccv_dir:
     coco.check_files(epath.Path(options.eccv_dir).expanduser())
