@@ -110,6 +110,8 @@ KARPATHY = {
     for i in range(3)
   ]
 }
+ALBEF = [{"image": f"{i}.jpg", "caption": ["x" * 30, "é"] if i else "one" * 20} for i in range(4)]
+TOKEN = "".join(f"{i}.jpg#{j}\tcaption {j} of é {i}\n" for i in range(3) for j in range(2))
 COCO = {
   "images": [{"id": i, "file_name": f"{i}.jpg", "width": 3, "height": 4} for i in range(3)],
   "annotations": [{"id": 10 + i, "image_id": i % 3, "caption": f"c{i}" * 30} for i in range(6)],
@@ -125,6 +127,22 @@ def check_karpathy(path: pathlib.Path) -> None:
     want[item["split"]].append((item["filename"], captions))
   found = {k: [(p.filename, p.captions) for p in v] for k, v in splits.items()}
   assert messages or found == want, (found, want)
+
+
+def check_albef(path: pathlib.Path) -> None:
+  with logged() as messages:
+    (images,) = sources.read_albef({"train": [(path, path.parent)]}).values()
+  want = [(item["image"], item["caption"]) for item in json.loads(path.read_bytes())]
+  want = [(name, tuple(c) if isinstance(c, list) else (c,)) for name, c in want]
+  assert messages or [(p.filename, p.captions) for p in images] == want
+
+
+def check_token(path: pathlib.Path) -> None:
+  found = [row["caption"] for _, row in tables.rows(epath.Path(path))]
+  lines = path.read_bytes().decode("utf-8-sig").split("\n")
+  want = [line.removesuffix("\r").partition("\t")[2] for line in lines if line.strip()]
+  assert found == want, (found, want)
+  pairs.read_pairs(path, path.parent)
 
 
 def check_coco(path: pathlib.Path) -> None:
@@ -219,6 +237,8 @@ READERS = {
   "jsonl": ("input.jsonl", [JSON_LINES], check_json_lines),
   "karpathy": ("input.json", [json.dumps(KARPATHY).encode()], check_karpathy),
   "coco": ("input_val.json", [json.dumps(COCO).encode()], check_coco),
+  "albef": ("input_albef.json", [json.dumps(ALBEF).encode()], check_albef),
+  "token": ("input.token", [TOKEN.encode()], check_token),
   "tar": ("input.tar", None, check_tar),
   "parquet": ("input.parquet", None, check_parquet),
 }

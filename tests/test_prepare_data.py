@@ -316,7 +316,7 @@ def test_pairs_without_split_or_id(tmp_path):
       "pairs.csv:6: image 1.jpg has image_id 13, but 11 at",
     ),
     ([("1.jpg", "x", "one", "val")], (), "pairs.csv:2: the id is 'one', expected an integer"),
-    (PAIRS, ("--val_fraction", "0.1"), "column 'split' gives the split, so leave out"),
+    (PAIRS, ("--val_fraction", "0.1"), "splits are given twice: leave out"),
     (PAIRS, ("--val_fraction", "1.5"), "val_fraction 1.5"),
     (
       [("1.jpg", "x", 0)],

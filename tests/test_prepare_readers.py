@@ -72,6 +72,10 @@ def test_what_is_said_about_a_table(tmp_path):
   assert read(tmp_path, "1|a.jpg|one\n2|a.jpg|two\n3|b.jpg|three\n", "x.txt", form=form) == AB
   form = {"kind": "tsv", "quotes": "none"}
   assert read(tmp_path, 'image\tcaption\na.jpg\t"one"\n', "x", form=form) == {"a.jpg": ('"one"',)}
+  with pytest.raises(DatasetError, match="is read as the format jsonl, which has no delim"):
+    read(tmp_path, "{}", "a.jsonl", form={"delimiter": "|"})
+  with pytest.raises(DatasetError, match="1: 'image', expected NAME#N<TAB>caption"):
+    read(tmp_path, "image\ncaption\n", "a.token")
   args = ("--images", tmp_path, "--out", tmp_path / "out", "--format", "csv")
   (tmp_path / "a.jpg").write_bytes(encoded_image(0))
   (tmp_path / "x").write_text("7;a.jpg;'one\n")
@@ -79,6 +83,28 @@ def test_what_is_said_about_a_table(tmp_path):
   run("pairs", "--annotations", tmp_path / "x", *args)
   record = records.open_split(tmp_path / "out", "train").read(0)
   assert (record.image_id, record.captions) == (7, ("'one",))
+
+
+def test_lists_of_the_images_of_a_split(tmp_path, capsys, caplog):
+  """As with Flickr8k.token.txt, and with names without a suffix."""
+  for i in range(4):
+    (tmp_path / f"{i}.jpg").write_bytes(encoded_image(i))
+  lines = [f"{i}.jpg#{j}\t{i} {j}\n" for i in range(4) for j in (0, 1)]
+  (tmp_path / "a.token").write_text("".join(lines))
+  (tmp_path / "train.txt").write_text("0.jpg\r\n2.jpg\r\n7.jpg\r\n")
+  (tmp_path / "test.txt").write_text("1\n")
+  args = ["pairs", "--annotations", tmp_path / "a.token", "--images", tmp_path]
+  args += ["--split_list", "train", tmp_path / "train.txt", "--split_list", "test"]
+  args += [tmp_path / "test.txt", "--out", tmp_path / "out"]
+  with caplog.at_level(logging.INFO):
+    run(*args)
+  assert "2 rows are left out, as their image is in no --split_list" in caplog.text
+  names = lambda split: [r.filename for r in records.open_split(tmp_path / "out", split)]
+  assert (names("train"), names("test")) == (["0.jpg", "2.jpg"], ["1.jpg"])
+  (tmp_path / "test.txt").write_text("1\n2\n")
+  assert "test.txt:2: '2' is also in a list of split 'train'" in fails(capsys, *args, "--overwrite")
+  (tmp_path / "test.txt").write_text("1\n")
+  assert "splits are given twice" in fails(capsys, *args, "--overwrite", "--val_fraction", "0.1")
 
 
 def test_tables_of_pandas(tmp_path, caplog):

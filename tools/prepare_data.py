@@ -156,6 +156,9 @@ def _add_pairs(commands) -> None:
   for split in ("val", "test"):
     text = "fraction of the images, drawn by their paths"
     sub.add_argument(f"--{split}_fraction", type=float, default=0.0, help=text)
+  text = "the images of a split, a name per line; others are left out; may be repeated"
+  form = {"nargs": 2, "metavar": ("SPLIT", "FILE"), "action": "append", "default": []}
+  sub.add_argument("--split_list", **form, help=text)
 
 
 def _add_albef(commands) -> None:
@@ -268,12 +271,13 @@ def _coco(args: argparse.Namespace) -> Annotated:
 def _pairs(args: argparse.Namespace) -> Annotated:
   names = [f"{role}_column" for role in pairs.COLUMNS]
   options = {k: getattr(args, k) for k in (*names, "val_fraction", "test_fraction")}
-  options["blank"] = args.blank_captions
+  options |= {"split_lists": args.split_list, "blank": args.blank_captions}
   delimiter = tables.DELIMITERS.get(args.delimiter)
   form = tables.Form(args.format, delimiter, args.columns, args.quotes)
   splits = pairs.read_pairs(args.annotations, args.images, form=form, **options)
   options["form"] = dataclasses.asdict(form)
-  return splits, options, sources.checksums(args.annotations), ()
+  sha256 = {f: sources.checksums(f).popitem()[1] for _, f in args.split_list}
+  return splits, options, sources.checksums(args.annotations) | sha256, ()
 
 
 def _albef(args: argparse.Namespace) -> Annotated:

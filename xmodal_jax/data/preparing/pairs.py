@@ -1,13 +1,14 @@
 """Reader of tables with a row per caption, or per image with a list of captions."""
 
 import ast
-import functools
+import collections
 import hashlib
 import io
 import itertools
 import logging
 import posixpath
 import tokenize
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -39,59 +40,86 @@ def read_pairs(
   split_column: str | None = None,
   val_fraction: float = 0.0,
   test_fraction: float = 0.0,
+  split_lists: Sequence[tuple[str, epath.PathLike]] = (),
   blank: Blank = "error",
 ) -> Splits:
   """A table of `tables.rows` with an image and a caption, or a list of captions, in each row.
 
   Rows of the same image become one image. Columns: None: those of COLUMNS. A column of ids or
   splits may be absent: then ids count from 0, and the split is "train", or is drawn by a hash of
-  the image's path, with the two fractions. An image without a suffix (COCO-CN) is looked up among
-  the files. Raises DatasetError, naming file and line.
+  the image's path, with the two fractions, or is that of the list with the image, of split_lists:
+  (split, file with a name per line, with or without suffix). An image without a suffix (COCO-CN) is
+  looked up among the files. Raises DatasetError, naming file and line.
   """
   file, images = epath.Path(table), epath.Path(images)
-  if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-    raise DatasetError(
-      f"val_fraction {val_fraction} and test_fraction {test_fraction}: expected two numbers of at "
-      "least 0, together below 1"
-    )
   given = {
     "image": image_column, "caption": caption_column, "id": id_column, "split": split_column
   }  # fmt: skip
   known = [n for role, names in COLUMNS.items() for n in (*names, given[role]) if n]
+  listed = _listed(split_lists)
+  drawn = _drawn(val_fraction, test_fraction)
   found = tables.rows(file, form, known)
   if (first := next(found, None)) is None:
     raise DatasetError(f"{file}: no rows; expected a row per caption after a line of column names")
   columns = _columns(*first, given)
-  if columns["split"] and val_fraction + test_fraction:
+  if sum((columns["split"] is not None, val_fraction + test_fraction > 0, bool(listed))) > 1:
     raise DatasetError(
-      f"{first[0]}: column {columns['split']!r} gives the split, so leave out --val_fraction and "
-      "--test_fraction, or name another --split_column"
+      f"{first[0]}: splits are given twice: leave out --val_fraction and --test_fraction, or "
+      "--split_list; if column 'split' gives the split, name another --split_column"
     )
-  drawn = functools.partial(_drawn_split, val=val_fraction, test=test_fraction)
-  grouper, lists, listing = Grouper(blank), 0, Listing()
+  grouper, listing, counts = Grouper(blank), Listing(), collections.Counter()
   for where, row in itertools.chain([first], found):
+    _check_keys(where, row, columns, given)
     name = values.file_name(where, "the image", _cell(where, row, columns, "image"))
     captions = _captions(where, _cell(where, row, columns, "caption"))
-    lists += isinstance(captions, list)
-    captions = captions if isinstance(captions, list) else [captions]
-    for role in ("id", "split"):  # JSON lines need not have the same keys
-      if columns[role] is None and (column := given[role] or COLUMNS[role][0]) in row:
-        raise DatasetError(
-          f"{where}: has {column!r}, which the first row lacks; give it in all rows or in none"
-        )
-    split = image_id = None
-    if columns["split"]:
+    if isinstance(captions, list):
+      counts["rows hold a list of captions"] += 1
+    split = drawn(posixpath.normpath(name))
+    if listed:
+      split = listed.get(_stem(name))
+    elif columns["split"]:
       split = values.text(where, "the split", _filled(where, row, columns, "split"))
+    if split is None:
+      counts["rows are left out, as their image is in no --split_list"] += 1
+      continue
+    image_id = None
     if columns["id"]:
       image_id = values.integer(where, "the id", _filled(where, row, columns, "id"))
-    path = _path(images, name, listing)
-    split = split or drawn(posixpath.normpath(name))
-    grouper.add(where, split, name, path, captions, image_id=image_id)
-  if lists:
-    logging.info("%s: %d rows hold a list of captions", file, lists)
+    texts = captions if isinstance(captions, list) else [captions]
+    grouper.add(where, split, name, _path(images, name, listing), texts, image_id=image_id)
+  for what, count in counts.items():
+    logging.info("%s: %d %s", file, count, what)
   # Includes splits without an image, for which the builder raises.
   asked = ["train"] + ["val"] * bool(val_fraction) + ["test"] * bool(test_fraction)
-  return grouper.splits(asked if val_fraction + test_fraction else ())
+  asked = asked if val_fraction + test_fraction else [split for split, _ in split_lists]
+  return grouper.splits(asked)
+
+
+def _check_keys(where: str, row: dict, columns: dict, given: dict) -> None:
+  """JSON lines need not have the same keys: ids and splits are in all or in none."""
+  for role in ("id", "split"):
+    if columns[role] is None and (column := given[role] or COLUMNS[role][0]) in row:
+      raise DatasetError(
+        f"{where}: has {column!r}, which the first row lacks; give it in all rows or in none"
+      )
+
+
+def _listed(files: Sequence[tuple[str, epath.PathLike]]) -> dict[str, str]:
+  """The split of each image, by its name without a suffix."""
+  owner: dict[str, str] = {}
+  for split, file in files:
+    for i, line in enumerate(values.read_text(epath.Path(file), "--split_list").split("\n"), 1):
+      if (name := line.strip()) and owner.setdefault(_stem(name), split) != split:
+        raise DatasetError(
+          f"{file}:{i}: {name!r} is also in a list of split {owner[_stem(name)]!r}; splits must "
+          "not share images"
+        )
+  return owner
+
+
+def _stem(name: str) -> str:
+  name = posixpath.normpath(name)
+  return name[: -len(s)] if (s := tables.image_type(name)) else name
 
 
 def _columns(where: str, row: dict, given: dict[str, str | None]) -> dict[str, str | None]:
@@ -168,12 +196,22 @@ def _python_list(where: str, cell: str) -> list:
 
 def _path(images: epath.Path, name: str, listing: Listing) -> epath.Path:
   """The file images/name, also without the suffix of its type and at the places of COCO's."""
-  if name.lower().endswith(tables.IMAGE_TYPES):
+  if tables.image_type(name):
     return listing.first(images / place for place in coco.places(name))
   suffixes = ("", *tables.IMAGE_TYPES)
   return listing.first(images / p for s in suffixes for p in coco.places(name + s))
 
 
-def _drawn_split(name: str, val: float, test: float) -> str:
-  u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-  return "val" if u < val else "test" if u < val + test else "train"
+def _drawn(val: float, test: float) -> Callable[[str], str]:
+  """name -> split, drawn by a hash of the name."""
+  if not (val >= 0 and test >= 0 and val + test < 1):
+    raise DatasetError(
+      f"val_fraction {val} and test_fraction {test}: expected two numbers of at least 0, together "
+      "below 1"
+    )
+
+  def split(name: str) -> str:
+    u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return "val" if u < val else "test" if u < val + test else "train"
+
+  return split

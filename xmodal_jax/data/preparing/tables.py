@@ -23,8 +23,8 @@ IMAGE_TYPES = (
 )  # fmt: skip
 KINDS = ("csv", "tsv", "jsonl", "token")
 DELIMITERS = {"comma": ",", "semicolon": ";", "bar": "|", "tab": "\t"}
-_SUFFIXES = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "token": None}
-_SUFFIXES |= {"txt": None}  # to be found out
+_SUFFIXES = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "token": "token"}
+_SUFFIXES |= {"txt": None}  # by its first line
 _TOKEN = re.compile(r"([^\t\n]+)#\d+\t")
 
 # (file and line, for messages; the row, by column)
@@ -59,14 +59,17 @@ def rows(file: epath.Path, form: Form | None = None, known: Sequence[str] = ()) 
     raise DatasetError(f"{file}: expected a file {names} (or .gz of one), or pass --format")
   text = values.read_text(file)
   kind = form.kind or _SUFFIXES[suffix]
-  if kind is None or (kind != "jsonl" and form == Form()):
+  if kind is None or (kind in ("csv", "tsv") and form == Form()):
     kind = "token" if _TOKEN.match(text) else kind or _found_kind(text)
     if kind in ("token", "jsonl"):
       logging.info("%s: read as the format %s", file, kind)
-  if kind == "jsonl":
-    return _json_rows(file, text)
-  if kind == "token":
-    return _token_rows(file, text)
+  if kind in ("token", "jsonl"):
+    if form.delimiter or form.columns or form.quotes:
+      raise DatasetError(
+        f"{file}: is read as the format {kind}, which has no delimiter, columns or quotes to say; "
+        "pass --format csv or tsv too, or leave these options out"
+      )
+    return (_json_rows if kind == "jsonl" else _token_rows)(file, text)
   return _Table(file, text, kind, form, known).rows()
 
 
@@ -230,8 +233,13 @@ def _is_quoted(cell: str) -> bool:
   return cell[0] + cell[-1] == '""' and '""' in inner and '"' not in inner.replace('""', "")
 
 
+def image_type(name: str) -> str:
+  """The suffix of a file's name if it is that of a type of images, else ""."""
+  return next((s for s in IMAGE_TYPES if name.lower().endswith(s)), "")
+
+
 def _is_image(cell: str) -> bool:
-  return cell.strip().strip('"').lower().endswith(IMAGE_TYPES)
+  return bool(image_type(cell.strip().strip('"')))
 
 
 def _is_pair(cells: list[str]) -> bool:
