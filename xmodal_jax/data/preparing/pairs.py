@@ -68,6 +68,7 @@ def read_pairs(
       "--split_list; if column 'split' gives the split, name another --split_column"
     )
   grouper, listing, counts = Grouper(blank), Listing(), collections.Counter()
+  paths: dict[str, epath.Path] = {}
   for where, row in itertools.chain([first], found):
     _check_keys(where, row, columns, given)
     name = values.file_name(where, "the image", _cell(where, row, columns, "image"))
@@ -86,7 +87,9 @@ def read_pairs(
     if columns["id"]:
       image_id = values.integer(where, "the id", _filled(where, row, columns, "id"))
     texts = captions if isinstance(captions, list) else [captions]
-    grouper.add(where, split, name, _path(images, name, listing), texts, image_id=image_id)
+    if name not in paths:
+      paths[name] = _path(images, name, listing)
+    grouper.add(where, split, name, paths[name], texts, image_id=image_id)
   for what, count in counts.items():
     logging.info("%s: %d %s", file, count, what)
   # Includes splits without an image, for which the builder raises.
