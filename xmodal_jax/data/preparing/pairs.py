@@ -71,21 +71,14 @@ def read_pairs(
   paths: dict[str, epath.Path] = {}
   for where, row in itertools.chain([first], found):
     _check_keys(where, row, columns, given)
-    name = values.file_name(where, "the image", _cell(where, row, columns, "image"))
-    captions = _captions(where, _cell(where, row, columns, "caption"))
+    name, captions, split, image_id = _row(where, row, columns)
     if isinstance(captions, list):
       counts["rows hold a list of captions"] += 1
-    split = drawn(posixpath.normpath(name))
-    if listed:
-      split = listed.get(_stem(name))
-    elif columns["split"]:
-      split = values.text(where, "the split", _filled(where, row, columns, "split"))
+    if split is None:
+      split = listed.get(_stem(name)) if listed else drawn(posixpath.normpath(name))
     if split is None:
       counts["rows are left out, as their image is in no --split_list"] += 1
       continue
-    image_id = None
-    if columns["id"]:
-      image_id = values.integer(where, "the id", _filled(where, row, columns, "id"))
     texts = captions if isinstance(captions, list) else [captions]
     if name not in paths:
       paths[name] = _path(images, name, listing)
@@ -96,6 +89,20 @@ def read_pairs(
   asked = ["train"] + ["val"] * bool(val_fraction) + ["test"] * bool(test_fraction)
   asked = asked if val_fraction + test_fraction else [split for split, _ in split_lists]
   return grouper.splits(asked)
+
+
+def _row(
+  where: str, row: dict, columns: dict[str, str | None]
+) -> tuple[str, str | list[str], str | None, int | None]:
+  """(image, caption or captions, split, id) of a row; None for what it has no column of."""
+  name = values.file_name(where, "the image", _cell(where, row, columns, "image"))
+  captions = _captions(where, _cell(where, row, columns, "caption"))
+  split = image_id = None
+  if columns["split"]:
+    split = values.text(where, "the split", _filled(where, row, columns, "split"))
+  if columns["id"]:
+    image_id = values.integer(where, "the id", _filled(where, row, columns, "id"))
+  return name, captions, split, image_id
 
 
 def _check_keys(where: str, row: dict, columns: dict, given: dict) -> None:
