@@ -105,6 +105,8 @@ def test_lists_of_the_images_of_a_split(tmp_path, capsys, caplog):
   assert "test.txt:2: '2' is also in a list of split 'train'" in fails(capsys, *args, "--overwrite")
   (tmp_path / "test.txt").write_text("1\n")
   assert "splits are given twice" in fails(capsys, *args, "--overwrite", "--val_fraction", "0.1")
+  (tmp_path / "test.txt").write_text("\n")
+  assert "test.txt: no names; expected the name" in fails(capsys, *args, "--overwrite")
 
 
 def test_tables_of_pandas(tmp_path, caplog):

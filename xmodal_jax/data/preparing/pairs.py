@@ -118,7 +118,10 @@ def _listed(files: Sequence[tuple[str, epath.PathLike]]) -> dict[str, str]:
   """The split of each image, by its name without a suffix."""
   owner: dict[str, str] = {}
   for split, file in files:
-    for i, line in enumerate(values.read_text(epath.Path(file), "--split_list").split("\n"), 1):
+    lines = values.read_text(epath.Path(file), "--split_list").split("\n")
+    if not any(map(str.strip, lines)):
+      raise DatasetError(f"{file}: no names; expected the name of an image in each line")
+    for i, line in enumerate(lines, 1):
       if (name := line.strip()) and owner.setdefault(_stem(name), split) != split:
         raise DatasetError(
           f"{file}:{i}: {name!r} is also in a list of split {owner[_stem(name)]!r}; splits must "
