@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.distributed import processes, sharding
 from xmodal_jax.evaluation import retrieval
-from xmodal_jax.runtime import logs, setup, workdir
+from xmodal_jax.runtime import cli, logs, setup, workdir
 from xmodal_jax.training import loop
 
 JOB, INDEX = json.loads(pathlib.Path(sys.argv[1]).read_text()), int(sys.argv[2])
@@ -146,7 +146,7 @@ def checkpoints_of(folder: pathlib.Path) -> list[int]:
 def main() -> None:
   processes.initialize(JOB["address"], JOB["count"], INDEX)
   programs.install()
-  with processes.exit_together(), tiny.toy_registered():
+  with processes.exit_together(cli.message), tiny.toy_registered():
     logs.setup()
     for run in JOB["runs"]:
       try:

@@ -247,6 +247,8 @@ def test_one_fails_and_tells(runs_of_two):
   _, ends = runs_of_two
   assert [e.code for e in ends] == [1, 1], ends[0].log[-3000:] + ends[1].log[-3000:]
   assert "process 1 of 2 failed: OSError: the disk of this machine is gone" in ends[0].log
+  assert "process 1 of 2 failed: the disk of this machine is gone" in ends[1].log
+  assert "Traceback" not in ends[1].log
 
 
 @pytest.mark.full

@@ -15,7 +15,8 @@ import pytest
 import tiny
 from test_train import lines
 
-from xmodal_jax.runtime import claims, metric_writers, preemption, workdir
+from xmodal_jax import config as config_lib
+from xmodal_jax.runtime import claims, cli, metric_writers, preemption, workdir
 from xmodal_jax.runtime import step as step_lib
 from xmodal_jax.training import loop
 
@@ -90,6 +91,20 @@ def test_key_of_a_newer_version_had_its_default(begun):
   assert workdir.check(begun, flat()) == {}
   with pytest.raises(workdir.WorkdirError, match=r"optim\.cycles: 0\.5 -> 2"):
     workdir.check(begun, flat(optim__cycles=2.0))
+
+
+def test_home_folder_is_expanded_everywhere(begun, monkeypatch):
+  monkeypatch.setenv("HOME", str(begun / "home"))
+  config = tiny.config("~/a,~/b")
+  config.init, config.text.vocab = "~/a.pt", "none/~"
+  config = config_lib.resolve(config)
+  assert config.data.dir == f"{begun}/home/a,{begun}/home/b"
+  assert (config.init, config.text.vocab) == (f"{begun}/home/a.pt", "none/~")
+  assert workdir.absolute("~/run") == begun / "home" / "run"
+  (begun / "config.json").write_text(json.dumps({"config": workdir.json_like(flat(init="~/a.pt"))}))
+  assert workdir.check(begun, flat(init=config.init)) == {}
+  seen = cli.program(lambda argv: argv)(["--out=~/x.png", "~/y", "--name", "a~b"])
+  assert seen == [f"--out={begun}/home/x.png", f"{begun}/home/y", "--name", "a~b"]
 
 
 def test_damaged_config_is_named(begun):

@@ -70,6 +70,8 @@ def run() -> None:
 
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
   config = config_lib.resolve(_CONFIG.value, overrides)
+  if _CHANGE.value and _MODE.value != "train":
+    raise cli.UsageError("--change is for --mode=train, which goes on with a run")
   workdir.check_processes(workdir.flatten(config), _WORKDIR.value, _MODE.value)
   logging.info("devices: %s", jax.devices())
   modes = {

@@ -125,7 +125,7 @@ def serve(workload: Workload, side: str, args: argparse.Namespace) -> None:
       current = run = None
       reply(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
       continue
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     wall, used = (x * info.get("times", 1) for x in (wall, used))
     extra = {key: value() if callable(value) else value for key, value in info.items()}
     reply(wall=wall, cpu=used, peak_gb=peak, info=extra)

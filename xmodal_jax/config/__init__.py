@@ -317,7 +317,21 @@ def resolve(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> C
     head = f"{len(found)} values of the config are wrong:\n  " if len(found) > 1 else ""
     raise ConfigError(head + "\n  ".join(found))
   _as_default_types(config, default)
+  _expand_home(config)
   return config
+
+
+def _expand_home(config: ConfigDict) -> None:
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      _expand_home(value)
+    elif isinstance(value, str):
+      config[key] = expand_home(value)
+
+
+def expand_home(value: str) -> str:
+  """A path, or several with commas between them, with `~` replaced by the home folder."""
+  return ",".join(map(os.path.expanduser, value.split(","))) if "~" in value else value
 
 
 def _apply_recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> None:

@@ -65,11 +65,17 @@ def program(main: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(main)
   def wrapped(argv: Sequence[str] | None = None) -> Any:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_expanded(part) for part in (sys.argv[1:] if argv is None else argv)]
     with _expected(os.path.basename(main.__code__.co_filename)):
       return main(argv)
 
   return wrapped
+
+
+def _expanded(argument: str) -> str:
+  """`--out=~/a` with the home folder, as shells do it for `~/a` alone."""
+  name, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+  return name + equals + os.path.expanduser(value)
 
 
 def run_with_flags(main: Callable[[list[str]], Any]) -> None:

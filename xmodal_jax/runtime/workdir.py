@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import time
 from collections.abc import Iterable, Mapping
@@ -90,7 +89,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tupl
     module = registry.system_module(new["model.system"])
     defaults |= {f"model.{k}": _as_lists(v) for k, v in getattr(module, "DEFAULTS", {}).items()}
   old = {k: v for k, v in defaults.items() if k in new} | dict(old)
-  old = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in old.items()}
+  expanded = lambda v: config_lib.expand_home(v) if isinstance(v, str) else v
+  old = {key: expanded(value) for key, value in old.items()}
   added = [k for k in new.keys() - old.keys() if _in(k, ("model",))]
   if added:
     logging.warning("new keys, which the run did not have: %s", ", ".join(sorted(added)))
