@@ -108,7 +108,8 @@ def _train(
           # Write.
           if log:
             seconds = clock.lap()
-            speed = throughput(seconds, train_step, state, batch)
+            with clock.paused():  # the first call traces the step
+              speed = throughput(seconds, train_step, state, batch)
             writer.scalars(step, "train", {k: float(v) for k, v in metrics.items()} | speed)
             used = {k: speed.get(k) for k in ("mfu", "hfu")}
             loss = float(metrics["loss"])
