@@ -16,8 +16,8 @@ from etils import epath
 
 from xmodal_jax.data import inputs, pipeline, records
 from xmodal_jax.distributed import sharding
-from xmodal_jax.errors import UserError
-from xmodal_jax.evaluation import batching, coco, metrics, rerank, retrieval, scored
+from xmodal_jax.errors import ConfigError, UserError
+from xmodal_jax.evaluation import batching, checks, coco, metrics, rerank, retrieval, scored
 from xmodal_jax.evaluation import report as report_lib
 from xmodal_jax.optim import train_state
 from xmodal_jax.runtime import setup
@@ -263,3 +263,57 @@ def test_few_blocks_of_texts_are_on_their_way(monkeypatch):
   np.testing.assert_array_equal(scores[0], np.arange(18) // 4)
   for k in range(2, 5):
     assert events.index(("scored", k - 2)) < events.index(("sent", k))
+
+
+def metric_options(**changes):
+  options = tiny.config("unused").eval
+  for key, value in changes.items():
+    options[key] = value
+  return options
+
+
+ONE_STAGE = types.SimpleNamespace(top_k_text=0, top_k_image=0, stage_mix=0.0, second_stage=())
+TWO_STAGES = types.SimpleNamespace(top_k_text=4, top_k_image=4, stage_mix=0.0, second_stage=("x",))
+
+
+@pytest.mark.parametrize(
+  ("changes", "system"),
+  [
+    (dict(metric="rsun"), ONE_STAGE),
+    (dict(metric=""), ONE_STAGE),
+    (dict(metric="first_rsum"), ONE_STAGE),
+    (dict(metric="i2t_medr"), ONE_STAGE),  # lower is better
+    (dict(metric="ndcg_rougeL"), ONE_STAGE),
+    (dict(metric="folds5_rsum", folds=5), ONE_STAGE),  # on the test split only
+    (dict(metric="stage_mix", stage_mixes=(0.0, 1.0)), TWO_STAGES),
+  ],
+)
+def test_an_unknown_metric_is_an_error_that_lists_those_that_exist(changes, system):
+  with pytest.raises(ConfigError, match=r"config\.eval\.metric is .*: expected .* i2t_r1, i2t_r5"):
+    checks.check_metric(metric_options(**changes), system)
+
+
+def test_metrics_that_exist():
+  for changes, system in [
+    (dict(metric="rsum"), ONE_STAGE),
+    (dict(metric="mean_r1"), TWO_STAGES),
+    (dict(metric="first_t2i_r1"), TWO_STAGES),
+    (dict(metric="i2t_ndcg_rougeL", ndcg="rougeL"), ONE_STAGE),
+    (dict(metric="folds5_rsum", folds=5, select="test"), ONE_STAGE),
+    (dict(metric="published_rsum", protocol="original"), TWO_STAGES),
+    (dict(metric="eccv_i2t_map_at_r", eccv_dir="DIR", select="test"), ONE_STAGE),
+  ]:
+    checks.check_metric(metric_options(**changes), system)
+
+
+def test_reports_have_the_names_that_are_known_before():
+  options = metric_options(folds=3, ndcg="rougeL", protocol="original")
+  scores = np.eye(6, dtype=np.float32)
+
+  def rank(part):
+    return metrics.Ranked(scores[part], scores[part], np.arange(len(scores[part])))
+
+  report = report_lib.report(
+    options, range(6), rank, {"rougeL": scores}, is_test=True, published=True
+  )
+  assert set(report) == set(report_lib.names(options, is_test=True, two_stages=False))

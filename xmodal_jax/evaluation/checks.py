@@ -10,8 +10,9 @@ from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import mix, records
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.errors import ConfigError
-from xmodal_jax.evaluation import coco
+from xmodal_jax.evaluation import coco, rerank
 from xmodal_jax.evaluation import report as report_lib
+from xmodal_jax.models.base import System
 
 
 def evaluated_splits(options: Any) -> list[str]:
@@ -45,6 +46,23 @@ def check_splits(options: Any, inputs: inputs_lib.Inputs, keys: list[str] | None
     raise ConfigError(
       "config.eval.stage_mixes is chosen on config.data.val, which is the test split: set "
       "config.data.val to another one, or config.eval.stage_mix to a number"
+    )
+
+
+def check_metric(options: Any, system: System) -> None:
+  """Raises ConfigError unless evaluations on config.eval.select report config.eval.metric.
+
+  The best checkpoint is that of its highest value, so ranks, which are better if lower, are none.
+  """
+  is_test, two_stages = options.select == "test", rerank.second_stage(options, system) is not None
+  known = report_lib.names(options, is_test=is_test, two_stages=two_stages)
+  known = [k for k in known if not k.endswith(("_medr", "_meanr")) and k != "stage_mix"]
+  of_files = is_test and options.eccv_dir and options.metric.startswith(("eccv_", "cxc_"))
+  if options.metric not in known and not of_files:
+    raise ConfigError(
+      f"config.eval.metric is {options.metric!r}: expected a number that evaluations on "
+      f"config.eval.select={options.select!r} report and that is better if higher, one of "
+      + ", ".join(known)
     )
 
 

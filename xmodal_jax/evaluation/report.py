@@ -121,6 +121,18 @@ def report(
   return ours | _prefixed("published_", theirs)
 
 
+def names(options: Any, *, is_test: bool, two_stages: bool) -> list[str]:
+  """The names in a report of a split, without those that the files of config.eval.eccv_dir give."""
+  published = options.protocol == "original"
+  one = np.zeros(1, int)
+  plain = [*metrics.summarise_ranks(one, one)]
+  plain += [name for method in check(options) for name in ndcg.means(method, one, one)]
+  out = [f"{p}{k}" for p in ("", *(fold_counts(options) if is_test else ())) for k in plain]
+  first = [f"first_{k}" for k in out] if two_stages else []
+  chosen = ["stage_mix"] if two_stages and options.stage_mixes else []
+  return out + [f"published_{k}" for k in out if published] + chosen + first
+
+
 def best_of(
   mixes: Sequence[float], report: Callable[[float], dict[str, float]], metric: str
 ) -> tuple[float, dict[str, float]]:

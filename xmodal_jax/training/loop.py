@@ -43,6 +43,7 @@ def _train(
   changed = workdir_lib.check(workdir, flat_config, change)
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)
+  checks.check_metric(config.eval, built.system)
   checks.check_splits(config.eval, inputs)
   inputs.check_processes("train", *checks.evaluated_splits(config.eval))
   run = _run_length(inputs, config.batch_size, config.total)
