@@ -142,6 +142,12 @@ def test_report_has_both_stages_and_the_mix(tiny_data, caplog):
   report = mixed(state, "test")
   assert {k: report[k] for k in first} == first
   assert any(both[k] != first[k] for k in first)
+  # Of several weights, the one that is best on val.
+  on_val = {0.0: run(tiny.team(tiny_data, **every))[0](state, "val")["rsum"]}
+  on_val[1e6] = mixed(state, "val")["rsum"]
+  choosing, state, _ = run(tiny.team(tiny_data, **every, eval__stage_mixes=(0.0, 1e6)))
+  best = max(on_val, key=on_val.get)
+  assert choosing(state, "test") == {0.0: both, 1e6: report}[best] | {"stage_mix": best}
 
 
 def test_non_finite_second_stage_is_an_error(tiny_data):
