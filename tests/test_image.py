@@ -111,6 +111,26 @@ def test_formats_are_a_closed_list(monkeypatch):
   assert not calls and error.value.kind == "unknown format"
   with pytest.raises(image_lib.DecodeError, match="the file is empty"):
     image_lib.load(b"", TRANSFORM)
+  with pytest.raises(image_lib.DecodeError, match="no known image format"):
+    image_lib.size(io.BytesIO(eps))
+  assert image_lib.size(io.BytesIO(encoded(0))) == (14, 10)
+
+
+def test_pictures_that_failed(shared_data):
+  """A photograph of 108 megapixels, a file of 0 bytes, and greyscale of 16 bits."""
+  folder = shared_data.parent / "cases" / "data" / "pictures"
+  if not folder.is_dir():
+    pytest.skip(f"no folder {folder}")
+  scan, zero, grey = (
+    (folder / n).read_bytes() for n in ("scan_108mp.jpg", "zero.jpg", "gray16.png")
+  )
+  transform = image_lib.Transform(224, 224)
+  assert image_lib.load(scan, transform).std() > 1
+  with pytest.raises(image_lib.DecodeError, match="the file is empty"):
+    image_lib.load(zero, transform)
+  assert "16-bit greyscale with values from 0 to 65535" in image_lib.check(grey)
+  want = np.asarray(Image.open(io.BytesIO(grey)).convert("RGB"))  # as PIL and torchvision
+  np.testing.assert_array_equal(image_lib.pixels(image_lib.decode(grey)), want)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def show(model: Model, args: argparse.Namespace) -> tuple[str, alignment.Panel, 
       raise SystemExit(f"--caption_number {args.caption_number}: image {args.index} has {n}")
     caption = record.captions[args.caption_number] if caption is None else caption
     boxes, regions = record.boxes, record.regions
-  original = image.decode(encoded)
+  original = image.decode(encoded, model.inputs.max_pixels)
   pixels = transform(original)
   batch = model.batch(pixels[None], [caption], boxes, regions)
   out = {k: v[0] for k, v in model(batch).items()}
@@ -229,7 +229,7 @@ def pairs(model: Model, split: str) -> Iterator[tuple[np.ndarray, records.Record
     have = sorted((a, SHAPES[b]) for a, b in itertools.pairwise(said) if a in COLOURS)
     if record.boxes is None or not scene or have != sorted(item[:2] for item in scene):
       raise SystemExit("--measure needs the embedded dataset: config.data.dir is 'shapes'")
-    pixels = image.load(record.image, model.inputs.transform)
+    pixels = image.load(record.image, model.inputs.transform, model.inputs.max_pixels)
     for i in range(len(record.captions)):
       yield pixels, record, scene, i
 

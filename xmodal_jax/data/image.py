@@ -11,7 +11,7 @@ import io
 import math
 import threading
 from collections.abc import Callable
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -93,20 +93,30 @@ def _opened(source: bytes | np.ndarray | Image.Image, max_pixels: int) -> Image.
     return source
   if isinstance(source, np.ndarray):
     return Image.fromarray(source)
-  if not source:
-    raise DecodeError("the file is empty", "empty")
+  return _header(io.BytesIO(source), max_pixels)
+
+
+def size(file: IO[bytes], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+  """(width, height) by the header of a file. Raises DecodeError."""
+  return _header(file, max_pixels).size
+
+
+def _header(file: IO[bytes], max_pixels: int) -> Image.Image:
   # The bound is max_pixels. Pillow has a global one, which warns first, and refuses from twice it.
   if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
     Image.MAX_IMAGE_PIXELS = max_pixels
   try:
-    image = Image.open(io.BytesIO(source), formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
   except Image.DecompressionBombError as e:
     raise DecodeError(f"{e} The bound is max_pixels = {max_pixels}", "too large") from None
   except UnidentifiedImageError:
-    # Pillow's message prints the BytesIO object.
+    # Pillow's message prints the file object.
+    file.seek(0)
+    if not (first := file.read(8)):
+      raise DecodeError("the file is empty", "empty") from None
     known = ", ".join(FORMATS)
     raise DecodeError(
-      f"no known image format ({known}), first bytes {source[:8]!r}", "unknown format"
+      f"no known image format ({known}), first bytes {first!r}", "unknown format"
     ) from None
   except Exception as e:
     raise DecodeError(f"{type(e).__name__}: {e}") from e

@@ -331,7 +331,7 @@ def open_split(data_dir: epath.PathLike, split: str) -> Split:
     split = open_split("data/flickr30k", "test")
     print(len(split), split.captions_per_record.sum())
     record = split.read(0)
-    image = PIL.Image.open(io.BytesIO(record.image))
+    picture = image.decode(record.image)
     print(record.filename, record.captions)
 
   Args:

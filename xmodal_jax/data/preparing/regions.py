@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
+from xmodal_jax.data import image as image_lib
 from xmodal_jax.data.preparing import detections
 from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits, fields
 from xmodal_jax.data.preparing.builder import Example
@@ -237,10 +238,8 @@ def _faults(
 
 
 def _image_size(path: epath.Path) -> detections.Size:
-  from PIL import Image
-
   try:
-    with path.open("rb") as f, Image.open(f) as image:
-      return image.size
-  except Exception as e:  # Pillow raises errors of many types
+    with path.open("rb") as f:
+      return image_lib.size(f)
+  except (image_lib.DecodeError, OSError) as e:
     raise DatasetError(f"{path}: no image to take the size from ({e}); check --images") from e
