@@ -125,12 +125,14 @@ def test_the_command_line_with_right_values():
     "--config.optim.lr=3", "--config.eval.top_k_text=None", "--config.eval.stage_mix=1",
     "--config.data.crop_scale=0.08,1", "--config.mesh=(('data',-1),('fsdp',8),('model',2))",
     "--config.reproducible", "--config.init=", "--config.optim.bounds=()",
+    "--config.text.clean=none", "--config.data.eval_dir=none",
     "--config.rules={'embed': 'fsdp'}", "--config.total=1e3 steps", "--config.data.dir=a b",
   )  # fmt: skip
   c = config_lib.resolve(config, overrides)
   assert repr(c.optim.lr) == "3.0" and c.eval.top_k_text is None and repr(c.eval.stage_mix) == "1.0"
   assert c.data.crop_scale == (0.08, 1) and c.mesh[2] == ("model", 2) and c.reproducible is True
   assert (c.init, c.optim.bounds, c.total, c.data.dir) == ("", (), "1e3 steps", "a b")
+  assert (c.text.clean, c.data.eval_dir) == ("none", "none")
   assert c.rules.to_dict() == {"embed": "fsdp"}
 
 

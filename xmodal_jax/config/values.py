@@ -162,7 +162,7 @@ def read(text: str, of: type) -> Any:
   >>> read("3", float), read("none", int), read("3.5", int)
   (3.0, None, '3.5')
   """
-  if text.strip().lower() == "none":
+  if text == "None" or (text.strip().lower() == "none" and of is not str):
     return None
   if of is str:
     return text

@@ -176,11 +176,11 @@ def _abstract(init_model: Callable[[], System], name: str) -> System:
   """The abstract model. What its constructor refuses is a fault of config.model: ConfigError."""
   try:
     return nnx.eval_shape(init_model)
-  except UserError:
-    raise
   except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
-    what = str(e).splitlines()[0] if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-    raise ConfigError(f"config.model is no {name}: {what}") from e
+    text = str(e).split("\n-----")[0]  # JAX appends a note about its traceback
+    if isinstance(e, UserError):
+      raise ConfigError(f"config.{text}" if text.startswith("model.") else text) from e
+    raise ConfigError(f"config.model is no {name}: {type(e).__name__}: {text}") from e
 
 
 def _init_model(
