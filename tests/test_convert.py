@@ -376,6 +376,7 @@ def test_what_is_given_and_what_a_json_says(tool, tmp_path, capsys):
   [
     (("--act", "swish"), "model.*act is 'swish'; there are quick_gelu"),
     (("--heads", "3"), "3 heads do not divide a width of 64"),
+    (("--mean", "0.5"), r"model.mean is \(0.5,\), expected three numbers"),
     (("--pool", "max"), "model.image.pool is 'max'; there are cls, mean"),
   ],
 )

@@ -14,7 +14,7 @@ from flax import nnx
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer, facts, restore
-from xmodal_jax.runtime import setup, step
+from xmodal_jax.runtime import setup, step, workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -92,6 +92,15 @@ def test_a_flat_config_of_a_workdir_is_read_alike():
   for key in ("model.act", "model.mean", "model.std", "model.image.pool", "model.text.causal"):
     del old[key]
   assert facts.of(old) == facts.of(c)
+
+
+def test_a_run_of_an_earlier_version_had_the_defaults():
+  """It resumes, and not with another activation."""
+  new = workdir.flatten(load("coco_ft:vit_b32"))
+  old = {k: v for k, v in new.items() if k not in ("model.act", "model.mean", "init_change")}
+  assert not workdir.difference(old, new)
+  changed = workdir.difference(old, new | {"model.act": "gelu"})
+  assert changed == {"model.act": ("quick_gelu", "gelu")}
 
 
 def test_a_vocabulary_may_move():

@@ -1,5 +1,6 @@
 """The training loop: resuming, meshes, compilation, transfers, and errors."""
 
+import functools
 import json
 import logging
 import pathlib
@@ -244,12 +245,24 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
   assert (again.restore_best()[2]["params"]["w"] == 1).all()
 
 
-def test_init_from_workdir(tiny_data, tmp_path):
+def test_init_from_workdir(tiny_data, tmp_path, caplog):
   c = tiny.config(tiny_data, total="4 steps", eval__test=False)
   loop.train(c, tmp_path / "a")
   built = setup.build(c)
-  params, _, info = restore.load(str(tmp_path / "a"), "clip", built.params, built.stats)
+  with caplog.at_level(logging.INFO):
+    params, _, info = restore.load(
+      str(tmp_path / "a"), "clip", built.params, built.stats, built.facts
+    )
   assert info["step"] == 4
+  assert "step 4, are taken. Its optimizer state, step, schedule and position" in caplog.text
+  other = setup.build(tiny.config(tiny_data, model__text__heads=1, text__length=20))
+  load = functools.partial(restore.load, str(tmp_path / "a"), "clip", other.params, other.stats)
+  with pytest.raises(
+    checkpointer.CheckpointError,
+    match=r"model.text.heads: 2 there, 1 in this config\n +text.length: 24 there, 20 in this",
+  ):
+    load(other.facts)
+  load(other.facts, ("model.text.heads", "text"))
   saved = model_files.load_model(tmp_path / "a" / "checkpoints" / "4")
   jax.tree.map(np.testing.assert_array_equal, params, saved["params"])
   # The same through a PyTorch file of the fine-tuned weights.

@@ -119,8 +119,8 @@ def choose(
     if told.get(k, given[k]) != given[k]:
       lines.append(f"{k}={given[k]} as given, although {found.name} says {told[k]}")
   if assumed:
-    hint = getattr(table, "ASSUMED_HINT", "").format(flag="--")
-    lines.append(beside.assumption(source.name, assumed, found, hint))
+    hints = getattr(table, "ASSUMED_HINTS", {})
+    lines.append(beside.assumption(source.name, assumed, found, hints, flag="--"))
   rest = {k: v for k, v in found.facts.items() if not k.startswith("model.")}
   return Choices(list(assumed), rest, lines)
 

@@ -264,9 +264,10 @@ def _check_file(
     for key in getattr(table, "ASSUMED", ())
     if key.startswith(side) and f"model.{key}" in facts.keys() - found.facts.keys()
   }
-  if assumed or found.problem:
-    hint = getattr(table, "ASSUMED_HINT", "").format(flag="--config.model.")
-    logging.warning("%s", beside.assumption(path.name, assumed, found, hint))
+  if assumed:
+    hints = getattr(table, "ASSUMED_HINTS", {})
+    line = beside.assumption(path.name, assumed, found, hints, flag="--config.model.")
+    logging.warning("%s", line)
 
 
 def _resize(

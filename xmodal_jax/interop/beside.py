@@ -69,12 +69,21 @@ def describe(
   return Description()
 
 
-def assumption(name: str, assumed: Mapping[str, Any], found: Description, hint: str) -> str:
-  """The line about values that a file and the json beside it do not say. hint: who needs others."""
+def assumption(
+  name: str,
+  assumed: Mapping[str, Any],
+  found: Description,
+  hints: Mapping[str, str],
+  flag: str,
+) -> str:
+  """The line about values that a file and the json beside it do not say.
+
+  hints: by keys of `assumed`, who needs other values. flag: what stands before a key where it is
+  set, for {flag} in hints.
+  """
   values = ", ".join(f"{k}={v}" for k, v in assumed.items())
-  return f"{name}: {found.problem}assumed {values}, which the file does not say" + (
-    f". {hint}" if hint else ""
-  )
+  text = f"{name}: {found.problem}assumed {values}, which the file does not say"
+  return ". ".join([text, *(hint.format(flag=flag) for k, hint in hints.items() if k in assumed)])
 
 
 def _supported(path: epath.Path, section: Mapping[str, Any], **allowed: tuple) -> None:

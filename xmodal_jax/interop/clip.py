@@ -56,7 +56,7 @@ RULES: Sequence[Rule | Ignore] = [*_TEXT, *_VIT, *_RESNET, *_IGNORED]
 # Other models have the same keys: open_clip's ViTs of LAION and DataComp compute GELU.
 _ASSUMED = clip.DEFAULTS
 ASSUMED = ("act", "image.heads", "image.pool", "text.heads", "text.causal", "mean", "std")
-ASSUMED_HINT = "LAION's and DataComp's ViTs of open_clip want {flag}act=gelu"
+ASSUMED_HINTS = {"act": "LAION's and DataComp's ViTs of open_clip want {flag}act=gelu"}
 parse_beside = beside.parse_clip
 
 

@@ -24,8 +24,8 @@ class RuleTable(Protocol):
   ASSUMED: Sequence[str]
     Keys of config.model, as "text.heads", that change what is computed and that no state dict
     records. `infer_config` gives them the values of the published models.
-  ASSUMED_HINT: str
-    Which files have other values, in words.
+  ASSUMED_HINTS: Mapping[str, str]
+    Key of ASSUMED -> which files have other values, in words.
   parse_beside, parse_beside_text, parse_beside_image: beside.Parser
     For a json beside a file that records those of ASSUMED: beside files of the whole model, and of
     one tower.

@@ -1,7 +1,7 @@
 """The interface of a retrieval system, which training, evaluation and conversion rely on."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses.pairwise.ring import Ring
 
 Batch = Mapping[str, Array | np.ndarray]
@@ -189,6 +190,16 @@ class System(nnx.Module):
 
   def _on_one_device(self) -> bool:
     return self.batch_sharding is None or self.batch_sharding.mesh.size == 1
+
+
+def pixel_statistics(
+  mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """(mean, std) as tuples. Raises ConfigError unless they are three numbers, std above 0."""
+  for name, values in (("mean", mean), ("std", std)):
+    if len(values) != 3 or (name == "std" and min(values) <= 0):
+      raise ConfigError(f"model.{name} is {tuple(values)}, expected three numbers, std above 0")
+  return tuple(mean), tuple(std)
 
 
 def l2_normalize(x: Float[Array | np.ndarray, "*n e"], eps: float = 0.0) -> Float[Array, "*n e"]:

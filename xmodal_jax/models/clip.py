@@ -102,7 +102,7 @@ class CLIP(base.System):
   ):
     if loss not in ("infonce", "sigmoid"):
       raise ConfigError(f"model.loss is {loss!r}; there are infonce, sigmoid")
-    self.mean, self.std = tuple(mean), tuple(std)
+    self.mean, self.std = base.pixel_statistics(mean, std)
     self.same_image = contrastive.check_same_image(same_image)
     kw = dict(dtype=dtype, rngs=rngs)
     kind = _KINDS.get(image["kind"], image["kind"])

@@ -102,7 +102,7 @@ class ZeroVL(base.System):
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.mean, self.std = tuple(mean), tuple(std)
+    self.mean, self.std = base.pixel_statistics(mean, std)
     kw = dict(dtype=dtype, rngs=rngs)
     self.image = registry.build_image_tower({"kind": "timm"} | dict(image), **kw)
     self.text = nnx.data(None if text is None else bert.Bert(**text, **kw))
