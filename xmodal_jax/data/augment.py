@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from xmodal_jax.data import auto_augment as auto_lib
 from xmodal_jax.data import image as image_lib
 from xmodal_jax.data import rand_augment as rand_lib
+from xmodal_jax.errors import ConfigError
 
 EraseMode = Literal["pixel", "rand", "const"]
 Step = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -163,16 +164,16 @@ def build(
     ValueError: for a bad value; the message begins with the key.
   """
   if crop not in ("center", "random"):
-    raise ValueError(f"crop is {crop!r}; there are 'center' and 'random'")
+    raise ConfigError(f"crop is {crop!r}; there are 'center' and 'random'")
   _check_numbers("crop_scale", crop_scale, 2, 0, 1, above=True, rising=True)
   _check_numbers("crop_ratio", crop_ratio, 2, 0, math.inf, above=True, rising=True)
   _check_numbers("jitter", jitter, 4, 0, math.inf)
   if jitter[3] > 0.5:
-    raise ValueError(f"jitter is {tuple(jitter)!r}; its last number, the hue, is at most 0.5")
+    raise ConfigError(f"jitter is {tuple(jitter)!r}; its last number, the hue, is at most 0.5")
   shares = dict(jitter_p=jitter_p, grayscale=grayscale, blur=blur, flip=flip, erase=erase)
   for key, value in shares.items():
     if not 0 <= value <= 1:
-      raise ValueError(f"{key} is {value!r}; expected a probability")
+      raise ConfigError(f"{key} is {value!r}; expected a probability")
   _check_numbers("blur_radius", blur_radius, 2, 0, math.inf, rising=True)
   _check_policies(rand_augment, rand_augment_mode, auto_augment)
   _check_erasing(erase, erase_mode, erase_count, mean, std)
@@ -235,15 +236,15 @@ def _random_jitter(
 
 def _check_policies(rand_augment: Sequence[int], mode: str, auto_augment: str) -> None:
   if len(rand_augment) != 2 or any(int(v) != v or v < 0 for v in rand_augment):
-    raise ValueError(f"rand_augment is {tuple(rand_augment)!r}; expected (operations, magnitude)")
+    raise ConfigError(f"rand_augment is {tuple(rand_augment)!r}; expected (operations, magnitude)")
   if rand_augment[1] > rand_lib.MAX_MAGNITUDE:
-    raise ValueError(
+    raise ConfigError(
       f"rand_augment has magnitude {int(rand_augment[1])}; expected 0 to {rand_lib.MAX_MAGNITUDE}"
     )
   if mode not in ("corrected", "original"):
-    raise ValueError(f"rand_augment_mode is {mode!r}; there are 'corrected' and 'original'")
+    raise ConfigError(f"rand_augment_mode is {mode!r}; there are 'corrected' and 'original'")
   if auto_augment not in ("", "imagenet"):
-    raise ValueError(f"auto_augment is {auto_augment!r}; there are 'imagenet', and '' for none")
+    raise ConfigError(f"auto_augment is {auto_augment!r}; there are 'imagenet', and '' for none")
 
 
 def _check_erasing(
@@ -254,12 +255,12 @@ def _check_erasing(
   std: Sequence[float] | None,
 ) -> None:
   if mode not in ("pixel", "rand", "const"):
-    raise ValueError(f"erase_mode is {mode!r}; there are 'pixel', 'rand' and 'const'")
+    raise ConfigError(f"erase_mode is {mode!r}; there are 'pixel', 'rand' and 'const'")
   _check_numbers("erase_count", count, 2, 1, math.inf, rising=True)
   if any(int(v) != v for v in count):
-    raise ValueError(f"erase_count is {tuple(count)!r}; expected (fewest, most) boxes")
+    raise ConfigError(f"erase_count is {tuple(count)!r}; expected (fewest, most) boxes")
   if erase and (mean is None or std is None):
-    raise ValueError(f"erase is {erase!r}, which needs the mean and std of pixels")
+    raise ConfigError(f"erase is {erase!r}, which needs the mean and std of pixels")
 
 
 def _check_numbers(
@@ -272,9 +273,9 @@ def _check_numbers(
   above: bool = False,
   rising: bool = False,
 ) -> None:
-  """Raises ValueError unless there are `count` finite numbers in [low, high], or (low, high]."""
+  """Raises ConfigError unless there are `count` finite numbers in [low, high], or (low, high]."""
   inside = lambda v: math.isfinite(v) and (low < v if above else low <= v) and v <= high
   if len(values) != count or not all(map(inside, values)) or (rising and values[0] > values[-1]):
     bound = f"{'above' if above else 'from'} {low:g}" + (f" up to {high:g}" * (high < math.inf))
     order = ", the smaller first" if rising else ""
-    raise ValueError(f"{key} is {tuple(values)!r}; expected {count} numbers {bound}{order}")
+    raise ConfigError(f"{key} is {tuple(values)!r}; expected {count} numbers {bound}{order}")

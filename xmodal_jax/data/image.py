@@ -16,6 +16,8 @@ from typing import IO, Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from xmodal_jax.errors import ConfigError
+
 Interpolation = Literal["bicubic", "bilinear"]
 Augment = Callable[[Image.Image, np.random.Generator], np.ndarray]
 
@@ -176,7 +178,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 class Transform:
   """Resize, then crop the centre: image -> uint8 [crop, crop, 3].
 
-  Raises ValueError for a crop larger than the size. Example::
+  Raises ConfigError for a crop larger than the size. Example::
 
     transform = Transform(size=256, crop=224, interpolation="bilinear")
     pixels = load(pathlib.Path("cat.jpg").read_bytes(), transform)   # uint8 [224, 224, 3]
@@ -197,9 +199,9 @@ class Transform:
 
   def __post_init__(self):
     if not 0 < self.crop <= self.size:
-      raise ValueError(f"a crop of {self.crop} does not fit images resized to {self.size}")
+      raise ConfigError(f"a crop of {self.crop} does not fit images resized to {self.size}")
     if self.resize not in ("shorter", "exact") or self.interpolation not in FILTERS:
-      raise ValueError(f"unknown resize or interpolation in {self}")
+      raise ConfigError(f"unknown resize or interpolation in {self}")
 
   def __call__(self, image: Image.Image) -> np.ndarray:
     if self.exif:

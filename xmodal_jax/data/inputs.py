@@ -15,6 +15,7 @@ from xmodal_jax.data import augment, image, mix, order, pipeline, records, text
 from xmodal_jax.data.preparing import shapes
 from xmodal_jax.data.tfrecord import DatasetError
 from xmodal_jax.distributed import processes, sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models import registry
 
 SPLITS = ("train", "val", "test")
@@ -172,7 +173,7 @@ class Inputs:
     return sum(mix.sample_counts(self.split("train"), self.captions))
 
   def steps_per_epoch(self) -> int:
-    """Whole batches of an epoch. Raises ValueError if one of several datasets has none."""
+    """Whole batches of an epoch. Raises ConfigError if one of several datasets has none."""
     if self.samples() < self.batch_size:
       return 0
     mixture = mix.mixture(self.split("train"), self.captions, self.mix, self.batch_size, self.seed)
@@ -258,10 +259,10 @@ class Inputs:
 
 
 def _tokenizer(section: Any, vocab: int) -> text.Tokenizer:
-  """The tokenizer of config.text. Raises ValueError if its vocabulary exceeds the model's."""
+  """The tokenizer of config.text. Raises ConfigError if its vocabulary exceeds the model's."""
   tokenizer = text.tokenizer_from(section)
   if tokenizer.vocab_size > vocab:
-    raise ValueError(
+    raise ConfigError(
       f"config.model.text.vocab is {vocab}, but the tokenizer {section.tokenizer!r} has "
       f"{tokenizer.vocab_size} ids: set them to agree"
     )
@@ -271,7 +272,7 @@ def _tokenizer(section: Any, vocab: int) -> text.Tokenizer:
 def _transform(section: Any, model: Any) -> image.Transform:
   """The evaluation transform of config.data.image for a model of pixels."""
   if not (size := model.image.get("size")):
-    raise ValueError(
+    raise ConfigError(
       f"the model {model.system!r} reads regions: set config.data.regions to the largest number of "
       "regions of an image"
     )
@@ -293,7 +294,7 @@ def _augment(data: Any, model: Any, transform: image.Transform) -> image.Augment
   try:
     return augment.build(transform, **options)
   except ValueError as e:
-    raise ValueError(f"config.data.{e}") from None
+    raise ConfigError(f"config.data.{e}") from None
 
 
 def _pixel_statistics(model: Any) -> dict[str, tuple[float, ...]]:
@@ -304,12 +305,12 @@ def _pixel_statistics(model: Any) -> dict[str, tuple[float, ...]]:
 
 
 def _regions(data: Any, model: Any) -> pipeline.Regions | None:
-  """None for a model of pixels. Raises ValueError for keys that do not fit together."""
+  """None for a model of pixels. Raises ConfigError for keys that do not fit together."""
   width = model.image.get("features")
   if not data.regions:
     return None
   if data.regions < 0 or not width:
-    raise ValueError(
+    raise ConfigError(
       f"config.data.regions is {data.regions}: expected a number above 0 for a model of regions "
       f"(config.model.image.features), 0 for one of pixels; the model is {model.system!r}"
     )
@@ -317,7 +318,7 @@ def _regions(data: Any, model: Any) -> pipeline.Regions | None:
   changes |= {"jitter": any(data.jitter), "rand_augment": data.rand_augment[0]}
   changes["crop"] = data.crop != "center"
   if on := [key for key, value in changes.items() if value]:
-    raise ValueError(
+    raise ConfigError(
       f"config.data.{on[0]} is {data[on[0]]!r}, which changes pixels, and config.data.regions is "
       f"{data.regions}: region features are not augmented; leave it at its default"
     )
@@ -325,10 +326,10 @@ def _regions(data: Any, model: Any) -> pipeline.Regions | None:
 
 
 def _folders(names: str) -> list[str]:
-  """config.data.dir or eval_dir, split at commas. Raises ValueError."""
+  """config.data.dir or eval_dir, split at commas. Raises ConfigError."""
   found = [name.strip() for name in os.fspath(names).split(",")]
   if len(found) > 1 and ("" in found or len(set(found)) < len(found)):
-    raise ValueError(
+    raise ConfigError(
       f"config.data.dir or eval_dir is {names!r}: expected names of different datasets with a "
       "comma between them"
     )

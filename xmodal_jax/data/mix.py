@@ -7,6 +7,7 @@ import numpy as np
 
 from xmodal_jax.data import order
 from xmodal_jax.data.records import Record, Split
+from xmodal_jax.errors import ConfigError
 
 
 class Joined:
@@ -18,7 +19,7 @@ class Joined:
   """
 
   def __init__(self, parts: Sequence[Split], names: Sequence[str]):
-    """names: of the datasets. Raises ValueError if only some of them have captions."""
+    """names: of the datasets. Raises ConfigError if only some of them have captions."""
     self.parts, self.names = tuple(parts), tuple(names)
     self.name = f"{parts[0].name} of {' + '.join(names)}"
     self.starts = np.cumsum([0, *map(len, parts)])
@@ -27,17 +28,17 @@ class Joined:
     have = [bool(p.captions_per_record.any()) for p in parts]
     if any(have) and not all(have):
       without = have.index(False)
-      raise ValueError(
+      raise ConfigError(
         f"dataset {names[without]} has no captions in split {parts[without].name!r}, and "
         f"{names[have.index(True)]} has: either all datasets of a run have captions, or none"
       )
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """Names of the labels. Raises ValueError if the datasets have different ones."""
+    """Names of the labels. Raises ConfigError if the datasets have different ones."""
     for part, name in zip(self.parts, self.names, strict=True):
       if part.class_names != self.parts[0].class_names:
-        raise ValueError(f"datasets {self.names[0]} and {name} have different classes")
+        raise ConfigError(f"datasets {self.names[0]} and {name} have different classes")
     return self.parts[0].class_names
 
   def __len__(self) -> int:
@@ -68,13 +69,13 @@ def sample_counts(split: Split | Joined, captions: order.Captions) -> list[int]:
     try:
       counts.append(order.samples_per_epoch(part.captions_per_record, captions))
     except ValueError as e:
-      raise ValueError(f"dataset {name}: {e}") from None
+      raise ConfigError(f"dataset {name}: {e}") from None
   return counts
 
 
 def mixture(
   split: Split | Joined, captions: order.Captions, mix: order.Mix, batch_size: int, seed: int
 ) -> order.Mixture:
-  """The `order.Mixture` of a split, which raises ValueError."""
+  """The `order.Mixture` of a split, which raises ConfigError."""
   names = split.names if isinstance(split, Joined) else (split.name,)
   return order.Mixture(mix, sample_counts(split, captions), batch_size, seed, names)

@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from xmodal_jax.errors import ConfigError
+
 Captions = Literal["all", "one", "none"]
 Mix = Literal["shuffle", "sequential", "debias"]
 MIXES = ("shuffle", "sequential", "debias")
@@ -50,7 +52,7 @@ def _check(values: np.ndarray, n: int, what: str) -> np.ndarray:
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
   """The sample at each position of an epoch, a permutation of range(n). int [...] -> int64 [...].
 
-  Raises ValueError for positions outside of range(n). Example::
+  Raises ConfigError for positions outside of range(n). Example::
 
     permute(np.arange(5), 5, seed=0, epoch=1)   # all of 0..4, in the order of epoch 1
 
@@ -93,23 +95,25 @@ def samples_per_epoch(captions_per_record: np.ndarray, captions: Captions) -> in
   """Number of samples of an epoch.
 
   "all": every caption is a sample. "one": every record, with one caption of it. "none": every
-  record, without captions. Raises ValueError for other values, and for records without a caption.
+  record, without captions. Raises ConfigError for other values, and for records without a caption.
   """
   if captions == "all":
     return int(np.sum(captions_per_record, dtype=np.int64))
   if captions == "none":
     return len(captions_per_record)
   if captions != "one":
-    raise ValueError(f'captions must be "all" or "one", got {captions!r}')
+    raise ConfigError(f'captions must be "all" or "one", got {captions!r}')
   if len(empty := np.flatnonzero(np.asarray(captions_per_record) < 1)):
-    raise ValueError(f"records without a caption cannot be samples: positions {empty[:5].tolist()}")
+    raise ConfigError(
+      f"records without a caption cannot be samples: positions {empty[:5].tolist()}"
+    )
   return len(captions_per_record)
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
   """Whole batches of an epoch. The remainder is dropped; it differs from epoch to epoch."""
   if samples < batch_size:
-    raise ValueError(f"a batch of {batch_size} is larger than the split's {samples} samples")
+    raise ConfigError(f"a batch of {batch_size} is larger than the split's {samples} samples")
   return samples // batch_size
 
 
@@ -171,15 +175,15 @@ class Mixture:
   ):
     """sizes: number of samples of each dataset. names: of the datasets, for messages.
 
-    Raises ValueError for an unknown mix, and for a pool smaller than a batch.
+    Raises ConfigError for an unknown mix, and for a pool smaller than a batch.
     """
     if mix not in MIXES:
-      raise ValueError(f"data.mix is {mix!r}; there are {', '.join(MIXES)}")
+      raise ConfigError(f"data.mix is {mix!r}; there are {', '.join(MIXES)}")
     self.mix, self._seed = mix, seed
     self.sizes = [sum(sizes)] if mix == "shuffle" else list(sizes)  # of each pool
     for name, size in zip(names, self.sizes, strict=False):
       if size < batch_size and len(self.sizes) > 1:
-        raise ValueError(
+        raise ConfigError(
           f"dataset {name} has {size} samples, fewer than a batch of {batch_size}, and with "
           f"data.mix={mix!r} a batch is of one dataset: leave it out, lower batch_size, or set "
           'data.mix to "shuffle"'

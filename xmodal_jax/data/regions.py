@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from xmodal_jax.data.records import Record
+from xmodal_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +30,20 @@ class Regions:
     ]
 
   def arrays(self, content: Record) -> list[np.ndarray]:
-    """The three arrays of a record. Raises ValueError if it has none that fit."""
+    """The three arrays of a record. Raises ConfigError if it has none that fit."""
     if content.regions is None or content.boxes is None or content.size is None:
-      raise ValueError(
+      raise ConfigError(
         "no regions with boxes and the size of the image, and config.data.regions asks for them; "
         "write the dataset with `python tools/prepare_data.py regions`"
       )
     n, width = content.regions.shape
     if width != self.width or len(content.boxes) != n:
-      raise ValueError(
+      raise ConfigError(
         f"{n} regions of {width} numbers with {len(content.boxes)} boxes, expected {self.width} "
         "numbers and a box each; write the dataset again, or set config.model.image.features"
       )
     if n > self.count and not self.truncate:
-      raise ValueError(
+      raise ConfigError(
         f"{n} regions, more than config.data.regions = {self.count}; raise it, or set "
         "config.data.truncate_regions to use the first ones"
       )

@@ -9,6 +9,7 @@ import numpy as np
 from xmodal_jax.data import mix as mix_lib
 from xmodal_jax.data import order as order_lib
 from xmodal_jax.data.records import Split
+from xmodal_jax.errors import ConfigError
 
 
 class Rows(NamedTuple):
@@ -28,7 +29,7 @@ class Sampler:
 
   rows: int64 [b], the rows of a global batch that are wanted. offsets: `order.caption_offsets` of
   the split. order: epoch -> sample indices, instead of the shuffle; the same number in every epoch.
-  Raises ValueError for a mix that does not exist or a batch larger than what is shuffled.
+  Raises ConfigError for a mix that does not exist or a batch larger than what is shuffled.
   """
 
   def __init__(
@@ -52,7 +53,7 @@ class Sampler:
     elif mix == "shuffle":
       self._mixture = order_lib.Mixture(mix, [len(order(0))], batch_size, seed)
     else:
-      raise ValueError(f'a given order replaces data.mix="shuffle", but mix is {mix!r}')
+      raise ConfigError(f'a given order replaces data.mix="shuffle", but mix is {mix!r}')
     # The threads of one batch share its rows; far fewer batches are in flight than this.
     self.rows = functools.lru_cache(maxsize=256)(self._rows)
 

@@ -21,6 +21,8 @@ import ftfy
 import numpy as np
 import regex
 
+from xmodal_jax.errors import UserError
+
 
 class Tokenizer(Protocol):
   """The interface that the pipeline and the models use.
@@ -73,7 +75,7 @@ def read_merges(path: str | Path | None = None, max_merges: int | None = None) -
   """Pairs of symbols in order of rank from a merge file, plain or gzip; None: the published one.
 
   The first line is a header. max_merges: None for 49152 - 256 - 2, as in the published vocabulary;
-  the published file lists more. Raises ValueError for a line that is not two symbols.
+  the published file lists more. Raises UserError for a line that is not two symbols.
   """
   folder = importlib.resources.files("xmodal_jax") / "vocab"
   source = Path(path) if path else folder / "clip_bpe_simple_vocab_16e6.txt.gz"
@@ -85,7 +87,7 @@ def read_merges(path: str | Path | None = None, max_merges: int | None = None) -
     lines.pop()
   merges = [tuple(line.split()) for line in lines]
   if bad := [i + 2 for i, merge in enumerate(merges) if len(merge) != 2]:
-    raise ValueError(f"{source}: not two symbols on line {bad[0]}: {lines[bad[0] - 2]!r}")
+    raise UserError(f"{source}: not two symbols on line {bad[0]}: {lines[bad[0] - 2]!r}")
   return merges
 
 
@@ -181,7 +183,7 @@ class ClipTokenizer:
     """Captions [B] -> ids int32 [B, length], mask bool [B, length].
 
     A caption that is too long keeps its first ids, with the end token in the last place; without
-    `truncate` it raises ValueError.
+    `truncate` it raises UserError.
     """
     out = np.full((len(texts), length), self.pad_id, np.int32)
     lengths = np.empty(len(texts), np.int32)
@@ -189,7 +191,7 @@ class ClipTokenizer:
       row = [self.start_id, *self.encode(text), self.end_id]
       if len(row) > length:
         if not truncate:
-          raise ValueError(f"caption of {len(row)} tokens does not fit {length}: {text!r}")
+          raise UserError(f"caption of {len(row)} tokens does not fit {length}: {text!r}")
         row[length - 1 :] = [self.end_id]
       out[i, : len(row)] = row
       lengths[i] = len(row)
@@ -212,16 +214,16 @@ OPTIONS = {
 
 
 def make_tokenizer(name: str, **options) -> Tokenizer:
-  """Builds a tokenizer: "clip_bpe" or "bert". Raises ValueError for another name."""
+  """Builds a tokenizer: "clip_bpe" or "bert". Raises UserError for another name."""
   if name not in TOKENIZERS:
-    raise ValueError(f"no tokenizer {name!r}; there are {sorted(TOKENIZERS)}")
+    raise UserError(f"no tokenizer {name!r}; there are {sorted(TOKENIZERS)}")
   return TOKENIZERS[name](**options)
 
 
 def tokenizer_from(section: Mapping[str, Any]) -> Tokenizer:
   """Builds the tokenizer of a config's `text` section.
 
-  Raises ValueError for a tokenizer or a vocabulary file that does not exist, and for an option that
+  Raises UserError for a tokenizer or a vocabulary file that does not exist, and for an option that
   is set though only another tokenizer has it.
   """
   name, chosen = section["tokenizer"], {}
@@ -230,13 +232,13 @@ def tokenizer_from(section: Mapping[str, Any]) -> Tokenizer:
       if section[key] == default:
         continue
       if owner != name and name in TOKENIZERS:
-        raise ValueError(
+        raise UserError(
           f"config.text.{key} is {section[key]!r}, but the tokenizer {name!r} has no such option, "
           f"only {owner!r} has: leave it at {default!r}"
         )
       chosen[key] = section[key]
   if section["vocab"] and not Path(section["vocab"]).is_file():
-    raise ValueError(
+    raise UserError(
       f"config.text.vocab: there is no file {section['vocab']}; name the vocabulary that the model "
       "was trained with, or leave it empty for the packaged one"
     )

@@ -22,6 +22,7 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 
 from xmodal_jax.data import corrupt as corrupt_lib
+from xmodal_jax.errors import UserError
 
 CLEAN_UPS = ("none", "albef")
 
@@ -76,7 +77,7 @@ def pre_caption_ops(texts: tf.Tensor, max_words: int = 0) -> tf.Tensor:
 def read_vocab(path: str | Path | None = None) -> list[str]:
   """Word pieces in order of id from a file with one per line; None: that of BERT base uncased.
 
-  Raises ValueError, naming the file, if it is empty or not UTF-8, if a line is empty or repeated,
+  Raises UserError, naming the file, if it is empty or not UTF-8, if a line is empty or repeated,
   or if a special token other than [MASK] is missing.
   """
   folder = importlib.resources.files("xmodal_jax") / "vocab"
@@ -85,20 +86,20 @@ def read_vocab(path: str | Path | None = None) -> list[str]:
     # Not splitlines(), which splits at U+2028, a piece of the Chinese vocabulary.
     pieces = source.read_bytes().decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
   except UnicodeDecodeError as e:
-    raise ValueError(f"{source}: a vocabulary is UTF-8 text, one word piece per line: {e}") from e
+    raise UserError(f"{source}: a vocabulary is UTF-8 text, one word piece per line: {e}") from e
   if pieces == [""]:
-    raise ValueError(f"{source}: is empty; a vocabulary has one word piece per line")
+    raise UserError(f"{source}: is empty; a vocabulary has one word piece per line")
   first: dict[str, int] = {}
   for line, piece in enumerate(pieces, 1):
     if not piece:
-      raise ValueError(f"{source}: line {line} is empty; each line must be a word piece")
+      raise UserError(f"{source}: line {line} is empty; each line must be a word piece")
     if piece in first:
-      raise ValueError(
+      raise UserError(
         f"{source}: lines {first[piece]} and {line} are both {piece!r}; each must differ"
       )
     first[piece] = line
   if missing := [s for s in SPECIAL[:-1] if s not in first]:
-    raise ValueError(
+    raise UserError(
       f"{source}: no line {' or '.join(missing)}; a BERT vocabulary has {', '.join(SPECIAL)}"
     )
   return pieces
@@ -134,21 +135,21 @@ class BertTokenizer:
     corrupt: float = 0.0,
   ):
     if clean not in CLEAN_UPS:
-      raise ValueError(f"no caption clean-up {clean!r}; there are {CLEAN_UPS}")
+      raise UserError(f"no caption clean-up {clean!r}; there are {CLEAN_UPS}")
     if max_words < 0 or (max_words and clean == "none"):
-      raise ValueError(f"max_words {max_words} with clean {clean!r}: only 'albef' counts words")
+      raise UserError(f"max_words {max_words} with clean {clean!r}: only 'albef' counts words")
     if not 0 <= corrupt <= 1:
-      raise ValueError(f"corrupt is {corrupt!r}; expected a share of word pieces, from 0 to 1")
+      raise UserError(f"corrupt is {corrupt!r}; expected a share of word pieces, from 0 to 1")
     if corrupt and clean != "none":
       # The corrupted caption is tokenised again, and the clean-up would remove its [MASK].
-      raise ValueError(f"corrupt {corrupt} with clean {clean!r}: set one of them to its default")
+      raise UserError(f"corrupt {corrupt} with clean {clean!r}: set one of them to its default")
     self._vocab = read_vocab(path)
     self.vocab_size = len(self._vocab)
     self._lowercase, self._clean, self._max_words = lowercase, clean, max_words
     index = {piece: i for i, piece in enumerate(self._vocab)}
     self.pad_id, self.unk_id, self.cls_id, self.sep_id = (index[s] for s in SPECIAL[:-1])
     if corrupt and SPECIAL[-1] not in index:
-      raise ValueError(
+      raise UserError(
         f"{path}: corrupt is {corrupt}, but the vocabulary has no line {SPECIAL[-1]}: set corrupt "
         "to 0, or name the vocabulary that the model was trained with"
       )
@@ -209,7 +210,7 @@ class BertTokenizer:
 
     A caption that is too long keeps its first ids, with [SEP] in the last place. Without `truncate`
     its row of the mask is false everywhere, which marks the error for the caller: an error raised
-    inside the graph would not be readable. Raises ValueError for a length below 2.
+    inside the graph would not be readable. Raises UserError for a length below 2.
     """
     if length < 2:
       raise ValueError(f"length {length} has no room for [CLS] and [SEP]")
@@ -232,7 +233,7 @@ class BertTokenizer:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Captions [B] -> ids int32 [B, length], mask bool [B, length], see `graph`.
 
-    Without `truncate`, raises ValueError for a caption that is too long.
+    Without `truncate`, raises UserError for a caption that is too long.
     """
     key = (length, truncate)
     if key not in self._compiled:
@@ -244,7 +245,7 @@ class BertTokenizer:
     ids, mask = (tensor.numpy() for tensor in self._compiled[key](strings))
     for i in np.flatnonzero(~mask.any(1)):
       tokens = len(self.encode(texts[i])) + 2
-      raise ValueError(f"caption of {tokens} tokens does not fit {length}: {texts[i]!r}")
+      raise UserError(f"caption of {tokens} tokens does not fit {length}: {texts[i]!r}")
     return ids, mask
 
   def encode(self, text: str) -> list[int]:

@@ -136,7 +136,7 @@ def param_shardings(
   """
   wrong = {k: v for k, v in rules.items() if v not in AXES}
   if wrong:
-    raise ValueError(f"config.rules has {wrong}; a rule names one of {', '.join(AXES)}")
+    raise ConfigError(f"config.rules has {wrong}; a rule names one of {', '.join(AXES)}")
   replicated: dict[str, list[str]] = {}  # axis that does not divide -> parameter paths
 
   def variable_sharding(key_path, v):
@@ -215,7 +215,7 @@ def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
 
   They depend on the mesh, not on the process index: on a TPU slice the chips of a host are
   neighbours in two dimensions, and processes that differ only along "model" hold the same rows.
-  Raises ValueError if the batch does not divide evenly.
+  Raises ConfigError if the batch does not divide evenly.
   """
   if size % (shards := batch_shards(sharding.mesh)):
     raise ValueError(f"a batch of {size} rows does not divide into {shards} parts of a mesh")

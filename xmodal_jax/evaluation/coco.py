@@ -72,7 +72,7 @@ def read_positives(
   table = {int(query): set(map(int, items)) for query, items in table.items()}
   unknown = [query for query in table if query not in query_at]
   if unknown:
-    raise ValueError(
+    raise ConfigError(
       f"{name}: {len(unknown)} of {len(table)} queries are not in the test set (ids {unknown[:5]})"
     )
   pairs = [
@@ -157,7 +157,7 @@ def coco_protocol(
   """
   scores, caption_image = metrics.check_scores(scores, caption_image)
   if scores.shape != (len(image_ids), len(caption_ids)):
-    raise ValueError(
+    raise ConfigError(
       f"scores {scores.shape} of {len(image_ids)} image and {len(caption_ids)} caption ids"
     )
   read_both = functools.partial(_read_directions, eccv_dir, image_ids, caption_ids)

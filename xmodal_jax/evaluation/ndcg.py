@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from xmodal_jax.errors import UserError
 from xmodal_jax.evaluation import metrics
 
 METHODS = ("rougeL", "spice")
@@ -86,7 +87,7 @@ def rouge_l(captions: Sequence[Sequence[str]]) -> np.ndarray:
   spaces. With L the length of the longest common subsequence of words of caption c and reference r,
   P = max_r L / |c| and R = max_r L / |r| (separate maxima), the relevance is
   (1 + b^2) P R / (R + b^2 P), b = 1.2; 0 without a common word. Lin, "ROUGE", ACL 2004.
-  Raises ValueError if an image has no caption.
+  Raises UserError if an image has no caption.
 
   >>> rouge_l([["a dog runs"], ["a cat"]]).round(3)
   array([[1.   , 0.415],
@@ -177,7 +178,7 @@ def _common(
 def find(directory: Any, split: str, method: str) -> Any | None:
   """The file NAME-SPLIT-METHOD.npy in a directory (a pathlib or epath path), or None.
 
-  Raises ValueError if there are several, FileNotFoundError if the directory does not exist.
+  Raises UserError if there are several, FileNotFoundError if the directory does not exist.
   """
   if not directory.is_dir():
     raise FileNotFoundError(
@@ -186,19 +187,19 @@ def find(directory: Any, split: str, method: str) -> Any | None:
   found = sorted(directory.glob(f"*-{split}-{method}.npy"))
   if len(found) > 1:
     listing = ", ".join(path.name for path in found)
-    raise ValueError(f"{directory} has relevances of several datasets ({listing}); keep one")
+    raise UserError(f"{directory} has relevances of several datasets ({listing}); keep one")
   return found[0] if found else None
 
 
 def read(path: Any, captions: int, images: int) -> np.ndarray:
   """Reads relevances float32 [T, I] in the order of the split; a local file is memory-mapped.
 
-  path: an epath path. Raises ValueError for another size, and for negative or non-finite values:
+  path: an epath path. Raises UserError for another size, and for negative or non-finite values:
   SPICE files mark values that were not computed with -1.
   """
   expected, size = 4 * captions * images, path.stat().length
   if size != expected:
-    raise ValueError(
+    raise UserError(
       f"{path} has {size} bytes; {captions} captions x {images} images of the split need "
       f"{expected}: raw float32 without a header, one row per caption"
     )
@@ -213,7 +214,7 @@ def read(path: Any, captions: int, images: int) -> np.ndarray:
     absent += np.count_nonzero(block == -1)
     bad += block.size - np.count_nonzero((block >= 0) & (block < np.inf))
   if bad:
-    raise ValueError(
+    raise UserError(
       f"{path}: {bad} of {values.size} relevances are negative or not finite, {absent} of them -1, "
       "which means not computed; use a complete file"
     )

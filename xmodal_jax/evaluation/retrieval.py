@@ -12,6 +12,7 @@ from etils import epath
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import records
 from xmodal_jax.distributed import processes, sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.evaluation import batching, cache, checks, metrics, rerank, tables
 from xmodal_jax.evaluation import report as report_lib
 from xmodal_jax.evaluation import scored as scored_lib
@@ -96,7 +97,7 @@ class Evaluator:
 
   options: config.eval. cache_keys: the config keys that embeddings depend on, part of the cache's
   file name. stop: called between batches and blocks; Interrupted is raised when it returns True.
-  Raises ValueError for options that do not fit the mesh or the system.
+  Raises ConfigError for options that do not fit the mesh or the system.
 
   >>> evaluator = retrieval.from_config(config, inputs, built)
   >>> evaluator(state, "test")
@@ -116,7 +117,7 @@ class Evaluator:
     shards = sharding.batch_shards(built.mesh)
     for key, size in (("batch_size", options.batch_size), ("block", options.block[0])):
       if size % shards:
-        raise ValueError(f"config.eval.{key} has {size} rows, not a multiple of {shards} devices")
+        raise ConfigError(f"config.eval.{key} has {size} rows, not a multiple of {shards} devices")
     self.options, self.inputs, self.cache_keys, self.stop = options, inputs, cache_keys, stop
     self.batch_sharding, self.replicated = built.batch_sharding, built.replicated
     self.second = rerank.second_stage(options, built.system)

@@ -11,6 +11,7 @@ import optax
 from absl import logging
 from etils import epath
 
+from xmodal_jax.errors import UserError
 from xmodal_jax.interop import conversion, tables, torch_files
 from xmodal_jax.interop.conversion import path_of
 from xmodal_jax.interop.local import local_copy
@@ -46,14 +47,14 @@ def optim_state(
   if callable(names):
     names = names([len(group["params"]) for group in groups])
   if len(ids) != len(names):  # ids cannot be assigned to names
-    raise ValueError(
+    raise UserError(
       f"{file}: an optimizer of {len(ids)} parameters, in groups of "
       f"{[len(group['params']) for group in groups]}, for a model of {len(names)}"
     )
   entries = {name: state[i] for name, i in zip(names, ids, strict=True) if i in state}
   entries |= {f"state {i}, in no group": state[i] for i in state.keys() - set(ids)}
   if any("max_exp_avg_sq" in entry for entry in entries.values()):
-    raise ValueError(f"{file}: an amsgrad optimizer, which is not supported")
+    raise UserError(f"{file}: an amsgrad optimizer, which is not supported")
   step = _step(entries, groups, file)
 
   adam = [x for x in jax.tree.leaves(fresh, is_leaf=_is_adam) if _is_adam(x)]
@@ -84,14 +85,14 @@ def for_init(
 
   init: config.init, the PyTorch file of the parameters, which gives the order of the names. A
   system whose optimizer has another order defines `optimizer_names`, see `tables.RuleTable`.
-  params: nested dict, shapes suffice. Raises ValueError if config.init is not a file that
+  params: nested dict, shapes suffice. Raises UserError if config.init is not a file that
   torch.save wrote, and the errors of `optim_state`.
   """
   need = "config.init_optimizer continues the run that saved it"
   if not init:
-    raise ValueError(f"{need}: set config.init to the PyTorch file of its parameters")
+    raise UserError(f"{need}: set config.init to the PyTorch file of its parameters")
   if epath.Path(init).expanduser().is_dir():
-    raise ValueError(
+    raise UserError(
       f"{need}: config.init must be the PyTorch file of its parameters, but {init} is a directory. "
       "To resume a run of this package, pass its --workdir and leave both keys empty"
     )
@@ -100,11 +101,11 @@ def for_init(
   paths = [epath.Path(source).expanduser() for source in (init, init_optimizer)]
   for path in paths:
     if not path.exists():
-      raise ValueError(f"{path} does not exist")
+      raise UserError(f"{path} does not exist")
   with local_copy(paths[0]) as file, local_copy(paths[1]) as optimizer_file:
     state, info = torch_files.state_dict(file)
     if info["format"] not in _ORDERED:
-      raise ValueError(
+      raise UserError(
         f"{need}: config.init is a {info['format']} file, which does not preserve the order of "
         "the optimizer's parameters; use the file that torch.save wrote"
       )
@@ -128,7 +129,7 @@ def _find(tree: Any, file: str | os.PathLike) -> tuple[dict[Any, dict[str, Any]]
   if isinstance(tree, list) and len(tree) == 1:
     tree = tree[0]
   if not isinstance(tree, Mapping) or not {"state", "param_groups"} <= tree.keys():
-    raise ValueError(
+    raise UserError(
       f"{file}: no optimizer state. Expected the state_dict of a PyTorch optimizer (state, "
       f"param_groups), or a checkpoint with it under one of {', '.join(_WRAPPERS)}"
     )
@@ -142,7 +143,7 @@ def _step(entries: Mapping[str, Mapping[str, Any]], groups: Groups, file: Any) -
   values = {int(x.read() if isinstance(x, torch_files.TensorRef) else x) for x in found}
   if len(values) != 1:
     what = f"steps {sorted(values)[:10]}" if values else "no step"
-    raise ValueError(f"{file}: {what}; all parameters must be at the same step")
+    raise UserError(f"{file}: {what}; all parameters must be at the same step")
   return values.pop()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses.pairwise import ring as ring_lib
 from xmodal_jax.losses.pairwise import statistics
 from xmodal_jax.losses.pairwise.ring import Ring
@@ -73,9 +74,9 @@ def infonce(
 
 
 def check_same_image(same_image: str) -> str:
-  """Returns model.same_image; raises ValueError if it is none of SAME_IMAGE."""
+  """Returns model.same_image; raises ConfigError if it is none of SAME_IMAGE."""
   if same_image not in SAME_IMAGE:
-    raise ValueError(f"model.same_image is {same_image!r}; there are {', '.join(SAME_IMAGE)}")
+    raise ConfigError(f"model.same_image is {same_image!r}; there are {', '.join(SAME_IMAGE)}")
   return same_image
 
 
@@ -230,7 +231,7 @@ def bidirectional_nce(
 def _partner_of(group_size: int, block: int) -> Callable[[Array], Array]:
   """The row of the mixup partner of each row, as `mixup_partners` in every group."""
   block = block or group_size
-  mixup_partners(group_size, block)  # raises ValueError if the blocks do not divide a group
+  mixup_partners(group_size, block)  # raises ConfigError if the blocks do not divide a group
 
   def partner(i):
     k = i % group_size
@@ -320,14 +321,14 @@ def _nce_blockwise(
 def mixup_partners(rows: int, block: int = 0) -> np.ndarray:
   """int [rows]: the row that each row is mixed with, by reversing each block of `block` rows.
 
-  block 0: one block of all rows. Raises ValueError if the blocks do not divide the rows.
+  block 0: one block of all rows. Raises ConfigError if the blocks do not divide the rows.
 
       >>> mixup_partners(6, block=2)
       array([1, 0, 3, 2, 5, 4])
   """
   block = block or rows
   if rows % block:
-    raise ValueError(f"mixup in blocks of {block} rows does not divide {rows} rows")
+    raise ConfigError(f"mixup in blocks of {block} rows does not divide {rows} rows")
   return np.arange(rows).reshape(-1, block)[:, ::-1].ravel()
 
 

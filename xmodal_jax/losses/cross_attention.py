@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 
 DIRECTIONS = ("i2t", "t2i", "both")
 
@@ -57,10 +58,10 @@ def attended_scores(
     chunk: texts scored at a time; 0 chooses a size for the devices.
     batch_sharding: how the images are sharded.
 
-  The backward pass recomputes each chunk. Raises ValueError for an unknown direction.
+  The backward pass recomputes each chunk. Raises ConfigError for an unknown direction.
   """
   if direction not in DIRECTIONS:
-    raise ValueError(f"direction {direction!r}; expected one of {', '.join(DIRECTIONS)}")
+    raise ConfigError(f"direction {direction!r}; expected one of {', '.join(DIRECTIONS)}")
   texts, text_mask = jnp.asarray(texts), jnp.asarray(text_mask)
   count, words = text_mask.shape
   size, chunks, tiles = _chunk_sizes(images, text_mask, chunk, batch_sharding)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from xmodal_jax.errors import ConfigError
+
 MODES = ("MrSw", "MwSr", "symm", "sum", "mean", "MrAVGw", "scan-sentences")
 
 # Bytes of `a` computed at a time: fits a CPU's cache, and large enough for a GPU's kernels.
@@ -44,10 +46,10 @@ def local_scores(
     chunk: texts scored at a time; 0 chooses a size. Memory is [I, R, WORDS] for MrSw and MrAVGw,
       whose work is proportional to the number of valid words, and [I, chunk, R, W] for the others.
 
-  The backward pass recomputes each chunk. Raises ValueError for an unknown mode.
+  The backward pass recomputes each chunk. Raises ConfigError for an unknown mode.
   """
   if mode not in MODES:
-    raise ValueError(f"alignment mode {mode!r}; expected one of {', '.join(MODES)}")
+    raise ConfigError(f"alignment mode {mode!r}; expected one of {', '.join(MODES)}")
   count = len(texts)
   image_zero = jnp.zeros(len(images), bool) if image_zero is None else image_zero
   text_zero = jnp.zeros(count, bool) if text_zero is None else text_zero

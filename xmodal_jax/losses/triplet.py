@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses.pairwise import ring as ring_lib
 from xmodal_jax.losses.pairwise import statistics
 from xmodal_jax.losses.pairwise.ring import Ring
@@ -45,7 +46,7 @@ def triplet_from_scores(
 
 def _check_reduce(reduce: str) -> None:
   if reduce not in REDUCTIONS:
-    raise ValueError(f"reduce is {reduce!r}; expected one of {', '.join(REDUCTIONS)}")
+    raise ConfigError(f"reduce is {reduce!r}; expected one of {', '.join(REDUCTIONS)}")
 
 
 def _max_first(x: Float[Array, "m n"], axis: int) -> Float[Array, " k"]:

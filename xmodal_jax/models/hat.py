@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses import cross_attention, triplet
 from xmodal_jax.models import base, layers
 from xmodal_jax.models.towers import bert, registry, swin
@@ -45,7 +46,7 @@ def preset(name: str) -> dict[str, Any]:
   Includes options that a file does not record: remat and unroll, dropout, the objective.
   """
   if name not in PRESETS:
-    raise ValueError(f"hat has no variant {name!r}; there are {', '.join(PRESETS)}")
+    raise ConfigError(f"hat has no variant {name!r}; there are {', '.join(PRESETS)}")
   c = copy.deepcopy(PRESETS[name])
   c["image"] |= dict(remat="", unroll=1, drop_path=0.1)
   c["text"] |= dict(remat="", unroll=1, dropout=0.1, attention_dropout=0.1)
@@ -84,14 +85,14 @@ class HAT(base.System):
   ):
     if direction not in cross_attention.DIRECTIONS:
       choices = ", ".join(cross_attention.DIRECTIONS)
-      raise ValueError(f"model.direction is {direction!r}; there are {choices}")
+      raise ConfigError(f"model.direction is {direction!r}; there are {choices}")
     self.direction, self.sharpness = direction, sharpness
     self.margin, self.reduce = margin, reduce
     self.levels = tuple((int(i), int(t)) for i, t in levels)
     every = tuple(range(len(self.levels)))
     self.first = tuple(first_levels) or every
     if not set(self.first) <= set(every):
-      raise ValueError(f"model.first_levels is {self.first}; there are the levels {every}")
+      raise ConfigError(f"model.first_levels is {self.first}; there are the levels {every}")
     self.later = tuple(n for n in every if n not in self.first)
     if self.later:
       self.top_k_text, self.top_k_image, self.stage_mix = 50, 100, 1.0

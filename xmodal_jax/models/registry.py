@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from xmodal_jax.errors import ConfigError
+
 
 class Entry(NamedTuple):
   """Modules of a system: its model (`build`, `preset`) and its rule table for PyTorch files."""
@@ -25,7 +27,7 @@ SYSTEMS: dict[str, Entry] = {
 def register(name: str, *, model: str, interop: str) -> None:
   """Adds a system from outside of the package; `model` and `interop` are importable modules.
 
-  Raises ValueError if the name is registered with other modules.
+  Raises ConfigError if the name is registered with other modules.
   """
   entry = Entry(model, interop)
   if SYSTEMS.setdefault(name, entry) != entry:
@@ -33,9 +35,9 @@ def register(name: str, *, model: str, interop: str) -> None:
 
 
 def entry(name: str) -> Entry:
-  """The modules of a system. Raises ValueError for an unknown name, listing the known ones."""
+  """The modules of a system. Raises ConfigError for an unknown name, listing the known ones."""
   if name not in SYSTEMS:
-    raise ValueError(f"model.system is {name!r}; there are {', '.join(SYSTEMS)}")
+    raise ConfigError(f"model.system is {name!r}; there are {', '.join(SYSTEMS)}")
   return SYSTEMS[name]
 
 

@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses import contrastive, hard_negatives
 from xmodal_jax.losses.pairwise import exchange
 from xmodal_jax.models import base, layers
@@ -54,7 +55,7 @@ def preset(name: str) -> dict[str, Any]:
   Includes options that a file does not record: remat and unroll, dropout, the objective.
   """
   if name not in PRESETS:
-    raise ValueError(f"team has no variant {name!r}; there are {', '.join(PRESETS)}")
+    raise ConfigError(f"team has no variant {name!r}; there are {', '.join(PRESETS)}")
   c = copy.deepcopy(PRESETS[name])
   c["image"] |= dict(remat="nothing_saveable", unroll=1)
   c["image"] |= dict(act="quick_gelu") if c["image"]["kind"] == "clip" else {}
@@ -105,7 +106,7 @@ class TEAM(base.System):
     self.image = nnx.Dict({self.kind: tower})
     self.text = bert.Bert(**text, **kw)
     if not project_text and width != dim:
-      raise ValueError(
+      raise ConfigError(
         f"model.text.width is {width} and that of image tokens {dim}: set model.project_text, so "
         "that the tokens of both have one width"
       )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses import local, triplet
 from xmodal_jax.models import base, layers
 from xmodal_jax.models.towers import bert, regions
@@ -82,7 +83,7 @@ def preset(name: str) -> dict[str, Any]:
   Includes options that a file does not record: remat and unroll, dropout, the objective.
   """
   if name not in PRESETS:
-    raise ValueError(f"tgdt has no variant {name!r}; there are {', '.join(PRESETS)}")
+    raise ConfigError(f"tgdt has no variant {name!r}; there are {', '.join(PRESETS)}")
   c = copy.deepcopy(PRESETS[name])
   loop = dict(remat="", unroll=1, dropout=0.1)
   for part in ("image", "lower", "upper"):
@@ -275,20 +276,20 @@ class TGDT(base.System):
 
 
 def _checked_objective(given: Mapping[str, Any], upper: bool) -> dict[str, Any]:
-  """OBJECTIVE with the given options; upper: whether there are upper stacks. Raises ValueError."""
+  """OBJECTIVE with the given options; upper: whether there are upper stacks. Raises ConfigError."""
   if unknown := given.keys() - OBJECTIVE.keys():
-    raise ValueError(f"model.{min(unknown)} is no key of tgdt; it has {', '.join(OBJECTIVE)}")
+    raise ConfigError(f"model.{min(unknown)} is no key of tgdt; it has {', '.join(OBJECTIVE)}")
   out = OBJECTIVE | ({} if upper else WITHOUT_UPPER) | dict(given)
   for key, choices in CHOICES.items():
     if out[key] not in choices:
-      raise ValueError(f"model.{key} is {out[key]!r}; there are {', '.join(choices)}")
+      raise ConfigError(f"model.{key} is {out[key]!r}; there are {', '.join(choices)}")
   if not upper and (out["stage"] != "lower" or out["first_stage"] != "local"):
-    raise ValueError(
+    raise ConfigError(
       "model.upper is empty, so there are no global vectors: set model.stage='lower' and "
       "model.first_stage='local'"
     )
   if out["stage"] == "lower" and out["loss"] != "alignment":
-    raise ValueError("model.stage='lower' trains tokens alone: set model.loss='alignment'")
+    raise ConfigError("model.stage='lower' trains tokens alone: set model.loss='alignment'")
   return out
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses import contrastive, triplet
 from xmodal_jax.models import base, layers
 from xmodal_jax.models.towers import bert, registry
@@ -57,7 +58,7 @@ def preset(name: str) -> dict[str, Any]:
   Includes options that a file does not record: remat and unroll, dropout, the objective.
   """
   if name not in PRESETS:
-    raise ValueError(f"zerovl has no variant {name!r}; there are {', '.join(PRESETS)}")
+    raise ConfigError(f"zerovl has no variant {name!r}; there are {', '.join(PRESETS)}")
   c = copy.deepcopy(PRESETS[name])
   c["image"] |= dict(remat="dots_with_no_batch_dims_saveable", unroll=1)
   if "text" not in c:
@@ -118,7 +119,7 @@ class ZeroVL(base.System):
     mixup = mixup or dict(beta=0.0, block=0)
     self.beta, self.block = mixup["beta"], mixup["block"]
     if self.beta and self.loss_name != "nce":
-      raise ValueError(f"model.mixup.beta is {self.beta}: mixup needs model.loss.name='nce'")
+      raise ConfigError(f"model.mixup.beta is {self.beta}: mixup needs model.loss.name='nce'")
     self.fixed = None if learn_temperature else temperature
     self.temperature = _scalar(temperature if learn_temperature else None)
     self.logit_bias = _scalar(contrastive.INITIAL_BIAS if self.loss_name == "sigmoid" else None)
@@ -242,15 +243,15 @@ def normalize(x: Float[Array, "*n e"]) -> Float[Array, "*n e"]:
 
 
 def _loss_options(loss: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Any], ...]]:
-  """(name, its options with defaults filled in) of the `loss` section; raises ValueError."""
+  """(name, its options with defaults filled in) of the `loss` section; raises ConfigError."""
   options = dict(loss)
   name = options.pop("name")
   if name not in LOSSES:
-    raise ValueError(f"model.loss.name is {name!r}; there are {', '.join(LOSSES)}")
+    raise ConfigError(f"model.loss.name is {name!r}; there are {', '.join(LOSSES)}")
   known = LOSSES[name]
   if unknown := options.keys() - known.keys():
     names = ", ".join(known) or "none"
-    raise ValueError(f"model.loss.{min(unknown)} is no option of {name}; it has {names}")
+    raise ConfigError(f"model.loss.{min(unknown)} is no option of {name}; it has {names}")
   return name, tuple((known | options).items())
 
 

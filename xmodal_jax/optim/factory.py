@@ -18,7 +18,7 @@ from xmodal_jax.optim.schedules import Schedule
 
 
 def first_match(what: str, rules: Sequence[tuple[str, float]], path: str) -> float:
-  """Value of the first rule whose regex is found in `path`. Raises ValueError if there is none.
+  """Value of the first rule whose regex is found in `path`. Raises ConfigError if there is none.
 
   what: the config key of the rules, for the message.
 
@@ -28,7 +28,7 @@ def first_match(what: str, rules: Sequence[tuple[str, float]], path: str) -> flo
   for pattern, value in rules:
     if re.search(pattern, path):
       return value
-  raise ValueError(
+  raise ConfigError(
     f"{what}: no rule matches parameter {path}; end the list with ('.*', value) for all other "
     "parameters"
   )
@@ -96,20 +96,20 @@ def trust_groups(trust: str, decay: Any, params: Any, tensors: Tensors) -> Tenso
   trust: config.optim.trust. "optax" takes the norms of each array; "original" those of each tensor
   of the published optimizer, and only of tensors with weight decay (apex with use_nvlamb=False).
   decay: nested dict of weight decays. tensors: which arrays are one tensor of the published
-  optimizer, see `interop.conversion.tensors`. Raises ValueError if the decay differs inside one
+  optimizer, see `interop.conversion.tensors`. Raises ConfigError if the decay differs inside one
   tensor.
   """
   paths_of = lambda tree: [transforms.path_of(k) for k, _ in jax.tree.leaves_with_path(tree)]
   if covered := set(paths_of(params)) ^ {path for paths, _ in tensors for path in paths}:
-    raise ValueError(f"optim.name='lamb': no tensor of the published optimizer has {covered}")
+    raise ConfigError(f"optim.name='lamb': no tensor of the published optimizer has {covered}")
   if trust == "optax":
     return [((path,), stacked) for paths, stacked in tensors for path in paths]
   if trust != "original":
-    raise ValueError(f"optim.trust is {trust!r}; there are optax, original")
+    raise ConfigError(f"optim.trust is {trust!r}; there are optax, original")
   decay = dict(zip(paths_of(decay), jax.tree.leaves(decay), strict=True))
   for paths, _ in tensors:
     if len({decay[path] for path in paths}) > 1:
-      raise ValueError(
+      raise ConfigError(
         f"optim.decay differs between {', '.join(paths)}, which are one tensor with "
         "optim.trust='original': set the same value for them"
       )
@@ -133,7 +133,7 @@ def make_optimizer(
     opt_state = tx.init(params)
   """
   if config["name"] not in ("adamw", "lamb"):
-    raise ValueError(f"optim.name is {config['name']!r}; there are adamw, lamb")
+    raise ConfigError(f"optim.name is {config['name']!r}; there are adamw, lamb")
   decay = per_param("optim.decay", config["decay"], params)
   decay = jax.tree.map(lambda m: m * config["weight_decay"], decay)
   adam, chain, frozen = (config["b1"], config["b2"], config["eps"]), [], []

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.optim.schedules import Schedule
 
 # A jax key path of nested dicts -> "image/blocks/q/kernel".
@@ -180,7 +181,7 @@ def adjust(
   def update(updates, state, params=None, *, step=None, **extra_args):
     del extra_args
     if starts is not None and step is None:
-      raise ValueError("parameters are frozen: call update(updates, state, params, step=step)")
+      raise ConfigError("parameters are frozen: call update(updates, state, params, step=step)")
 
     def one(path, u, p, start):
       new = p + u
@@ -257,9 +258,9 @@ def average(
   activations than the parameters.
   """
   if not 0 < decay < 1:
-    raise ValueError(f"optim.ema is {decay}; a decay is above 0 and below 1, and 0.0 is none")
+    raise ConfigError(f"optim.ema is {decay}; a decay is above 0 and below 1, and 0.0 is none")
   if schedule not in AVERAGES:
-    raise ValueError(f"optim.ema_schedule is {schedule!r}; there are {', '.join(AVERAGES)}")
+    raise ConfigError(f"optim.ema_schedule is {schedule!r}; there are {', '.join(AVERAGES)}")
 
   def init(params):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats or {})

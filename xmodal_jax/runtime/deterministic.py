@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models.base import System
 from xmodal_jax.optim import train_state
 from xmodal_jax.runtime import step as step_lib
@@ -44,34 +45,34 @@ COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "algsimp"}}
 def check(
   mesh: jax.sharding.Mesh, stats: Any, *, batch_size: int, micro_shards: int, accumulate: int
 ) -> None:
-  """Raises ValueError if the batch, the mesh or the model does not allow a reproducible step.
+  """Raises ConfigError if the batch, the mesh or the model does not allow a reproducible step.
 
   stats: the model's running statistics, abstract or not.
   """
   n, devices = micro_shards, sharding.batch_shards(mesh)
   if n < 1 or n & (n - 1):
-    raise ValueError(f"config.micro_shards is {n}: set it to a power of two")
+    raise ConfigError(f"config.micro_shards is {n}: set it to a power of two")
   if batch_size % n:
-    raise ValueError(
+    raise ConfigError(
       f"config.micro_shards is {n}, which does not divide config.batch_size={batch_size}"
     )
   if split := [f"{a}={k}" for a, k in mesh.shape.items() if a != "data" and k > 1]:
-    raise ValueError(
+    raise ConfigError(
       f"config.reproducible needs replicated parameters, but config.mesh has {', '.join(split)}: "
       "set config.mesh to (('data', -1),)"
     )
   if n % devices:
-    raise ValueError(
+    raise ConfigError(
       f"config.reproducible is set, but config.micro_shards={n} cannot be divided among {devices} "
       f"devices: use a power of two of at most {n} devices, or start with more micro-shards"
     )
   if accumulate != 1:
-    raise ValueError(
+    raise ConfigError(
       f"config.reproducible encodes a batch in micro-shards and ignores config.accumulate="
       f"{accumulate}: set it to 1, and raise config.micro_shards to save memory"
     )
   if jax.tree.leaves(stats):
-    raise ValueError(
+    raise ConfigError(
       "config.reproducible is set, but this model has BatchNorm, whose statistics need the whole "
       "batch: set it to False"
     )

@@ -68,7 +68,7 @@ def first_state(
     logging.info("resuming from step %d", step)
     return transforms.averaged(state), step, meta["pending"]
   if sources.init and (sources.init_image or sources.init_text):
-    raise ValueError(
+    raise ConfigError(
       "config.init is a whole model: set it, or config.init_image and config.init_text, not both"
     )
   if sources.init and sources.init_half:

@@ -145,7 +145,7 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Built:
   params_shardings, stats_shardings = shardings_of(params), shardings_of(stats)
   _check_accumulate(config.accumulate, config.batch_size, mesh, stats)
   if system.ring:
-    system.ring.tile_size(config.batch_size)  # raises ValueError if loss_chunk does not divide it
+    system.ring.tile_size(config.batch_size)  # raises ConfigError if loss_chunk does not divide it
   if config.reproducible:
     deterministic.check(
       mesh,
@@ -217,12 +217,12 @@ def _precision(name: str) -> str | None:
 def _check_accumulate(n: int, batch_size: int, mesh: jax.sharding.Mesh, stats: nnx.State) -> None:
   shards = sharding.batch_shards(mesh)
   if n < 1 or (n > 1 and batch_size % (n * shards)):
-    raise ValueError(
+    raise ConfigError(
       f"config.accumulate is {n}: config.batch_size={batch_size} does not divide into {n} equal "
       f"parts on each of {shards} devices"
     )
   if n > 1 and jax.tree.leaves(stats):
-    raise ValueError(
+    raise ConfigError(
       f"config.accumulate is {n}, but this model has BatchNorm, whose statistics need the whole "
       "batch: set it to 1"
     )

@@ -13,6 +13,7 @@ from etils import epath
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.distributed import processes, sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.evaluation import checks, retrieval, tables
 from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.optim import factory, schedules, train_state, transforms
@@ -69,7 +70,7 @@ def _train(
       built, tx, shardings, checkpoints, fingerprint, initial_state.Sources.from_config(config)
     )
     if start >= total and checkpoints.latest() is None:
-      raise ValueError(
+      raise ConfigError(
         f"config.init_optimizer is of step {start}, and config.total={run.total!r} are {total} "
         "steps: nothing is left to train"
       )
@@ -168,7 +169,7 @@ def _train(
 def _run_length(inputs: inputs_lib.Inputs, batch_size: int, total: str) -> schedules.RunLength:
   run = schedules.RunLength(inputs.samples(), batch_size, total, inputs.steps_per_epoch())
   if run.total_steps < 1:
-    raise ValueError(
+    raise ConfigError(
       f"nothing to train: {run.samples} samples in batches of config.batch_size={batch_size} for "
       f"config.total={total!r} are {run.total_steps} steps"
     )

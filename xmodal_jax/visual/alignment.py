@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from xmodal_jax.errors import UserError
+
 _GLOW = np.array([255, 96, 0], np.float32)  # RGB of high attention
 _PANEL = 192  # pixels of a panel's shorter side, at least
 
@@ -90,7 +92,7 @@ def token_boxes(
   """Boxes of the `tokens` image tokens of an image of height x width pixels.
 
   patch: side of the patches in pixels; None for a tower without patches. boxes: float32 [R, 4] of
-  regions, in pixels. One token without a box, the class token, may come first. Raises ValueError if
+  regions, in pixels. One token without a box, the class token, may come first. Raises UserError if
   neither the patches nor the boxes match the number of tokens.
   """
   if patch:
@@ -102,7 +104,7 @@ def token_boxes(
     return TokenBoxes(np.clip(boxes / scale, 0, 1).astype(np.float32), tokens - len(boxes))
   grid = f"patches of {patch} pixels make {rows} x {columns}" if patch else "there are no patches"
   regions = "boxes of regions" if boxes is None else f"as many boxes as regions, not {len(boxes)}"
-  raise ValueError(
+  raise UserError(
     f"the image of {width} x {height} pixels has {tokens} tokens, but {grid}: to locate the tokens "
     f"the batch needs {regions}"
   )

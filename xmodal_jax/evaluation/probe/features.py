@@ -16,6 +16,7 @@ from flax import nnx
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.data import mix, records
 from xmodal_jax.distributed import processes, sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.evaluation import batching, cache, labels, metrics, scored
 from xmodal_jax.evaluation import state as state_lib
 from xmodal_jax.interop import torch_files
@@ -121,10 +122,10 @@ class SplitFeatures:
 def load_tower(config: Any, built: setup.Built) -> Tower:
   """The tower of the whole config: from config.init, config.init_image, or random with a warning.
 
-  Raises ValueError if both are set, CheckpointError, ConversionError.
+  Raises ConfigError if both are set, CheckpointError, ConversionError.
   """
   if config.init and config.init_image:
-    raise ValueError("config.init is a whole model: set it or config.init_image, not both")
+    raise ConfigError("config.init is a whole model: set it or config.init_image, not both")
   if config.init:
     state, source = state_lib.load_state(built, config.init)
   else:

@@ -21,6 +21,7 @@ from etils import epath
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.evaluation import batching, labels, tables
 from xmodal_jax.evaluation.probe import classifier, lars, regression, training
 from xmodal_jax.evaluation.probe import features as features_lib
@@ -34,7 +35,7 @@ _KIND = "linear probe"  # the system name in the checkpoints of a probe
 def linear_probe(config: Any, workdir: str) -> dict[str, Any] | None:
   """Trains and tests the classifier, writes classifier.npz and results.json.
 
-  Returns the content of results.json, None if the run was asked to stop. Raises ValueError,
+  Returns the content of results.json, None if the run was asked to stop. Raises ConfigError,
   DatasetError, CheckpointError, WorkdirError, NonFiniteError, NonFiniteLossError.
   """
   with contextlib.ExitStack() as stack:
@@ -97,16 +98,18 @@ def _probe(config: Any, workdir: epath.Path, stop: Callable[[], bool]) -> dict[s
 def _check_options(options: Any) -> None:
   """options: config.probe."""
   if options.optim not in ("lars", "lbfgs"):
-    raise ValueError(f"config.probe.optim is {options.optim!r}; expected lars or lbfgs")
+    raise ConfigError(f"config.probe.optim is {options.optim!r}; expected lars or lbfgs")
   if options.optim == "lbfgs" and options.augment:
-    raise ValueError("config.probe.augment needs optim='lars': lbfgs takes all features at once")
+    raise ConfigError("config.probe.augment needs optim='lars': lbfgs takes all features at once")
 
 
 def _check_batches(built: setup.Built, sizes: dict[str, int]) -> None:
   shards = sharding.batch_shards(built.mesh)
   for section, size in sizes.items():
     if size % shards:
-      raise ValueError(f"config.{section}.batch_size is {size}, not a multiple of {shards} devices")
+      raise ConfigError(
+        f"config.{section}.batch_size is {size}, not a multiple of {shards} devices"
+      )
 
 
 def _check_classes(inputs: inputs_lib.Inputs, train_keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,7 +118,7 @@ def _check_classes(inputs: inputs_lib.Inputs, train_keys: tuple[str, ...]) -> tu
   for key in train_keys:
     split = labels.labelled_split(inputs, key)
     if split.class_names != test.class_names:
-      raise ValueError(
+      raise ConfigError(
         f"splits {test.name!r} and {split.name!r} have different classes: a classifier is trained "
         "and tested on the same ones"
       )
@@ -224,7 +227,7 @@ def _train_lars(
 def _run_length(samples: int, batch_size: int, total: str) -> schedules.RunLength:
   run = schedules.RunLength(samples, batch_size, total)
   if run.total_steps < 1:
-    raise ValueError(
+    raise ConfigError(
       f"nothing to train: {samples} images in batches of config.probe.batch_size={batch_size} for "
       f"config.probe.total={total!r} are {run.total_steps} steps"
     )

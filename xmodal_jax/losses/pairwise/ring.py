@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from xmodal_jax.distributed import sharding
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses.pairwise.statistics import POSITIVE, Statistic, Tile
 
 Tree = Any
@@ -42,7 +43,7 @@ class Ring(NamedTuple):
     local = batch // devices
     size = min(self.chunk, local)
     if size < 1 or batch % devices or local % size:
-      raise ValueError(
+      raise ConfigError(
         f"config.loss_chunk is {self.chunk}: tiles of so many rows do not divide the rows of a "
         f"device, config.batch_size={batch} over {devices}; set one that does, or 0"
       )

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from xmodal_jax.errors import ConfigError
+
 
 def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
   """Cubic convolution kernel (Keys, 1981) with the coefficient of PyTorch."""
@@ -33,11 +35,11 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
 def resize_table(table: np.ndarray, rows: int, *, prefix: int = 1) -> np.ndarray:
   """[prefix + g * g, D] -> [rows, D]: keeps the first `prefix` rows, resizes the square grid.
 
-  Raises ValueError where either grid is not square.
+  Raises ConfigError where either grid is not square.
   """
   old, new = math.isqrt(len(table) - prefix), math.isqrt(rows - prefix)
   if old**2 != len(table) - prefix or new**2 != rows - prefix:
-    raise ValueError(
+    raise ConfigError(
       f"position table of {len(table)} rows cannot become one of {rows}: both must hold {prefix} "
       "rows and a square grid"
     )

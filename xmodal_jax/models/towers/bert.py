@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models import layers
 
 
@@ -118,10 +119,10 @@ class Bert(nnx.Module):
     self.pooler = nnx.data(layers.linear(width, width, ("embed", None), **head) if pooler else None)
 
   def embed(self, ids: Int[Array, "b l"], key: PRNGKeyArray | None = None) -> Float[Array, "b l d"]:
-    """The input of the first block. Raises ValueError for L greater than `context`."""
+    """The input of the first block. Raises ConfigError for L greater than `context`."""
     length, context = ids.shape[1], self.pos.shape[0]
     if length > context:
-      raise ValueError(f"text of length {length}, but the position table has {context} rows")
+      raise ConfigError(f"text of length {length}, but the position table has {context} rows")
     table = self.pos[:length] + self.type[0]
     x = layers.lookup(self.word.embedding[...], ids, self.dtype, self.batch_sharding)
     x = self.ln(layers.add(x, table))

@@ -5,6 +5,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models import layers
 
 
@@ -70,7 +71,7 @@ class TextTransformer(nnx.Module):
   def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l w"]:
     context = self.pos.shape[0]
     if ids.shape[1] > context:
-      raise ValueError(f"text of length {ids.shape[1]}, but the position table has {context} rows")
+      raise ConfigError(f"text of length {ids.shape[1]}, but the position table has {context} rows")
     x = layers.lookup(self.token.embedding[...], ids, self.dtype, self.batch_sharding)
     x = layers.add(x, self.pos[: ids.shape[1]])
     return layers.scan(self.blocks, x, batch_sharding=self.batch_sharding, **self.loop)

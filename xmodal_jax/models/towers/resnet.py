@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models import layers
 from xmodal_jax.models.towers.base import ImageTower
 
@@ -215,7 +216,7 @@ class ModifiedResNet(ImageTower):
     rngs: nnx.Rngs,
   ):
     if size % 32:
-      raise ValueError(f"image size {size} is not a multiple of 32")
+      raise ConfigError(f"image size {size} is not a multiple of 32")
     self.dtype, self.widths = dtype, tuple(4 * width * 2**i for i in range(4))
     kw = dict(dtype=dtype, rngs=rngs)
     self.stem = Stem(width, **kw)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from xmodal_jax.errors import ConfigError
 from xmodal_jax.models import layers
 from xmodal_jax.models.layers import positions
 from xmodal_jax.models.towers.base import ImageTower
@@ -291,7 +292,7 @@ class Swin(ImageTower):
   def embed(self, images: Float[Array, "b s s 3"]) -> Float[Array, "b g g d"]:
     """The input of the first block."""
     if images.shape[1:] != (self.size, self.size, 3):
-      raise ValueError(
+      raise ConfigError(
         f"images {list(images.shape)} for a Swin of size {self.size}: its windows are fixed when "
         f"it is built; expected [B, {self.size}, {self.size}, 3]"
       )
@@ -321,22 +322,22 @@ def _drop_path_rates(last: float, depths: Sequence[int]) -> tuple[tuple[float, .
 def _grids(
   size: int, patch: int, window: int, embed: int, depths: Sequence[int], heads: Sequence[int]
 ) -> list[int]:
-  """Side of each stage's grid. Raises ValueError for sizes that do not divide."""
+  """Side of each stage's grid. Raises ConfigError for sizes that do not divide."""
   if not len(depths) == len(heads) or 0 in depths:
-    raise ValueError(
+    raise ConfigError(
       f"depths {tuple(depths)} and heads {tuple(heads)}: one of each for every stage"
     )
   if size % patch:
-    raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
+    raise ConfigError(f"image size {size} is not a multiple of the patch size {patch}")
   out, grid = [], size // patch
   for i, h in enumerate(heads):
     where = f"Swin of size {size}, patch {patch}, window {window}: stage {i}"
     if grid > window and grid % window:
-      raise ValueError(f"{where} has a grid of {grid}, which is not of whole windows")
+      raise ConfigError(f"{where} has a grid of {grid}, which is not of whole windows")
     if i < len(heads) - 1 and grid % 2:
-      raise ValueError(f"{where} has a grid of {grid}, which is odd and cannot be merged")
+      raise ConfigError(f"{where} has a grid of {grid}, which is odd and cannot be merged")
     if embed * 2**i % h:
-      raise ValueError(f"{where} is {embed * 2**i} wide, which {h} heads do not divide")
+      raise ConfigError(f"{where} is {embed * 2**i} wide, which {h} heads do not divide")
     out.append(grid)
     grid //= 2
   return out
