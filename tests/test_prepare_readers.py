@@ -268,6 +268,8 @@ def test_karpathy_counts_and_texts_as_ids(tmp_path, caplog):
     "1 blank captions are kept",
   ):
     assert text in caplog.text
+  source = json.loads((tmp_path / "out" / "karpathy" / "1.0.0" / "source.json").read_text())
+  assert source["left_out"]["train"] == {"captions beyond the limit": 4}
   train = list(records.open_split(tmp_path / "out", "train"))
   assert [r.image_id for r in train] == [0, 1, 5] and train[1].caption_ids == (5, 6, 7, 8)
 

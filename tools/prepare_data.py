@@ -319,13 +319,15 @@ def _checked(
 ) -> tuple[annotations.Splits, pictures.LeftOut]:
   """The splits without images that may be left out, and how many of each these are."""
   found = annotations.check_images(splits, args.max_missing)
-  missing = {name: len(split) - len(found[name]) for name, split in splits.items()}
-  left_out = {name: collections.Counter(missing=n) for name, n in missing.items() if n}
+  left_out = {name: collections.Counter(splits.left_out.get(name)) for name in splits}
+  for name, split in splits.items():
+    left_out[name]["missing"] += len(split) - len(found[name])
   if args.check_images:
     leave_out = args.check_images == "leave_out"
     found, broken = pictures.check(found, max_pixels=args.max_pixels, leave_out=leave_out)
-    left_out = {name: left_out.get(name, collections.Counter()) + broken[name] for name in broken}
-  return found, left_out
+    for name, reasons in broken.items():
+      left_out[name] += reasons
+  return found, {name: +reasons for name, reasons in left_out.items()}
 
 
 def _write_images(args: argparse.Namespace, where: dict) -> epath.Path:

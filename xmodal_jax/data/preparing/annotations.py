@@ -1,8 +1,9 @@
 """Annotated images: what the readers of sources return, and the examples that `builder` writes."""
 
+import collections
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
 
@@ -32,7 +33,19 @@ class AnnotatedImage:
   size: tuple[int, int] | None = None
 
 
-Splits = dict[str, list[AnnotatedImage]]
+class Splits(dict[str, list[AnnotatedImage]]):
+  """The images of each split, by its name.
+
+  left_out: what the source has besides and a reader left out, by split and reason.
+  """
+
+  def __init__(
+    self,
+    images: Mapping[str, list[AnnotatedImage]] | None = None,
+    left_out: Mapping[str, collections.Counter[str]] | None = None,
+  ):
+    super().__init__(images or {})
+    self.left_out = dict(left_out or {})
 
 
 def examples(images: Iterable[AnnotatedImage]) -> Iterator[Example]:
@@ -84,7 +97,10 @@ def check_images(splits: Splits, max_missing: int = 0) -> Splits:
 def without(splits: Splits, images: Iterable[AnnotatedImage]) -> Splits:
   """The splits without these of their images."""
   absent = {id(p) for p in images}
-  return {n: renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()}
+  return Splits(
+    {n: renumbered([p for p in split if id(p) not in absent]) for n, split in splits.items()},
+    splits.left_out,
+  )
 
 
 def _absence(image: AnnotatedImage, listing: Listing) -> str | None:

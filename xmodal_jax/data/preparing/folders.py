@@ -90,7 +90,7 @@ def read_folders(
     parts["val"] = _val_classes(root, classes)
   else:
     logging.info("%s does not exist: no split 'val'", root / "val")
-  splits: Splits = {}
+  splits = Splits()
   for part, folders in parts.items():
     first = sum(map(len, splits.values()))
     splits[part] = _labelled(root / part, folders, labels, first)

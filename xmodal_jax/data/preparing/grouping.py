@@ -16,6 +16,7 @@ from etils import epath
 from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits, renumbered
 from xmodal_jax.data.tfrecord import DatasetError
 
+_BEYOND = "captions beyond the limit"
 # What is done with captions of white space only.
 Blank = Literal["error", "drop", "keep"]
 
@@ -49,7 +50,9 @@ class Grouper:
     self._groups: dict[str, _Group] = {}  # by path
     self._owners: dict[tuple[str, int], _Group] = {}  # by id
     self._blanks: list[str] = []
-    self._beyond = 0
+    self._left_out: dict[str, collections.Counter[str]] = collections.defaultdict(
+      collections.Counter
+    )
     self._records: collections.Counter[str] = collections.Counter()
 
   def add(
@@ -84,11 +87,13 @@ class Grouper:
       if not caption.strip():
         self._blanks.append(f"{where} ({name})")
         if self._blank == "drop":
+          self._left_out[split]["blank captions"] += 1
           continue
       group.captions.append(caption)
       group.ids += caption_ids[i : i + 1]
       group.positions += positions[i : i + 1]
-    self._beyond += max(0, len(captions) - limit) if limit is not None else 0
+    if limit is not None and len(captions) > limit:
+      self._left_out[split][_BEYOND] += len(captions) - limit
 
   def _group(
     self,
@@ -128,10 +133,10 @@ class Grouper:
     Raises DatasetError for blank captions, unless they are to be kept or left out.
     """
     self._report_blanks()
-    if self._beyond:
+    if beyond := sum(reasons[_BEYOND] for reasons in self._left_out.values()):
       text = "%d captions beyond the first ones of their image are left out (--captions_per_image "
-      logging.info(text + "all keeps them)", self._beyond)
-    out: Splits = {name: [] for name in names}
+      logging.info(text + "all keeps them)", beyond)
+    out: dict[str, list[AnnotatedImage]] = {name: [] for name in names}
     for group in self._groups.values():
       kept = out.setdefault(group.split, [])
       if group.captions:
@@ -139,10 +144,13 @@ class Grouper:
         given = {k: tuple(v) for k, v in optional.items() if v}
         captions = tuple(group.captions)
         kept.append(dataclasses.replace(group.image, captions=captions, **given))
+      else:
+        self._left_out[group.split]["images with blank captions alone"] += 1
     if left := len(self._groups) - sum(map(len, out.values())):
       logging.info("%d images are left out, they have no other captions", left)
-    self._log(out)
-    return {name: renumbered(images) for name, images in out.items()}
+    self._log_odd()
+    images = {name: renumbered(images) for name, images in out.items()}
+    return Splits(images, self._left_out)
 
   def _report_blanks(self) -> None:
     if not self._blanks:
@@ -157,7 +165,7 @@ class Grouper:
     done = "left out" if self._blank == "drop" else "kept"
     logging.info("%d blank captions are %s:%s%s", len(self._blanks), done, named, more)
 
-  def _log(self, splits: Splits) -> None:
+  def _log_odd(self) -> None:
     if self._per_image:
       for split, records in self._records.items():
         if merged := records - sum(group.split == split for group in self._groups.values()):
