@@ -245,11 +245,35 @@ def test_clip_values_at_their_paths(kind):
     ("image_encoder.model.model.pos_embed", "ZeroVL"),
     ("bert.embeddings.word_embeddings.weight", "BERT"),
     ("some.thing", "some.thing"),
+    ("base_model.model.visual.conv1.lora_A.weight", "LoRA .*merge"),
+    ("dist_token", "distilled DeiT"),
+    ("vision_model.embeddings.class_embedding", "the image tower of Hugging Face's CLIP alone"),
+    ("text_model.embeddings.token_embedding.weight", "the text tower of Hugging Face's CLIP alone"),
+    ("visual.class_embedding", "the image tower of OpenAI CLIP alone"),
+    ("visual.trunk.pos_embed", "open_clip with an image tower of timm"),
+    ("text.transformer.resblocks.0.ln_1.weight", "CustomTextCLIP.*OpenAI's .pt"),
+    ("embeddings.patch_embeddings.projection.weight", "Hugging Face's names.*timm's file"),
   ],
 )
 def test_other_files_are_named(key, what):
   with pytest.raises(conversion.ConversionError, match=f"not a CLIP state dict .*{what}"):
     clip_rules.infer_config({key: (3, 3)})
+
+
+def test_files_of_hugging_face_are_named():
+  clip_keys = [f"{side}_model.encoder.layers.0.layer_norm1.weight" for side in ("text", "vision")]
+  siglip_keys = [*clip_keys, "vision_model.head.probe", "logit_bias"]
+  for keys, what in (
+    (clip_keys, "CLIP in Hugging Face's names.*OpenAI's"),
+    (siglip_keys, "SigLIP"),
+  ):
+    with pytest.raises(conversion.ConversionError, match=what):
+      clip_rules.infer_config({key: (3,) for key in keys})
+
+
+def test_a_prefix_of_all_keys_is_pointed_out():
+  with pytest.raises(conversion.ConversionError, match=r"all begin with 'tower\.'.*--prefix"):
+    clip_rules.infer_config({"tower.a": (3,), "tower.b": (3,)})
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -390,6 +414,30 @@ def test_choices_that_do_not_exist(flags, error, tool, tmp_path):
 def test_a_choice_that_a_system_does_not_have(tool, tmp_path):
   with pytest.raises(SystemExit, match=r"a file of team leaves no choice of image\.pool"):
     tool(["--system", "team", "--checkpoint", "x", "--out", str(tmp_path / "o"), "--pool", "mean"])
+
+
+def test_the_tool_takes_an_entry_of_a_file_in_a_folder(tool, tmp_path, capsys):
+  state, folder = clip_state("vit"), tmp_path / "hub"
+  folder.mkdir()
+  raw = {name: np.zeros_like(x) for name, x in state.items()}
+  tree = {"model": raw, "model_ema": meta_lib.wrap(state, ["module."])}
+  torch_files.write(folder / "pytorch_model.bin", tree)
+  args = ["--system", "clip", "--checkpoint", str(folder)]
+  tool([*args, "--out", str(tmp_path / "raw")])
+  printed = capsys.readouterr().out
+  assert "took the entry 'model'; beside it: 'model_ema'" in printed and "--key" in printed
+  tool([*args, "--key", "model_ema", "--out", str(tmp_path / "ema")])
+  assert "beside it" not in capsys.readouterr().out
+  assert meta_lib.read_meta(tmp_path / "ema")["wrapper"] == ["model_ema", "module."]
+  kernel = lambda name: model_files.load_model(tmp_path / name)["params"]["text"]["proj"]["kernel"]
+  np.testing.assert_array_equal(kernel("ema"), state["text_projection"])
+  assert not kernel("raw").any()
+
+
+def test_the_tool_names_the_file_that_does_not_fit(tool, tmp_path):
+  torch_files.write(tmp_path / "m.pt", {"visual.conv1.lora_A": np.ones(3, np.float32)})
+  with pytest.raises(SystemExit, match=r"m\.pt: (?s:.*)LoRA"):
+    tool(["--system", "clip", "--checkpoint", str(tmp_path / "m.pt"), "--out", str(tmp_path / "o")])
 
 
 def test_the_tool_lists_what_is_missing(tool, tmp_path, capsys):

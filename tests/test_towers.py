@@ -403,6 +403,14 @@ def test_half_a_file(tmp_path):
     load(path, "image")
 
 
+def test_a_folder(tmp_path):
+  torch_files.write(tmp_path / "pytorch_model.bin", {"model": deit_state()})
+  ours, want = load(tmp_path, "image"), load(tmp_path / "pytorch_model.bin", "image")
+  assert ours.keys() == want.keys()
+  for path, value in ours.items():
+    np.testing.assert_array_equal(value, want[path], path)
+
+
 def test_no_file(tmp_path):
   for path, what in ((tmp_path, "holds no weights"), (tmp_path / "gone.bin", "does not exist")):
     with pytest.raises(checkpointer.CheckpointError, match=rf"config\.init_text: .* {what}"):

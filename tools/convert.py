@@ -143,6 +143,8 @@ def to_jax(
     raise SystemExit(f"{out} exists already")
   module = registry.system_module(system)
   state, info = torch_files.state_dict(source, verify=True, key=key, prefix=prefix)
+  for note in info["notes"]:  # before an error, which they may explain
+    print(f"{source.name}: {note}")
   table = tables.rule_table(system)
   inferred = table.infer_config({k: v.shape for k, v in state.items()}, info["scalars"])
   free = (*getattr(table, "ASSUMED", ()), "loss")
@@ -173,7 +175,6 @@ def to_jax(
     choices.lines.append(f"{out} lacks {missing}: --to torch reads it, config.init does not")
   return "\n".join(
     (
-      *(f"{source.name}: {note}" for note in info["notes"]),
       f"{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "
       f"{system} {name or 'of its own size'}: {report.parameters:,} values in {len(flat)} arrays, "
       f"{kept}, {len(report.missing)} missing"

@@ -55,16 +55,55 @@ def rule_table(name: str) -> RuleTable:
   return importlib.import_module(registry.entry(name).interop)
 
 
-# Keys that only files of one kind have, for error messages.
+# Keys that only files of one kind have, what these are and what to do, for error messages; a third
+# entry: keys that these files do not have.
+_WHOLE = "take the file of the whole model"
+_OF_CLIP = "take OpenAI's .pt or open_clip's file of the same model"
 _SIGNATURES = (
+  (
+    r"(.*\.)?lora_(A|B|down|up|embedding)|base_model\.model\.",
+    "a LoRA or PEFT adapter: merge it into its base (merge_and_unload), save model.state_dict()",
+  ),
+  (r"(.*\.)?(dist_token|head_dist\.)", "a distilled DeiT: take the DeiT of this size without it"),
   (r"image_model\.(vit|vision_transformer)\.|cross_model\.|team_block_list\.", "TEAM"),
   (r"vit_model\.layers\.|cross_modal_(text|image)_transform", "HAT"),
   (r"img_txt_enc\.", "TGDT (or TERAN)"),
   (r"image_encoder\.model\.|text_encoder\.model\.", "ZeroVL"),
-  (r"layers\.\d+\.blocks\.\d+\.attn\.relative_position", "Swin Transformer"),
+  (r"(.*\.)?layers\.\d+\.blocks\.\d+\.attn\.relative_position", "Swin Transformer"),
+  (r"(.*\.)?vision_model\.head\.(probe|attention)", "SigLIP in Hugging Face's names: not read"),
+  (r"(.*\.)?visual\.trunk\.", "open_clip with an image tower of timm (SigLIP, ...): not read"),
+  (r"(.*\.)?text_decoder\.", "CoCa or BLIP: not read"),
+  (r"(.*\.)?visual\.blocks\.\d+\.attn\.", "EVA-CLIP: not read"),
+  (
+    r"(.*\.)?text\.(transformer|token_embedding|positional_embedding)",
+    f"open_clip's CustomTextCLIP, whose text tower has other names: not read; {_OF_CLIP}",
+  ),
+  (
+    r"(.*\.)?vision_model\.",
+    f"the image tower of Hugging Face's CLIP alone: {_WHOLE}",
+    r"(.*\.)?text_model\.",
+  ),
+  (
+    r"(.*\.)?text_model\.(encoder|embeddings)\.",
+    f"the text tower of Hugging Face's CLIP alone: {_WHOLE}",
+    r"(.*\.)?vision_model\.",
+  ),
+  (
+    r"(.*\.)?(text|vision)_model\.(encoder|embeddings)\.",
+    f"CLIP in Hugging Face's names: not read; {_OF_CLIP}",
+  ),
+  (
+    r"(.*\.)?embeddings\.patch_embeddings\.",
+    "a vision transformer in Hugging Face's names: not read; take timm's file of the same model",
+  ),
   (r"(bert\.)?(embeddings\.word_embeddings|encoder\.layer\.\d+\.attention)", "BERT"),
+  (r"(mask_token|decoder_blocks\.)", "a masked autoencoder: not read"),
+  (
+    r"visual\.(conv1|class_embedding)",
+    f"the image tower of OpenAI CLIP alone: {_WHOLE}",
+    r"token_embedding|text",
+  ),
   (r"visual\.(conv1|class_embedding)|text_projection", "OpenAI CLIP"),
-  (r"(text|vision)_model\.(encoder|embeddings)\.", "Hugging Face CLIP, with other names"),
   (r"blocks\.\d+\.attn\.qkv", "timm vision transformer"),
   (r"layer1\.0\.conv1\.weight", "torchvision ResNet"),
 )
@@ -77,10 +116,14 @@ def describe_keys(keys: Iterable[str]) -> str:
   'it seems to be of TGDT (or TERAN)'
   """
   keys = list(keys)
-  for pattern, what in _SIGNATURES:
-    if any(re.match(pattern, key) for key in keys):
-      return f"it seems to be of {what}"
-  return f"first keys: {', '.join(keys[:3])}"
+  have = lambda pattern: any(re.match(pattern, key) for key in keys)
+  for pattern, what, *absent in _SIGNATURES:
+    if have(pattern) and not any(map(have, absent)):
+      return f"it seems to be {'' if what.startswith(('a ', 'the ')) else 'of '}{what}"
+  prefix = keys[0].partition(".")[0] + "." if keys else ""
+  shared = len(keys) > 1 and all(key.startswith(prefix) for key in keys)
+  hint = f"; all begin with {prefix!r}, which tools/convert.py --prefix strips" if shared else ""
+  return f"first keys: {', '.join(keys[:3])}{hint}"
 
 
 def check_keys(system: str, shapes: Shapes, ranks: Mapping[str, int]) -> None:

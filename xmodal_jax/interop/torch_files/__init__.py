@@ -65,7 +65,7 @@ def read_with_format(path: str | os.PathLike, *, verify: bool = False) -> tuple[
 
 def _read(source: Source, verify: bool) -> tuple[Any, str]:
   head = source.read(0, min(source.size, 512))
-  if head[:4] == b"PK\x03\x04":
+  if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):  # the second: an empty archive
     return zips.read(source, verify)
   if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= safetensors.MAX_HEADER:
     return safetensors.read(source), "safetensors"
