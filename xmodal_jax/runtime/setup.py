@@ -178,9 +178,10 @@ def _abstract(init_model: Callable[[], System], name: str) -> System:
     return nnx.eval_shape(init_model)
   except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
     text = str(e).split("\n-----")[0]  # JAX appends a note about its traceback
-    if isinstance(e, UserError):
-      raise ConfigError(f"config.{text}" if text.startswith("model.") else text) from e
-    raise ConfigError(f"config.model is no {name}: {type(e).__name__}: {text}") from e
+    if isinstance(e, UserError) and text.startswith(("model.", "config.")):
+      raise ConfigError(f"config.{text.removeprefix('config.')}") from e
+    kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+    raise ConfigError(f"config.model is no {name}: {kind}{text}") from e
 
 
 def _init_model(
