@@ -13,8 +13,12 @@ Variants, each for f30k and coco: `all`, both losses and both stages of retrieva
 Recipes: `default` trains all parameters at once, with local scores on the tokens of the lower
 stacks and global scores on the upper stacks, which mask padding. `--config.recipe=original` is the
 published program, where `all`, `global` and `local` train the upper stacks alone and start from a
-workdir of `stage1` (--config.init). Its upper stacks attend to padding, so embeddings depend on the
-batch, and the recipe also sets the batch size of evaluation.
+workdir of `stage1`, which does not have them:
+
+  --config.init=STAGE1 --config.init_missing=_upper/ --config.init_change=model.mask_upper_stack
+
+Its upper stacks attend to padding, so embeddings depend on the batch, and the recipe also sets the
+batch size of evaluation.
 
 The authors' README has no table of results.
 """

@@ -1,5 +1,6 @@
 """The conversion on small artificial models, and the tool on a small CLIP."""
 
+import functools
 import json
 import pathlib
 import runpy
@@ -456,6 +457,12 @@ def test_the_tool_lists_what_is_missing(tool, tmp_path, capsys):
   params = nnx.state(module, nnx.Param)
   with pytest.raises(restore.CheckpointError, match=r"--allow-missing .*visual.ln_pre.bias"):
     restore.load(str(out), "clip", params, nnx.State({}))
+  for path in (source, out):
+    load = functools.partial(restore.load, str(path), "clip", params, nnx.State({}))
+    have = restore.flat(load(may_miss="ln_pre")[0])
+    assert restore.flat(nnx.to_pure_dict(params)).keys() - have.keys() == {"image/ln_pre/bias"}
+    with pytest.raises((restore.CheckpointError, conversion.ConversionError), match="ln_pre"):
+      load(may_miss="ln_post")
 
 
 def test_the_tool_overwrites_nothing(tool, tmp_path):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer, facts, restore
-from xmodal_jax.runtime import setup, step, workdir
+from xmodal_jax.runtime import initial_state, setup, step, workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -163,3 +163,15 @@ def test_arguments_of_another_tower_are_named():
   c.model.image.window = 7
   with pytest.raises(ValueError, match=re.escape("model.image.window is no argument of kind=")):
     setup.build(c)
+
+
+def test_parameters_that_config_init_lacks_have_their_initial_values():
+  """TGDT's published second stage starts from a first one that has no upper stacks."""
+  built = setup.build(tiny.tgdt("unused"))
+  shapes = restore.flat(nnx.to_pure_dict(built.params))
+  given = {k: np.full(v.shape, 3, np.float32) for k, v in shapes.items() if "_upper/" not in k}
+  params, stats = initial_state._complete(built, restore.nested(given), {})
+  found = restore.flat(params)
+  assert found.keys() == shapes.keys() and not stats
+  assert all((found[k] == 3).all() for k in given)
+  assert any(found[k].std() > 0 for k in shapes.keys() - given.keys())

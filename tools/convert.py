@@ -172,7 +172,9 @@ def to_jax(
   kept = f"{len(report.kept)} buffers kept, {len(report.dropped)} dropped"
   if report.missing:
     missing = ", ".join(report.missing)
-    choices.lines.append(f"{out} lacks {missing}: --to torch reads it, config.init does not")
+    choices.lines.append(
+      f"{out} lacks {missing}: --to torch reads it, config.init only with config.init_missing"
+    )
   return "\n".join(
     (
       f"{source.name} ({info['format']}{''.join(', in ' + w for w in info['wrapper'])}) is "

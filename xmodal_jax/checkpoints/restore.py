@@ -35,16 +35,19 @@ def load(
   stats: nnx.State,
   facts: facts_lib.Facts | None = None,
   may_change: Sequence[str] = (),
+  may_miss: str = "",
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
   """Reads the parameters of a whole model, config.init, as float32 arrays on the host.
 
   source: a converted directory, a workdir (its best checkpoint), a file that torch.save or
   safetensors wrote, or a folder or index of such files. params, stats: the abstract states of the
   model. facts: of this config, which must be those of the source, except for keys in may_change
-  (config.init_change); None: not compared. Position tables of another resolution are interpolated
-  as the rule table of the system says.
+  (config.init_change); None: not compared. may_miss: regex of paths that the source need not have
+  (config.init_missing); "": none. Position tables of another resolution are interpolated as the
+  rule table of the system says.
 
-  Returns (params, stats, info): nested dicts, and where the values came from. Raises
+  Returns (params, stats, info): nested dicts, without the paths that are missing, and where the
+  values came from. Raises
   CheckpointError or ConversionError for a source of another system or size, listing every key that
   does not fit.
 
@@ -59,24 +62,31 @@ def load(
     )
   check = functools.partial(facts_lib.check, want=facts or {}, may_change=may_change)
   if path.is_file():
-    have, info = _read_file(path, system, want, facts or {}, check)
+    have, info = _read_file(path, system, want, facts or {}, check, may_miss)
   elif (path / "meta.json").exists():
-    have, info = _read_converted(path, system, check)
+    have, info = _read_converted(path, system, check, may_miss)
   elif (path / "checkpoints").is_dir():
     have, info = _read_workdir(path, system, check)
   else:
     _check_folder(path, f"{path}: expected meta.json, checkpoints/ or PyTorch weights, but it")
-    have, info = _read_file(path, system, want, facts or {}, check)
+    have, info = _read_file(path, system, want, facts or {}, check, may_miss)
   have = _resize(path, tables.rule_table(system), have, want)
-  _check_shapes(path, have, want)
+  absent = {k for k in want.keys() - have.keys() if _matches(may_miss, k)}
+  _check_shapes(path, have, {k: v for k, v in want.items() if k not in absent})
   logging.info("parameters from %s (%s)", path, info["kind"])
+  if absent:
+    logging.warning("%s does not have, so initial values: %s", path, ", ".join(sorted(absent)))
   have = {k: np.asarray(v, np.float32) for k, v in have.items()}
   names = flat(nnx.to_pure_dict(params)).keys()
   return (
-    nested({k: have[k] for k in names}),
+    nested({k: v for k, v in have.items() if k in names}),
     nested({k: v for k, v in have.items() if k not in names}),
     info,
   )
+
+
+def _matches(regex: str, path: str) -> bool:
+  return bool(regex) and re.search(regex, path) is not None
 
 
 def load_tower(
@@ -144,7 +154,9 @@ Leaves = dict[str, Any]  # path -> array
 Info = dict[str, Any]  # where they came from: kind, source, and sha256 or step
 
 
-def _read_converted(path: epath.Path, system: str, check: Check) -> tuple[Leaves, Info]:
+def _read_converted(
+  path: epath.Path, system: str, check: Check, may_miss: str
+) -> tuple[Leaves, Info]:
   meta = meta_lib.read_meta(path)
   _check_system(path, meta["system"], system)
   recorded, assumed = facts_lib.of_converted(meta)
@@ -153,11 +165,12 @@ def _read_converted(path: epath.Path, system: str, check: Check) -> tuple[Leaves
   check(f"{path} ({variant})" if variant else str(path), recorded, doubt=doubt)
   if assumed:
     logging.warning("%s: its conversion assumed %s", path, assumed)
-  if missing := meta.get("missing"):
+  if (missing := meta.get("missing")) and not may_miss:
     more = " ..." if len(missing) > 3 else ""
     raise CheckpointError(
       f"config.init: {path} was converted with --allow-missing and lacks {len(missing)} tensors "
-      f"({', '.join(missing[:3])}{more}): it can only be converted back"
+      f"({', '.join(missing[:3])}{more}). It can be converted back, and training can start from it "
+      "with --config.init_missing=REGEX of the parameters to initialise"
     )
   info = dict(kind="converted directory", source=meta["source"], sha256=meta["sha256"])
   return _leaves(model_files.load_model(path)), info
@@ -204,7 +217,12 @@ def _leaves(tree: Mapping[str, Any]) -> Leaves:
 
 
 def _read_file(
-  path: epath.Path, system: str, want: Mapping[str, Any], facts: facts_lib.Facts, check: Check
+  path: epath.Path,
+  system: str,
+  want: Mapping[str, Any],
+  facts: facts_lib.Facts,
+  check: Check,
+  may_miss: str,
 ) -> tuple[Leaves, Info]:
   table = tables.rule_table(system)
   with local_copy(path) as local, naming(path):
@@ -216,11 +234,24 @@ def _read_file(
     if facts:
       _check_file(path, table, facts_lib.flatten({"model": inferred}), facts, check)
     # Tables of another resolution are resized afterwards.
-    leaves, report = conversion.to_jax(state, table.RULES, want, check_shapes=False)
+    leaves, report = conversion.to_jax(
+      state,
+      table.RULES,
+      want,
+      allow_missing=_names_of(table.RULES, want, may_miss),
+      check_shapes=False,
+    )
     sha256 = torch_files.sha256(local)
   if report.filled:
     logging.warning("%s: not in the file, so initial values: %s", path, ", ".join(report.filled))
   return leaves, dict(kind=file_info["format"], source=path.name, sha256=sha256)
+
+
+def _names_of(rules: Sequence[Any], want: Mapping[str, Any], regex: str) -> str | None:
+  """A regex of the torch keys whose paths all match `regex`."""
+  placements = conversion.plan(rules, {k: tuple(v.shape) for k, v in want.items()})
+  names = [n for n, p in placements.items() if all(_matches(regex, path) for path in p.paths)]
+  return "|".join(map(re.escape, names)) or None
 
 
 def _log_notes(path: epath.Path, info: torch_files.FileInfo) -> None:
@@ -282,7 +313,8 @@ def _resize(
 
 def _check_shapes(path: epath.Path, have: Leaves, want: Mapping[str, Any]) -> None:
   """Raises CheckpointError, which lists the paths and shapes that differ."""
-  problems = [f"missing {k} {want[k].shape}" for k in sorted(want.keys() - have.keys())]
+  missing = [f"missing {k} {want[k].shape}" for k in sorted(want.keys() - have.keys())]
+  problems = missing[:]
   problems += [f"unknown {k} {have[k].shape}" for k in sorted(have.keys() - want.keys())]
   problems += [
     f"{k}: {tuple(have[k].shape)} in the file, {want[k].shape} in config.model"
@@ -292,8 +324,10 @@ def _check_shapes(path: epath.Path, have: Leaves, want: Mapping[str, Any]) -> No
   if problems:
     shown = "\n  ".join(problems[:20])
     more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+    hint = "\nTo initialise parameters that are missing on purpose: --config.init_missing=REGEX"
+    hint = hint if len(missing) == len(problems) else ""
     raise CheckpointError(
-      f"{path} does not fit config.model (another variant or size?):\n  {shown}{more}"
+      f"{path} does not fit config.model (another variant or size?):\n  {shown}{more}{hint}"
     )
 
 

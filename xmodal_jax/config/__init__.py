@@ -58,6 +58,8 @@ def base() -> ConfigDict:
   # Keys, separated by commas, in which this config may differ from what config.init was made with,
   # "text.length,data.image". Any other difference in what is computed is an error.
   c.init_change = ""
+  # Regex of parameters that config.init need not have; training starts from initial values of them.
+  c.init_missing = ""
   # Public files of single towers, for systems that define TOWERS; parameters missing from them are
   # randomly initialised. init_half: round the image tower's matrices to float16, as CLIP does.
   c.init_image, c.init_text, c.init_half = "", "", False

@@ -32,6 +32,7 @@ class Sources:
   init_text: str = ""
   init_half: bool = False
   init_optimizer: str = ""
+  init_missing: str = ""
 
   @classmethod
   def from_config(cls, config: Any) -> "Sources":
@@ -92,8 +93,16 @@ def _load(
       sources.init, sources.init_optimizer, system, shapes, tx
     )
   params, stats, _ = restore.load(
-    sources.init, system, built.params, built.stats, built.facts, built.init_change
+    sources.init,
+    system,
+    built.params,
+    built.stats,
+    built.facts,
+    built.init_change,
+    sources.init_missing,
   )
+  if sources.init_missing:
+    params, stats = _complete(built, params, stats)
   if opt_state is not None:
     opt_state = transforms.restart_average(opt_state, params, stats)
   params = restore.put(params, built.params_shardings)
@@ -105,6 +114,15 @@ def _load(
     opt_state = restore.put(opt_state, shardings.opt_state)
   step = sharding.place(np.int32(start), built.replicated)
   return TrainState(step, params, stats, opt_state), start
+
+
+def _complete(built: setup.Built, params: Any, stats: Any) -> tuple[Any, Any]:
+  """Host arrays with the initial values of the paths that are missing."""
+  initial = jax.jit(lambda: step_lib.split(built.init_model())[1:])()
+  return tuple(
+    restore.nested(jax.device_get(restore.flat(nnx.to_pure_dict(new))) | restore.flat(given))
+    for new, given in zip(initial, (params, stats), strict=True)
+  )
 
 
 def with_towers(sources: Sources, built: setup.Built, state: TrainState) -> TrainState:
