@@ -46,6 +46,7 @@ def _is_bound(value: Any) -> bool:
 # What the values of a key may be, beyond what its default says: True or False, or any text.
 SPEC: dict[str, Rule] = {
   "seed": whole(0, 2**32 - 1),  # of larger ones JAX and NumPy would take different parts
+  "init_missing": REGEX,
   "dtype": choice("auto", *DTYPES),
   "precision": choice("default", "high", "highest"),
   "mesh": Rule(sharding.MESH, sharding.is_mesh),

@@ -38,7 +38,7 @@ MAY_CHANGE_ON_RESUME = (
 # and the init keys are not read again.
 _FIXED = (
   "seed", "batch_size", "reproducible", "micro_shards",
-  "init", "init_image", "init_text", "init_half", "init_optimizer",
+  "init", "init_image", "init_text", "init_half", "init_optimizer", "init_change", "init_missing",
   "data.mix", "data.tfds", "data.tfds_captions", "data.train", "data.captions",
   "optim.name", "optim.freeze", "optim.ema",
 )  # fmt: skip
