@@ -31,7 +31,8 @@ def run(*command: str, workdir: pathlib.Path) -> tuple[int, str]:
   ("arguments", "code", "text"),
   [
     ((*MAIN, SHAPES, "--config.optim.lrr=1"), 2, "no key 'lrr'. Did you mean \"lr\""),
-    ((*MAIN, "--config=configs/coco_ft.py", "--config.init="), 1, "run `tfds build coco_captions`"),
+    pytest.param((*MAIN, "--config=configs/coco_ft.py", "--config.init="), 1,
+                 "run `tfds build coco_captions`", marks=pytest.mark.full),
     pytest.param((*MAIN, f"{SHAPES}:clop"), 2, "shapes.py: there is no variant 'clop'; there are c",
                  marks=pytest.mark.full),
     pytest.param((*MAIN, SHAPES, "--mode=eval", "--config.init=none.pt"), 1, "config.init: none.pt",

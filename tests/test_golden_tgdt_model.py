@@ -92,6 +92,7 @@ def test_forward():
   assert checked >= 15
 
 
+@pytest.mark.full
 def test_alone_in_a_batch():
   """Global text vectors depend on the padding of their batch, unless the upper stack is masked."""
   b = tgdt_golden.recorded_batch()

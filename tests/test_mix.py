@@ -112,6 +112,7 @@ def digest(batch) -> str:
   return out.hexdigest()
 
 
+@pytest.mark.full
 def test_killed_and_started_again(two_sets):
   code = READER.format(tests=str(ROOT / "tests"), folders=two_sets)
   env = child_process.environment(JAX_PLATFORMS="cpu")

@@ -268,8 +268,10 @@ def test_leaving_a_stream_does_not_hang(end):
 @pytest.mark.parametrize(
   "reader",
   [
-    pytest.param("", marks=pytest.mark.full),
-    "threading.Thread(target=list, args=[s], daemon=True).start()",
+    "",
+    pytest.param(
+      "threading.Thread(target=list, args=[s], daemon=True).start()", marks=pytest.mark.full
+    ),
   ],
 )
 def test_the_interpreter_exits_with_streams_open(reader):

@@ -428,14 +428,12 @@ def test_a_system_without_towers(tmp_path):
     load("tgdt", nnx.State({}))
 
 
-def test_half_of_a_file_that_is_not_rounded(files, tiny_data, tmp_path):
+def test_half_of_a_file_that_is_not_rounded(files, tiny_data):
   """A system without a list of such parameters, a tower without one, and no file of a tower."""
-  c = tiny.team(tiny_data, **SHORT, init_image=files["init_image"], init_half=True)
-  with pytest.raises(ConfigError, match=r"config.init_half: .* set it to False"):
-    first_params(c)
-  params = setup.build(c).params
-  with pytest.raises(ConfigError, match=r"config.init_half: .* set it to False"):
-    restore.load_tower(files["init_text"], "text", "team", params, half=True)
+  params = setup.build(tiny.team(tiny_data)).params
+  for side in ("image", "text"):
+    with pytest.raises(ConfigError, match=r"config.init_half: .* set it to False"):
+      restore.load_tower(files[f"init_{side}"], side, "team", params, half=True)
   for init in ("", "whole.pt"):
     c = tiny.team(tiny_data, **SHORT, init=init, init_half=True)
     with pytest.raises(ConfigError, match=r"config.init_half"):

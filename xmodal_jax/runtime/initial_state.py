@@ -74,6 +74,8 @@ def first_state(
     )
   if sources.init and sources.init_half:
     raise ConfigError("config.init_half is for config.init_image, not for config.init")
+  if sources.init_half and not sources.init_image:
+    raise ConfigError("config.init_half rounds config.init_image, which is empty: set it to False")
   if sources.init or sources.init_optimizer:
     return *_load(built, tx, shardings, sources), False
   check_start = getattr(registry.system_module(built.system_name), "check_start", None)
@@ -127,8 +129,6 @@ def _complete(built: setup.Built, params: Any, stats: Any) -> tuple[Any, Any]:
 
 def with_towers(sources: Sources, built: setup.Built, state: TrainState) -> TrainState:
   """The state with the towers of sources.init_image and sources.init_text, where given."""
-  if sources.init_half and not sources.init_image:
-    raise ConfigError("config.init_half rounds config.init_image, which is empty: set it to False")
   params = restore.flat(state.params)
   shardings = restore.flat(built.params_shardings)
   for side, source in (("image", sources.init_image), ("text", sources.init_text)):
