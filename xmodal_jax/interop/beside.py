@@ -58,7 +58,11 @@ def describe(
       content = json.loads(path.read_text())
     except (OSError, ValueError):
       continue
-    if not isinstance(content, Mapping) or (found := parser(content, path)) is None:
+    try:
+      found = parser(content, path) if isinstance(content, Mapping) else None
+    except (TypeError, AttributeError, KeyError, ZeroDivisionError) as e:  # values of other types
+      return Description(name, {}, f"{name} beside it cannot be read ({type(e).__name__}: {e}); ")
+    if found is None:
       continue
     facts, theirs = found
     for key, value in theirs.items():

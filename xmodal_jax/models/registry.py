@@ -31,7 +31,7 @@ def register(name: str, *, model: str, interop: str) -> None:
   """
   entry = Entry(model, interop)
   if SYSTEMS.setdefault(name, entry) != entry:
-    raise ValueError(f"system {name!r} is already registered as {SYSTEMS[name]}")
+    raise ConfigError(f"system {name!r} is already registered as {SYSTEMS[name]}")
 
 
 def entry(name: str) -> Entry:
