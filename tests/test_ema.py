@@ -166,7 +166,7 @@ def test_resumed_run_continues_from_the_parameters(averaged_run, tmp_path):
       np.testing.assert_array_equal(ours[path], value, err_msg=path)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_running_statistics_of_a_run_are_averaged(tiny_data, tmp_path):
   """A checkpoint's model has averaged statistics, and a resumed run continues from the raw ones."""
   changes = dict(eval__test=False, eval__every="0 steps", checkpoint__every="1 steps")
