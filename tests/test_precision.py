@@ -153,13 +153,13 @@ def test_train_step(case):
   schedule = schedules.make_schedule(config.optim, schedules.RunLength(48, 16, config.total))
   seen = []
 
-  def look(grads, state, params=None):
+  def look(grads, state, params=None, **extra):
     seen.append((floats(grads), floats(params)))
-    return inner.update(grads, state, params)
+    return inner.update(grads, state, params, **extra)
 
   config.optim.ema = 0.9
   inner = b.optimizer(config.optim, schedule)
-  tx = optax.GradientTransformation(inner.init, look)
+  tx = optax.GradientTransformationExtraArgs(inner.init, look)
   shardings = b.state_shardings(inner)
   state = jax.eval_shape(lambda: step_lib.init_state(b.init_model, tx))
   step = step_lib.make_train_step(b.graphdef, tx, jax.random.key(0), shardings, schedule)
