@@ -201,7 +201,7 @@ def test_gradients(name, scenario):
 
 
 TRAJECTORIES = [
-  (name, run, devices)
+  pytest.param(name, run, devices, marks=[pytest.mark.slow] if devices > 1 else [])
   for name in VARIANTS
   for run, devices in (("traj", 1), ("traj", 8), ("traj_hi_lr", 1), ("traj_resumed", 1))
   if run != "traj_resumed" or name in team_golden.WITH_OPTIMIZER

@@ -267,7 +267,10 @@ TRAJECTORIES = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("run", TRAJECTORIES)
+@pytest.mark.parametrize(
+  "run",
+  [pytest.param(r, marks=pytest.mark.slow) if r == "trainft_global" else r for r in TRAJECTORIES],
+)
 def test_trajectories(run):
   record = tgdt_golden.goldens()[f"traj_{run}"]
   golden = tgdt_golden.Golden(**TRAJECTORIES[run])
