@@ -2,8 +2,8 @@
 
 The collectives exchange small JSON values through the key-value store of jax.distributed's
 coordinator, which runs in process 0; no device takes part. A heartbeat thread in each process
-publishes that the process is alive, reads the failures that others report, and terminates the
-process if its main thread stays blocked on one that failed. With one process all of this is a
+publishes that it is alive, reads the failures that others report, and terminates it if its main
+thread stays blocked on one that failed: see `heartbeat`. With one process all of this is a
 no-op: all_gather returns one value, and barrier returns at once.
 
 All processes must call all_gather, check_equal, broadcast, barrier and ConsensusFlag in the same
@@ -16,24 +16,19 @@ import hashlib
 import json
 import os
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from absl import logging
-from jax._src import distributed  # the key-value store has no public API
+from jax._src import distributed  # its state has no public API
 
+from xmodal_jax.distributed import heartbeat, store
 from xmodal_jax.errors import UserError
 
 TIMEOUT = 300.0  # default of how long processes wait for each other, in seconds
 HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a process counts as dead
-_EXIT_GRACE = 6.0  # seconds a process has to exit by itself after another one failed
-_COORDINATOR_GRACE = 3.0  # extra seconds of process 0, whose store the others still read from
-_HEARTBEAT_PERIOD = 0.5  # seconds
-_ROOT = "xmodal_jax"  # prefix of all keys in the store
 
 
 class ProcessError(UserError):
@@ -41,7 +36,7 @@ class ProcessError(UserError):
 
 
 _call_counts: collections.Counter[str] = collections.Counter()  # by name, equal in all processes
-_heartbeat: "_Heartbeat | None" = None  # None with one process
+_heartbeat: heartbeat.Heartbeat | None = None  # None with one process
 
 
 def initialize(
@@ -93,6 +88,7 @@ def initialize(
       process_id=index,
       cluster_detection_method="deactivate",
     )
+  grace = heartbeat.EXIT_GRACE + heartbeat.COORDINATOR_GRACE
   started = time.monotonic()
   try:
     jax.distributed.initialize(
@@ -100,7 +96,7 @@ def initialize(
       initialization_timeout=int(timeout),
       # A fallback for when the heartbeat thread cannot terminate the process. JAX sends two
       # heartbeats in this time and may give up after half of it, hence the factor.
-      heartbeat_timeout_seconds=int(2 * (heartbeat_timeout + _EXIT_GRACE + _COORDINATOR_GRACE + 1)),
+      heartbeat_timeout_seconds=int(2 * (heartbeat_timeout + grace + 1)),
       shutdown_timeout_seconds=60,
     )
   except Exception as e:  # jaxlib's own exception types
@@ -111,7 +107,7 @@ def initialize(
     ) from e
   if distributed.global_state.num_processes > 1:
     global _heartbeat
-    _heartbeat = _Heartbeat(heartbeat_timeout)
+    _heartbeat = heartbeat.Heartbeat(heartbeat_timeout)
     _heartbeat.start()
 
 
@@ -132,20 +128,6 @@ def check_initialized() -> None:
     )
 
 
-def _client() -> Any:
-  return distributed.global_state.client
-
-
-def _format_indices(indices: list[int]) -> str:
-  """[1, 3] -> "processes 1, 3"."""
-  return ("process " if len(indices) == 1 else "processes ") + ", ".join(map(str, indices))
-
-
-def _read_dir(path: str) -> dict[str, str]:
-  """{last part of the key: value} of all keys under `path` in the store."""
-  return {k.rsplit("/", 1)[1]: v for k, v in _client().key_value_dir_get(f"{path}/")}
-
-
 def barrier(name: str, timeout: float = TIMEOUT) -> None:
   """Blocks until all processes call it.
 
@@ -154,25 +136,25 @@ def barrier(name: str, timeout: float = TIMEOUT) -> None:
   if jax.process_count() == 1:
     return
   _call_counts[name] += 1
-  path = f"{_ROOT}/barrier/{name}/{_call_counts[name]}"
-  _client().key_value_set(f"{path}/{jax.process_index()}", socket.gethostname())
+  path = f"{store.ROOT}/barrier/{name}/{_call_counts[name]}"
+  store.client().key_value_set(f"{path}/{jax.process_index()}", socket.gethostname())
   try:
-    _client().wait_at_barrier(path, int(timeout * 1000))
+    store.client().wait_at_barrier(path, int(timeout * 1000))
   except jax.errors.JaxRuntimeError as e:
     try:
-      arrived = {int(p) for p in _read_dir(path)}
+      arrived = {int(p) for p in store.read_dir(path)}
     except jax.errors.JaxRuntimeError:
       raise ProcessError(f"barrier {name!r}: process 0, the coordinator, does not answer") from e
     missing = sorted(set(range(jax.process_count())) - arrived)
     what = (
-      f"{_format_indices(missing)} of {jax.process_count()} did not arrive"
+      f"{store.format_indices(missing)} of {jax.process_count()} did not arrive"
       if missing
       else "it failed"
     )
     why = "" if "DEADLINE" in str(e) else f" ({str(e).splitlines()[0]})"
     raise ProcessError(f"barrier {name!r}: {what} within {timeout:g} s{why}") from e
   if jax.process_index() == 0:  # all processes have passed, so no one reads the keys any more
-    _client().key_value_delete(path)
+    store.client().key_value_delete(path)
 
 
 def all_gather(name: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
@@ -186,12 +168,12 @@ def all_gather(name: str, value: Any, timeout: float = TIMEOUT) -> list[Any]:
     return [value]
   _call_counts[f"gather {name}"] += 1
   call = _call_counts[f"gather {name}"]
-  path = f"{_ROOT}/gather/{name}"
-  _client().key_value_set(f"{path}/{call}/{jax.process_index()}", json.dumps(value))
+  path = f"{store.ROOT}/gather/{name}"
+  store.client().key_value_set(f"{path}/{call}/{jax.process_index()}", json.dumps(value))
   barrier(name, timeout)
-  values = _read_dir(f"{path}/{call}")
+  values = store.read_dir(f"{path}/{call}")
   if jax.process_index() == 0 and call > 1:  # all processes have read the values of the last call
-    _client().key_value_delete(f"{path}/{call - 1}")
+    store.client().key_value_delete(f"{path}/{call - 1}")
   return [json.loads(values[str(p)]) for p in range(jax.process_count())]
 
 
@@ -249,7 +231,7 @@ class ConsensusFlag:
     self._true_from: int | None = None  # index, from 1, of the first call that returns True
     _call_counts["flag"] += 1
     self.id = str(_call_counts["flag"])
-    self._path = f"{_ROOT}/flag/{self.id}"
+    self._path = f"{store.ROOT}/flag/{self.id}"
     if _heartbeat is not None:
       _heartbeat.register(self)
 
@@ -262,7 +244,7 @@ class ConsensusFlag:
     with _heartbeat.lock:
       self.calls += 1
       if self._published is None and self.condition():
-        _client().key_value_set(f"{_ROOT}/flag_set/{self.id}", "", True)
+        store.client().key_value_set(f"{store.ROOT}/flag_set/{self.id}", "", True)
         self._publish(self.calls - 1)  # without the current call, which may return True itself
     if self._published is not None:
       self.value = self.calls >= self._first_true_call()
@@ -276,146 +258,21 @@ class ConsensusFlag:
   def _publish(self, calls: int) -> None:
     """Requires the lock."""
     self._published = calls
-    _client().key_value_set(f"{self._path}/{jax.process_index()}", str(calls))
+    store.client().key_value_set(f"{self._path}/{jax.process_index()}", str(calls))
 
   def _first_true_call(self) -> int:
     if self._true_from is None:
       deadline, count = time.monotonic() + TIMEOUT, jax.process_count()
-      while len(published := _read_dir(self._path)) < count:
+      while len(published := store.read_dir(self._path)) < count:
         if time.monotonic() > deadline:
           missing = sorted(set(range(count)) - {int(p) for p in published})
           raise ProcessError(
-            f"a process was asked to stop, but {_format_indices(missing)} did not answer within "
-            f"{TIMEOUT:g} s"
+            f"a process was asked to stop, but {store.format_indices(missing)} did not answer "
+            f"within {TIMEOUT:g} s"
           )
         time.sleep(0.02)
       self._true_from = max(map(int, published.values())) + 1
     return self._true_from
-
-
-class _Heartbeat(threading.Thread):
-  """Publishes that this process is alive and ends it if its main thread cannot after a failure."""
-
-  def __init__(self, timeout: float):
-    super().__init__(name="heartbeat", daemon=True)
-    self.lock = threading.Lock()
-    self.timeout, self.stopped = timeout, threading.Event()
-    self.flags: dict[str, ConsensusFlag] = {}
-    state = distributed.global_state
-    self.index, self.count = state.process_id, state.num_processes
-    # Bounds the load of the coordinator to some hundred messages a second.
-    self.period = max(_HEARTBEAT_PERIOD, self.count / 256)
-    self.beats = 0
-    # In process 0 only: index -> (last heartbeat, time when it changed).
-    self.last_beats: dict[int, tuple[str, float]] = {}
-    self.failed: dict[int, str] = {}  # reported by the failing process itself
-    self.dead: dict[int, str] = {}  # reported by process 0 after missing heartbeats
-    self.deadline: float | None = None  # set once a failure is known
-
-  def register(self, flag: ConsensusFlag) -> None:
-    with self.lock:
-      self.flags[flag.id] = flag
-
-  def run(self) -> None:
-    while not self.stopped.wait(self.period):
-      try:
-        self._tick()
-      except jax.errors.JaxRuntimeError as e:
-        if not self.stopped.is_set():
-          self._abort(f"process 0, the coordinator, does not answer: it died or ended ({e})")
-      except Exception:
-        logging.exception("the heartbeat thread of process %d failed", self.index)
-        self._abort("its heartbeat thread failed")
-      # If all processes failed on their own, each may take its time to finish its checkpoint.
-      late = self.deadline is not None and time.monotonic() > self.deadline
-      if late and len(self.failed) < self.count:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-          self._log_unresponsive()
-        self._abort("its main thread is blocked on the others")
-
-  def _tick(self) -> None:
-    self.beats += 1
-    _client().key_value_set(f"{_ROOT}/heartbeat/{self.index}", str(self.beats), True)
-    for flag_id in _read_dir(f"{_ROOT}/flag_set"):
-      with self.lock:
-        # A flag that this process has not created yet is handled in a later tick.
-        if flag_id in self.flags:
-          self.flags[flag_id].on_set()
-    if self.index == 0:
-      self._find_dead()
-    self._read_failures()
-
-  def _find_dead(self) -> None:
-    now, beats = time.monotonic(), _read_dir(f"{_ROOT}/heartbeat")
-    for p in range(1, self.count):
-      beat = beats.get(str(p), "")
-      if p not in self.last_beats or self.last_beats[p][0] != beat:
-        self.last_beats[p] = beat, now
-      elif now - self.last_beats[p][1] > self.timeout and p not in self.failed | self.dead:
-        text = f"no heartbeat for {self.timeout:g} s: it was killed, or its machine is down"
-        _client().key_value_set(f"{_ROOT}/dead/{p}", text, True)
-
-  def _read_failures(self) -> None:
-    for folder, known in (("failed", self.failed), ("dead", self.dead)):
-      for p, text in _read_dir(f"{_ROOT}/{folder}").items():
-        if int(p) not in known and int(p) != self.index:
-          logging.error("process %s of %d failed: %s", p, self.count, text)
-        known[int(p)] = text
-    if (self.failed or self.dead) and self.deadline is None:
-      _client().key_value_set(f"{_ROOT}/acknowledged/{self.index}", "", True)
-      grace = _EXIT_GRACE + _COORDINATOR_GRACE * (self.index == 0)
-      self.deadline = time.monotonic() + grace
-
-  def report(self, error: BaseException) -> None:
-    """Reports to the other processes that this one fails."""
-    text = f"{type(error).__name__}: {error}"
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      _client().key_value_set(f"{_ROOT}/failed/{self.index}", text[:4000], True)
-
-  def _abort(self, why: str) -> None:
-    """Ends the process without jax.distributed.shutdown, which would wait for all processes."""
-    logging.error(
-      "process %d of %d stops because another one failed: %s. Rerun the same command on all of "
-      "them to resume from the last checkpoint", self.index, self.count, why
-    )  # fmt: skip
-    self.exit(1)
-
-  def exit(self, code: int) -> None:
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      _client().key_value_set(f"{_ROOT}/exited/{self.index}", "", True)
-      if self.index == 0:
-        self._wait_for("exited", _EXIT_GRACE + 2)
-    logging.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-  def _wait_for(self, folder: str, seconds: float) -> None:
-    """Waits, at most so long, until all processes but the dead have a key in `folder`."""
-    end = time.monotonic() + seconds
-    while True:
-      present = {int(p) for p in _read_dir(f"{_ROOT}/{folder}")}
-      missing = set(range(self.count)) - present - self.dead.keys()
-      if not missing or time.monotonic() > end:
-        return
-      time.sleep(0.1)
-
-  def exit_after_failure(self) -> None:
-    """Ends the process after its main thread failed, once the others know of the failure."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      self._wait_for("acknowledged", 5)
-      self._log_unresponsive()
-    self.exit(1)
-
-  def _log_unresponsive(self) -> None:
-    """Logs which processes did not acknowledge the failure: they are its likely cause."""
-    known = {int(p) for p in _read_dir(f"{_ROOT}/acknowledged")}
-    known |= self.failed.keys() | self.dead.keys()
-    if unresponsive := sorted(set(range(self.count)) - known):
-      logging.error(
-        "no answer from %s: killed, or the machine is down. Rerun the same command on all "
-        "processes to resume from the last checkpoint", _format_indices(unresponsive)
-      )  # fmt: skip
 
 
 @contextlib.contextmanager
