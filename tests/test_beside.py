@@ -51,4 +51,4 @@ def test_values_of_other_types(content, value, tmp_path):
     except UserError as e:
       assert "config.json" in str(e)
     else:
-      assert not found.problem or (found.problem and not found.facts)
+      assert not (found.problem and found.facts)

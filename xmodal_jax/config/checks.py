@@ -26,7 +26,7 @@ from xmodal_jax.config.values import (
 from xmodal_jax.data import augment, image, order, rand_augment, text, wordpiece
 from xmodal_jax.distributed import sharding
 from xmodal_jax.models import registry
-from xmodal_jax.optim import schedules
+from xmodal_jax.optim import schedules, transforms
 
 MISSING = object()  # the value of a key that there is not
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -121,7 +121,7 @@ SPEC: dict[str, Rule] = {
     "(regex, low, high) rows, such as (('^logit_scale$', 0.0, 4.6),), or () for none", _is_bound
   ),
   "optim.ema": number(0, 1, below=True),
-  "optim.ema_schedule": choice("growing", "constant"),
+  "optim.ema_schedule": choice(*transforms.AVERAGES),
   "optim.round_to": choice(*DTYPES, none=True),
   "optim.round_paths": Rule(
     "regular expressions, such as ('kernel$',), or () for none",

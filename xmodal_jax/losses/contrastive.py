@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
 from xmodal_jax.errors import ConfigError
 from xmodal_jax.losses.pairwise import ring as ring_lib
@@ -58,8 +58,8 @@ def infonce(
     return _infonce_blockwise(images, texts, scale, image_id, same_image_logit, ring)
   # Full precision: at a scale of 100 a bfloat16 product is off by several tenths.
   logits = scale * jnp.dot(images, texts.T, precision="highest")  # [B, B]
-  if same_image_logit is not None:
-    logits = jnp.where(_off_diagonal_equal(image_id), same_image_logit, logits)
+  row, side = jnp.arange(len(logits)), {"id": image_id}
+  logits = _mask_same_image(same_image_logit, None, logits, side, side, row, row)
   positive = jnp.diagonal(logits)
   i2t = (jax.nn.logsumexp(logits, axis=1) - positive).mean()
   t2i = (jax.nn.logsumexp(logits, axis=0) - positive).mean()
@@ -90,11 +90,6 @@ def same_image_metrics(batch: Mapping[str, ArrayLike]) -> Metrics:
   ids = jnp.sort(batch["image_id"])
   as_next = jnp.append(ids[1:] == ids[:-1], False)
   return {"same_image_rows": (as_next | jnp.roll(as_next, 1)).sum().astype(jnp.float32)}
-
-
-def _off_diagonal_equal(image_id: Int[ArrayLike, " b"]) -> Bool[Array, "b b"]:
-  """Pairs of different rows that show the same image."""
-  return (image_id[:, None] == image_id) & ~jnp.eye(len(image_id), dtype=bool)
 
 
 def _infonce_blockwise(images, texts, scale, image_id, same_image_logit, ring):

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from xmodal_jax.distributed import sharding
 from xmodal_jax.errors import ConfigError
+from xmodal_jax.losses.einsum import exact_einsum
 
 DIRECTIONS = ("i2t", "t2i", "both")
 
@@ -140,7 +141,7 @@ def _image_terms(images: ArrayLike, direction: str) -> tuple[Array, Array | None
   The Gram matrices are None if images are not the keys, or if attended vectors are less work.
   """
   gram = direction != "i2t" and images.shape[-2] <= images.shape[-1]
-  return _norm(images), _product("ird,isd->irs", images, images) if gram else None
+  return _norm(images), exact_einsum("ird,isd->irs", images, images) if gram else None
 
 
 def _score_pairs(
@@ -154,7 +155,7 @@ def _score_pairs(
 ) -> Array:
   """float32 [T, I]."""
   norm, gram = image_terms
-  dots = _product("twd,ird->twir", texts, images)
+  dots = exact_einsum("twd,ird->twir", texts, images)
   score = 0.0
   if direction != "t2i":
     score += _image_query_scores(dots, norm, texts, mask, sharpness)
@@ -188,7 +189,7 @@ def _image_query_scores(
   weights = _softmax_exponentials(dots, sharpness, normalize_over=3)
   weights = jnp.where(valid, weights, 0)
   # Rows of a' G a, where G is the Gram matrix of the words.
-  weighted = _product("twu,twir->tuir", _product("twd,tud->twu", texts, texts), weights)
+  weighted = exact_einsum("twu,twir->tuir", exact_einsum("twd,tud->twu", texts, texts), weights)
   length = norm * _safe_sqrt((weighted * weights).sum(1))  # [T, I, R]
   return _cosine((weights * dots).sum(1), length, weights.sum(1)).mean(-1)
 
@@ -206,9 +207,9 @@ def _text_query_scores(
   dots = jnp.where(valid[..., None], dots, 0)
   weights = _softmax_exponentials(dots, sharpness, normalize_over=1)
   if gram is None:
-    square = jnp.square(_product("twir,ird->itwd", weights, images)).sum(-1).transpose(1, 2, 0)
+    square = jnp.square(exact_einsum("twir,ird->itwd", weights, images)).sum(-1).transpose(1, 2, 0)
   else:
-    square = (_product("twir,irs->twis", weights, gram) * weights).sum(-1)  # [T, W, I]
+    square = (exact_einsum("twir,irs->twis", weights, gram) * weights).sum(-1)  # [T, W, I]
   length = _norm(texts)[:, :, None] * _safe_sqrt(square)
   cosine = _cosine((weights * dots).sum(-1), length, weights.sum(-1))
   return jnp.where(valid, cosine, 0).sum(1) / jnp.maximum(mask.sum(1), 1)[:, None]
@@ -227,12 +228,6 @@ def _softmax_exponentials(
 def _cosine(dot: Array, length: Array, total_weight: Array) -> Array:
   """dot / length; the lower bound of the length, 1e-8, is scaled to unnormalised weights."""
   return dot / jnp.maximum(length, 1e-8 * jnp.where(total_weight > 0, total_weight, 1))
-
-
-def _product(formula: str, a: ArrayLike, b: ArrayLike) -> Array:
-  """einsum to float32. Full precision: by default TPUs and GPUs round float32 operands to bfloat16
-  or TF32."""
-  return jnp.einsum(formula, a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _norm(tokens: ArrayLike) -> Array:

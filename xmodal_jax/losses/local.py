@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from xmodal_jax.errors import ConfigError
+from xmodal_jax.losses.einsum import exact_einsum
 
 MODES = ("MrSw", "MwSr", "symm", "sum", "mean", "MrAVGw", "scan-sentences")
 
@@ -99,7 +100,7 @@ def _packed_scores(
   )  # [steps, words, D]
 
   def step_scores(tokens, place):
-    a = _product("ird,wd->irw", images, tokens)
+    a = exact_einsum("ird,wd->irw", images, tokens)
     best = _masked_max(a, image_mask[:, :, None], image_zero[:, None], 1)  # [I, words]
     # A matrix product, because scatter-add has no fixed order of summation on a GPU.
     text_of_word = jax.nn.one_hot(place // width, count)
@@ -129,7 +130,7 @@ def dense_scores(
   mode: str = "MrSw",
 ) -> Float[Array, "i t"]:
   """`local_scores` of all texts at once, [I, T, R, W] in memory."""
-  a = _product("ird,twd->itrw", images, texts)
+  a = exact_einsum("ird,twd->itrw", images, texts)
   if mode == "scan-sentences":
     return _scan_sentences(a, images, image_mask, texts, text_mask)
   valid = image_mask[:, None, :, None] & text_mask[:, None]  # [I, T, R, W]
@@ -148,12 +149,6 @@ def dense_scores(
   return score
 
 
-def _product(formula: str, a: ArrayLike, b: ArrayLike) -> Array:
-  """einsum of tokens to float32. Full precision: by default TPUs and GPUs round float32 operands
-  to bfloat16 or TF32, an error of up to 4e-3 in every product of unit vectors."""
-  return jnp.einsum(formula, a, b, precision="highest", preferred_element_type=jnp.float32)
-
-
 def _masked_max(a: Array, mask: ArrayLike, zero: ArrayLike, axis: int) -> Array:
   """Maximum over the valid entries of an axis, and 0 where `zero`; 0 if none is valid."""
   best = jnp.where(mask, a, -jnp.inf).max(axis)
@@ -170,7 +165,7 @@ def _scan_sentences(
   square = (weight * weight).sum(2, keepdims=True)  # over regions
   weight = weight / jnp.sqrt(jnp.maximum(square, 1e-24))
   weight = jax.nn.softmax(jnp.where(valid, weight, -1e30), axis=-1)
-  attended = _product("itrw,twd->itrd", weight, texts)
+  attended = exact_einsum("itrw,twd->itrd", weight, texts)
   dot = (attended * images[:, None]).sum(-1)  # [I, T, R]
   norm = lambda x: jnp.sqrt(jnp.maximum((x.astype(jnp.float32) ** 2).sum(-1), 1e-16))
   cosine = dot / (norm(attended) * norm(images)[:, None])
@@ -186,6 +181,6 @@ def aligned_scores(
   image_zero: Bool[ArrayLike, " g"],
 ) -> Float[Array, "g m"]:
   """MrSw scores of M texts for each of G images; for reranking."""
-  a = _product("grd,gmwd->gmrw", images, texts)
+  a = exact_einsum("grd,gmwd->gmrw", images, texts)
   best = _masked_max(a, image_mask[:, None, :, None], image_zero[:, None, None], 2)
   return jnp.where(text_mask, best, 0).sum(-1)
