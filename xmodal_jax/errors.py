@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -18,6 +18,12 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
   """Values of a config that are wrong by themselves or do not fit each other."""
+
+
+def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
+  """Raises ConfigError, which lists the choices, unless the value of a key is one of them."""
+  if value not in (choices := list(choices)):
+    raise ConfigError(f"{key} is {value!r}; there are {', '.join(choices)}")
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """Everything that can be said about a config by itself, in one pass, with all faults at once."""
 
 import difflib
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import ml_collections
 
 from xmodal_jax.config import values
@@ -163,6 +165,26 @@ SPEC: dict[str, Rule] = {
   "classify.block": whole(1),
 }
 
+# Rules of keys of the model section by their last name, which towers and systems share. A tuple has
+# a value for each stage. What only a system knows, it says when it is built.
+_COUNTS = (
+  "depth", "depths", "width", "heads", "size", "patch", "window", "embed", "mlp", "mlp_ratio",
+  "vocab", "context", "features", "unroll", "groups", "negatives",
+)  # fmt: skip
+_MODEL = dict.fromkeys(_COUNTS, values.each(whole(1)))
+_MODEL |= dict.fromkeys(
+  ("dropout", "attention_dropout", "drop_path", "smoothing"), number(0, 1, below=True)
+)
+_MODEL |= dict.fromkeys(("temperature", "sharpness", "scale"), number(above=True))
+_MODEL |= dict.fromkeys(
+  ("mean", "std"), several(number(-math.inf), 3, (0.5, 0.5, 0.5))._replace(expected="three numbers")
+)
+_MODEL["remat"] = Rule(
+  "'' or a policy of jax.checkpoint_policies, such as 'nothing_saveable'",
+  lambda v: not v or hasattr(jax.checkpoint_policies, str(v)),
+)
+_FINITE = Rule("a finite number", lambda v: not isinstance(v, float) or math.isfinite(v))
+
 # Sections of free keys, which are checked by themselves.
 _FREE = ("model", "recipes", "rules")
 
@@ -224,9 +246,26 @@ def _model(model: Any, overrides: Mapping[str, Any]) -> Iterator[str]:
       unread.add(key)
       expected = "a value, or leave it out for that of the config file"
       yield f"config.{key} is {value!r}: expected {getattr(value, 'expected', expected)}"
-  for line in registry.faults(model.to_dict()):
-    if line.split(" is ")[0] not in unread:
-      yield f"config.{line}"
+  if model.get("system") not in registry.SYSTEMS:
+    known = ", ".join(registry.SYSTEMS)
+    yield f"config.model.system is {model.get('system')!r}: expected one of {known}"
+  for key, line in _section_of_model(model, "model."):
+    if key not in unread:
+      yield line
+
+
+def _section_of_model(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
+  """(key, its fault) of a section of the model."""
+  width, heads = section.get("width"), section.get("heads")
+  if isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads:
+    key, expected = f"{prefix}heads", f"a number that divides {prefix}width={width}"
+    yield key, f"config.{key} is {heads}: expected {expected}"
+  for name, value in section.items():
+    key = f"{prefix}{name}"
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from _section_of_model(value, f"{key}.")
+    elif wrong := _MODEL.get(name, _FINITE).fault(value):
+      yield key, f"config.{key} is {value!r}: {wrong}"
 
 
 def _recipes(config: Any, default: Any) -> Iterator[str]:

@@ -140,6 +140,11 @@ def several(rule: Rule, count: int, example: Any, *, rising: bool = False) -> Ru
   return Rule(f"{count} values, each {rule.expected}{order}, such as {example}", holds)
 
 
+def each(rule: Rule) -> Rule:
+  """A value of the rule, or a tuple of such values."""
+  return Rule(rule.expected, lambda v: all(map(rule.holds, v if _is_sequence(v) else (v,))))
+
+
 def rows(rules: Sequence[Rule], example: Any, what: str, none: bool = False) -> Rule:
   """Tuples with a value for each rule, at least one unless there may be none."""
 

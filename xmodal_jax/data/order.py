@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 
 Captions = Literal["all", "one", "none"]
 Mix = Literal["shuffle", "sequential", "debias"]
@@ -177,8 +177,7 @@ class Mixture:
 
     Raises ConfigError for an unknown mix, and for a pool smaller than a batch.
     """
-    if mix not in MIXES:
-      raise ConfigError(f"data.mix is {mix!r}; there are {', '.join(MIXES)}")
+    check_choice("data.mix", mix, MIXES)
     self.mix, self._seed = mix, seed
     self.sizes = [sum(sizes)] if mix == "shuffle" else list(sizes)  # of each pool
     for name, size in zip(names, self.sizes, strict=False):

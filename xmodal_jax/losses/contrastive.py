@@ -73,13 +73,6 @@ def infonce(
   return (i2t + t2i) / 2, metrics
 
 
-def check_same_image(same_image: str) -> str:
-  """Returns model.same_image; raises ConfigError if it is none of SAME_IMAGE."""
-  if same_image not in SAME_IMAGE:
-    raise ConfigError(f"model.same_image is {same_image!r}; there are {', '.join(SAME_IMAGE)}")
-  return same_image
-
-
 def same_image_metrics(batch: Mapping[str, ArrayLike]) -> Metrics:
   """{same_image_rows}: the number of rows whose image another row shows, too.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.losses import contrastive
 from xmodal_jax.models import base, layers
 from xmodal_jax.models.towers import clip_text, registry
@@ -100,10 +100,10 @@ class CLIP(base.System):
     same_image: str = "keep",
     rngs: nnx.Rngs,
   ):
-    if loss not in ("infonce", "sigmoid"):
-      raise ConfigError(f"model.loss is {loss!r}; there are infonce, sigmoid")
+    check_choice("model.loss", loss, ("infonce", "sigmoid"))
     self.mean, self.std = base.pixel_statistics(mean, std)
-    self.same_image = contrastive.check_same_image(same_image)
+    check_choice("model.same_image", same_image, contrastive.SAME_IMAGE)
+    self.same_image = same_image
     kw = dict(dtype=dtype, rngs=rngs)
     kind = _KINDS.get(image["kind"], image["kind"])
     acts = dict(act=act) if kind == "clip" else {}

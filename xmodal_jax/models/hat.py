@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.losses import cross_attention, triplet
 from xmodal_jax.models import base, layers
 from xmodal_jax.models.towers import bert, registry, swin
@@ -83,9 +83,7 @@ class HAT(base.System):
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if direction not in cross_attention.DIRECTIONS:
-      choices = ", ".join(cross_attention.DIRECTIONS)
-      raise ConfigError(f"model.direction is {direction!r}; there are {choices}")
+    check_choice("model.direction", direction, cross_attention.DIRECTIONS)
     self.direction, self.sharpness = direction, sharpness
     self.margin, self.reduce = margin, reduce
     self.levels = tuple((int(i), int(t)) for i, t in levels)

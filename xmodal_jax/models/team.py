@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.losses import contrastive, hard_negatives
 from xmodal_jax.losses.pairwise import exchange
 from xmodal_jax.models import base, layers
@@ -94,7 +94,8 @@ class TEAM(base.System):
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.same_image = contrastive.check_same_image(same_image)
+    check_choice("model.same_image", same_image, contrastive.SAME_IMAGE)
+    self.same_image = same_image
     self.count, self.layerwise = negatives, layerwise
     kw = dict(dtype=dtype, rngs=rngs)
     self.kind = image["kind"]

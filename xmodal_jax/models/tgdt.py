@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.losses import local, triplet
 from xmodal_jax.models import base, layers
 from xmodal_jax.models.towers import bert, regions
@@ -281,8 +281,7 @@ def _checked_objective(given: Mapping[str, Any], upper: bool) -> dict[str, Any]:
     raise ConfigError(f"model.{min(unknown)} is no key of tgdt; it has {', '.join(OBJECTIVE)}")
   out = OBJECTIVE | ({} if upper else WITHOUT_UPPER) | dict(given)
   for key, choices in CHOICES.items():
-    if out[key] not in choices:
-      raise ConfigError(f"model.{key} is {out[key]!r}; there are {', '.join(choices)}")
+    check_choice(f"model.{key}", out[key], choices)
   if not upper and (out["stage"] != "lower" or out["first_stage"] != "local"):
     raise ConfigError(
       "model.upper is empty, so there are no global vectors: set model.stage='lower' and "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.losses import contrastive, triplet
 from xmodal_jax.models import base, layers
 from xmodal_jax.models.towers import bert, registry
@@ -115,7 +115,8 @@ class ZeroVL(base.System):
     head = layers.linear(width, classes, ("embed", None), rngs=rngs) if classes else None
     self.classifier = nnx.data(head)
     self.loss_name, self.options = _loss_options(loss or {"name": "nce"})
-    self.same_image = contrastive.check_same_image(same_image)
+    check_choice("model.same_image", same_image, contrastive.SAME_IMAGE)
+    self.same_image = same_image
     mixup = mixup or dict(beta=0.0, block=0)
     self.beta, self.block = mixup["beta"], mixup["block"]
     if self.beta and self.loss_name != "nce":
@@ -246,8 +247,7 @@ def _loss_options(loss: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Any], 
   """(name, its options with defaults filled in) of the `loss` section; raises ConfigError."""
   options = dict(loss)
   name = options.pop("name")
-  if name not in LOSSES:
-    raise ConfigError(f"model.loss.name is {name!r}; there are {', '.join(LOSSES)}")
+  check_choice("model.loss.name", name, LOSSES)
   known = LOSSES[name]
   if unknown := options.keys() - known.keys():
     names = ", ".join(known) or "none"

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.optim import schedules, transforms
 from xmodal_jax.optim.schedules import Schedule
 
@@ -104,8 +104,7 @@ def trust_groups(trust: str, decay: Any, params: Any, tensors: Tensors) -> Tenso
     raise ConfigError(f"optim.name='lamb': no tensor of the published optimizer has {covered}")
   if trust == "optax":
     return [((path,), stacked) for paths, stacked in tensors for path in paths]
-  if trust != "original":
-    raise ConfigError(f"optim.trust is {trust!r}; there are optax, original")
+  check_choice("optim.trust", trust, ("optax", "original"))
   decay = dict(zip(paths_of(decay), jax.tree.leaves(decay), strict=True))
   for paths, _ in tensors:
     if len({decay[path] for path in paths}) > 1:
@@ -132,8 +131,7 @@ def make_optimizer(
     tx = make_optimizer(config.optim, make_schedule(config.optim, run), params)
     opt_state = tx.init(params)
   """
-  if config["name"] not in ("adamw", "lamb"):
-    raise ConfigError(f"optim.name is {config['name']!r}; there are adamw, lamb")
+  check_choice("optim.name", config["name"], ("adamw", "lamb"))
   decay = per_param("optim.decay", config["decay"], params)
   decay = jax.tree.map(lambda m: m * config["weight_decay"], decay)
   adam, chain, frozen = (config["b1"], config["b2"], config["eps"]), [], []

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 
 Schedule = Callable[..., Any]
 
@@ -91,11 +91,8 @@ def make_schedule(config: Mapping[str, Any], run: RunLength) -> Schedule:
   lr, warmup = config["lr"], _warmup(config["warmup"], run)
   end, name, total = config["end"], config["schedule"], run.total_steps
   per_epoch, samples = run.steps_per_epoch, run.samples
-  if name not in SCHEDULES:
-    raise ConfigError(f"config.optim.schedule is {name!r}; there are {', '.join(SCHEDULES)}")
-  if config["warmup_from"] not in WARMUP_FROM:
-    choices = ", ".join(WARMUP_FROM)
-    raise ConfigError(f"config.optim.warmup_from is {config['warmup_from']!r}; there are {choices}")
+  check_choice("config.optim.schedule", name, SCHEDULES)
+  check_choice("config.optim.warmup_from", config["warmup_from"], WARMUP_FROM)
   offset = WARMUP_FROM.index(config["warmup_from"])
   factor = config["step_factor"]
   every = duration_to_steps(config["step_every"], per_epoch)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from xmodal_jax.distributed import sharding
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.optim.schedules import Schedule
 
 # A jax key path of nested dicts -> "image/blocks/q/kernel".
@@ -259,8 +259,7 @@ def average(
   """
   if not 0 < decay < 1:
     raise ConfigError(f"optim.ema is {decay}; a decay is above 0 and below 1, and 0.0 is none")
-  if schedule not in AVERAGES:
-    raise ConfigError(f"optim.ema_schedule is {schedule!r}; there are {', '.join(AVERAGES)}")
+  check_choice("optim.ema_schedule", schedule, AVERAGES)
 
   def init(params):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats or {})

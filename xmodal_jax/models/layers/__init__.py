@@ -12,7 +12,6 @@ from xmodal_jax.models.layers.dense import (
   Linear,
   add,
   apply_dense,
-  check_choice,
   dropout,
   flatten_leading,
   layer_norm,

@@ -1,7 +1,7 @@
 """Dense layers, norms, embeddings and dropout with float32 parameters."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,6 @@ ACTIVATIONS = {
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
 }
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-  """Raises ConfigError unless `value` is one of the choices. name: of the config key."""
-  if value not in choices:
-    raise ConfigError(f"{name} is {value!r}; there are {', '.join(choices)}")
 
 
 def layer_norm(dim: int, *, eps: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:

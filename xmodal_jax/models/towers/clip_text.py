@@ -5,7 +5,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.models import layers
 
 
@@ -34,7 +34,7 @@ class TextTransformer(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    layers.check_choice("model.text.act", act, layers.ACTIVATIONS)
+    check_choice("model.text.act", act, layers.ACTIVATIONS)
     self.dtype, self.loop = dtype, dict(remat=remat, unroll=unroll)
     self.token = nnx.Embed(
       vocab,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.models.towers import resnet, swin, vit
 from xmodal_jax.models.towers.base import ImageTower
 
@@ -44,8 +44,7 @@ def build_image_tower(
   """
   config = dict(config)
   name = config.pop("kind")
-  if name not in KINDS:
-    raise ConfigError(f"model.image.kind is {name!r}; there are {', '.join(KINDS)}")
+  check_choice("model.image.kind", name, KINDS)
   kind = KINDS[name]
   known = inspect.signature(kind.tower.__init__).parameters
   if unknown := sorted(config.keys() - known.keys()):

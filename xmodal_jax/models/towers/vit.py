@@ -5,7 +5,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from xmodal_jax.errors import ConfigError
+from xmodal_jax.errors import ConfigError, check_choice
 from xmodal_jax.models import layers
 from xmodal_jax.models.towers.base import ImageTower
 
@@ -52,8 +52,8 @@ class ViT(ImageTower):
     rngs: nnx.Rngs,
   ):
     del drop_path
-    layers.check_choice("model.image.act", act, layers.ACTIVATIONS)
-    layers.check_choice("model.image.pool", pool, POOLS)
+    check_choice("model.image.act", act, layers.ACTIVATIONS)
+    check_choice("model.image.pool", pool, POOLS)
     if size % patch:
       raise ConfigError(f"image size {size} is not a multiple of the patch size {patch}")
     self.widths, self.norm_tokens, self.pool = (width,) * depth, norm_tokens, pool
