@@ -20,6 +20,7 @@ import programs
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
+from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.distributed import processes, sharding
 from xmodal_jax.evaluation import retrieval
@@ -116,7 +117,7 @@ def one(run: dict) -> dict:
     if process == INDEX:
       arm(*rest)
   if run.get("check"):
-    workdir.check_processes(workdir.flatten(config), str(folder), "train")
+    workdir.check_processes(config_lib.flatten(config), str(folder), "train")
   if barrier := run.get("barrier"):
     if barrier["missing"] != INDEX:
       processes.barrier("test", barrier["seconds"])

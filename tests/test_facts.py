@@ -88,7 +88,7 @@ def test_what_shows_in_shapes_or_is_of_training_alone_may_differ():
 def test_a_flat_config_of_a_workdir_is_read_alike():
   """Also one that an earlier version wrote: keys of today have its values."""
   c = load("coco_ft:vit_b32")
-  old = json.loads(json.dumps(facts.flatten(c.to_dict())))
+  old = workdir.json_like(config_lib.flatten(c))
   for key in ("model.act", "model.mean", "model.std", "model.image.pool", "model.text.causal"):
     del old[key]
   assert facts.of(old) == facts.of(c)
@@ -96,7 +96,7 @@ def test_a_flat_config_of_a_workdir_is_read_alike():
 
 def test_a_run_of_an_earlier_version_had_the_defaults():
   """It resumes, and not with another activation."""
-  new = workdir.flatten(load("coco_ft:vit_b32"))
+  new = config_lib.flatten(load("coco_ft:vit_b32"))
   old = {k: v for k, v in new.items() if k not in ("model.act", "model.mean", "init_change")}
   assert not workdir.difference(old, new)
   changed = workdir.difference(old, new | {"model.act": "gelu"})

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from test_pipeline import FakeSplit, assert_same, join, stream, take
 
+from xmodal_jax import config as config_lib
 from xmodal_jax.data import image, inputs, mix, order, pipeline, records
 from xmodal_jax.data.preparing import annotations, builder, shapes, sources
 from xmodal_jax.data.tfrecord import DatasetError
@@ -321,7 +322,7 @@ def test_the_loss_takes_such_batches(two_sets, accumulate):
 def test_a_workdir_knows_what_was_trained_and_evaluated(two_sets, tmp_path):
   c = config(two_sets, data__eval_dir=two_sets[1])
   folder = workdir.absolute(tmp_path)
-  workdir.record(folder, workdir.flatten(c), 0, {})
+  workdir.record(folder, config_lib.flatten(c), 0, {})
   (folder / "checkpoints").mkdir()
   (folder / "checkpoints" / "manifests").write_text("whole")  # a step was saved
   split = inputs.from_config(c).split("test")
@@ -331,4 +332,4 @@ def test_a_workdir_knows_what_was_trained_and_evaluated(two_sets, tmp_path):
   assert written["data"]["name"] == two_sets[1]
   with pytest.raises(workdir.WorkdirError, match=r"data\.mix: 'debias' -> 'shuffle'"):
     changed = config(two_sets, "shuffle", data__eval_dir=two_sets[1])
-    workdir.check(folder, workdir.flatten(changed))
+    workdir.check(folder, config_lib.flatten(changed))

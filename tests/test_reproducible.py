@@ -17,6 +17,7 @@ import test_accumulate
 import test_train
 import tiny
 
+from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer, model_files
 from xmodal_jax.data import inputs
 from xmodal_jax.distributed import sharding
@@ -189,7 +190,7 @@ def test_batch_norm_is_an_error():
 
 
 def test_loss_chunk_is_fixed_on_resume():
-  flat = lambda **changes: workdir.flatten(tiny.config("unused", **changes))
+  flat = lambda **changes: config_lib.flatten(tiny.config("unused", **changes))
   for reproducible, expected in ((False, {}), (True, {"loss_chunk": (0, 8)})):
     old, new = (flat(reproducible=reproducible, loss_chunk=n) for n in (0, 8))
     assert workdir.difference(old, new) == expected
@@ -200,5 +201,5 @@ def test_bounds_on_bad_records_may_change_on_resume():
   old, changed = tiny.config("unused"), tiny.config("unused")
   changed.data.max_pixels = 100
   changed.data.max_bad_fraction = changed.data.eval_max_bad_fraction = 0.1
-  assert workdir.difference(workdir.flatten(old), workdir.flatten(changed)) == {}
+  assert workdir.difference(config_lib.flatten(old), config_lib.flatten(changed)) == {}
   assert inputs.from_config(changed).max_pixels == 100

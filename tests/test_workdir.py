@@ -22,7 +22,7 @@ from xmodal_jax.training import loop
 
 
 def flat(**changes) -> dict:
-  return workdir.flatten(tiny.config("unused", **changes))
+  return config_lib.flatten(tiny.config("unused", **changes))
 
 
 @pytest.fixture

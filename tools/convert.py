@@ -31,6 +31,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are traced
 
 from flax import nnx
 
+from xmodal_jax import config as config_lib
 from xmodal_jax import errors
 from xmodal_jax.checkpoints import checkpointer, model_files, restore
 from xmodal_jax.checkpoints import facts as facts_lib
@@ -99,14 +100,14 @@ def choose(
 ) -> Choices:
   """Sets the keys of the table's ASSUMED in `config`: as given, as in a json beside the file, or as
   they are. named: --variant says what is in its preset alone."""
-  sizes = facts_lib.flatten({"model": inferred})
+  sizes = config_lib.flatten({"model": inferred})
   found = beside.describe(source, getattr(table, "parse_beside", None), sizes)
   told = {k.removeprefix("model."): v for k, v in found.facts.items() if k.startswith("model.")}
   for key, value in (told | dict(given)).items():
     *parents, last = key.split(".")
     node = functools.reduce(lambda d, name: d[name], parents, config)
     node[last] = value
-  flat = facts_lib.flatten(config)
+  flat = config_lib.flatten(config)
   assumed = {
     k: flat[k]
     for k in getattr(table, "ASSUMED", ())
@@ -222,7 +223,7 @@ def unrecorded(table, name: str, facts: Mapping[str, Any], shapes: Mapping[str, 
 
   facts: of the model. shapes: of the file, by which its readers choose the rest.
   """
-  assume = facts_lib.flatten({"model": table.infer_config(shapes)})
+  assume = config_lib.flatten({"model": table.infer_config(shapes)})
   keys = [f"model.{key}" for key in getattr(table, "ASSUMED", ()) if f"model.{key}" in assume]
   return [
     f"warning: {name} cannot say that {key} is {facts[key]}; its readers assume {assume[key]} and "

@@ -72,7 +72,7 @@ def run() -> None:
   config = config_lib.resolve(_CONFIG.value, overrides)
   if _CHANGE.value and _MODE.value != "train":
     raise cli.UsageError("--change is for --mode=train, which goes on with a run")
-  workdir.check_processes(workdir.flatten(config), _WORKDIR.value, _MODE.value)
+  workdir.check_processes(config_lib.flatten(config), _WORKDIR.value, _MODE.value)
   logging.info("devices: %s", jax.devices())
   modes = {
     "train": functools.partial(loop.train, change=_CHANGE.value),

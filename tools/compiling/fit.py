@@ -14,7 +14,8 @@ import jax
 from compiling import programs as programs_lib
 from compiling import topologies
 
-from xmodal_jax.runtime import flops, workdir
+from xmodal_jax import config as config_lib
+from xmodal_jax.runtime import flops
 
 MIB = 2**20
 POLICIES = ("dots_with_no_batch_dims_saveable", "nothing_saveable")  # from less to more recomputed
@@ -134,7 +135,7 @@ def _remat(config: Any, policy: str) -> dict[str, str]:
   order = ["", *POLICIES]
   weaker = config.copy_and_resolve_references()
   keys = flops.set_remat(weaker, policy)
-  flat = workdir.flatten(config)
+  flat = config_lib.flatten(config)
   keys = [k.removeprefix("config.") for k in keys]
   known = [k for k in keys if flat[k] in order]
   return {k: policy for k in known if order.index(flat[k]) < order.index(policy)}

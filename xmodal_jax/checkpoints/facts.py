@@ -6,12 +6,13 @@ place of tuples as json has them.
 """
 
 import os
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
-from flax import traverse_util
 
+from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints.manifest import CheckpointError
 from xmodal_jax.models import registry
 
@@ -44,23 +45,32 @@ def of(config: Mapping[str, Any] | Any, *, complete: bool = True) -> dict[str, A
 
   complete: keys that the config lacks have the defaults of its system.
   """
-  flat = flatten(config.to_dict() if hasattr(config, "to_dict") else config)
-  system = flat.get("model.system")
-  module = registry.system_module(system) if system is not None else None
-  training = set(getattr(module, "TRAINING", ()))
-  defaults = {f"model.{k}": _plain(v) for k, v in getattr(module, "DEFAULTS", {}).items()}
-  if flat.get("model.image.kind") not in ("vit", "clip"):
-    defaults = {k: v for k, v in defaults.items() if not k.startswith("model.image.")}
+  flat = config_lib.flatten(config)
+  flat = {k: v for k, v in flat.items() if not isinstance(v, Mapping | config_lib.ConfigDict)}
+  training = set(getattr(_module(flat), "TRAINING", ()))
   unused = _OF_TOKENIZER.get(flat.get("text.tokenizer"), ())
   if not any(k.startswith("model.text.") for k in flat):
     unused = tuple(k for k in _INPUTS if k.startswith("text."))
   skip = _IN_SHAPES | _TRAINING | training
   return {
     k: v
-    for k, v in sorted(((defaults if complete else {}) | flat).items())
+    for k, v in sorted(((defaults(flat) if complete else {}) | flat).items())
     if (k in _INPUTS and k not in unused)
     or (k.startswith("model.") and not skip.intersection(k.split(".")[1:]))
   }
+
+
+def defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """What a flat config means that lacks these keys: the DEFAULTS of its system."""
+  found = config_lib.flatten({"model": getattr(_module(flat), "DEFAULTS", {})})
+  if flat.get("model.image.kind") not in ("vit", "clip"):
+    found = {k: v for k, v in found.items() if not k.startswith("model.image.")}
+  return found
+
+
+def _module(flat: Mapping[str, Any]) -> types.ModuleType | None:
+  system = flat.get("model.system")
+  return None if system is None else registry.system_module(system)
 
 
 def of_converted(meta: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -69,15 +79,6 @@ def of_converted(meta: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
   recorded = of({"model": meta["config"]}, complete="assumed" in meta) | meta.get("facts", {})
   values = ((key, recorded.get(f"model.{key}")) for key in meta.get("assumed", ()))
   return recorded, ", ".join(f"{key}={value}" for key, value in values)
-
-
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested dicts -> {dotted key: value}, with lists in place of tuples."""
-  return {k: _plain(v) for k, v in traverse_util.flatten_dict(dict(config), sep=".").items()}
-
-
-def _plain(value: Any) -> Any:
-  return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def check(

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 from flax import nnx, traverse_util
 
+from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer, model_files
 from xmodal_jax.checkpoints import facts as facts_lib
 from xmodal_jax.checkpoints.manifest import CheckpointError
@@ -232,7 +233,7 @@ def _read_file(
     inferred = table.infer_config({k: v.shape for k, v in state.items()})
     _check_loss(path, inferred, want)
     if facts:
-      _check_file(path, table, facts_lib.flatten({"model": inferred}), facts, check)
+      _check_file(path, table, config_lib.flatten({"model": inferred}), facts, check)
     # Tables of another resolution are resized afterwards.
     leaves, report = conversion.to_jax(
       state,

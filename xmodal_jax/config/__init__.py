@@ -358,3 +358,23 @@ def _as_default_types(config: ConfigDict, default: ConfigDict) -> None:
         _as_default_types(config[key], standard)
     elif default.get_type(key) is float and isinstance(config[key], int):
       config[key] = float(config[key])
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested config -> {dotted key: value}, with tuples as lists, as json reads them back.
+
+  >>> flatten({"optim": {"lr": 0.1, "decay": (("kernel$", 1.0),)}})
+  {'optim.lr': 0.1, 'optim.decay': [['kernel$', 1.0]]}
+  """
+  out: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping | ConfigDict) and len(value):
+      out |= flatten(value, f"{prefix}{key}.")
+    else:
+      out[prefix + key] = as_lists(value)
+  return out
+
+
+def as_lists(value: Any) -> Any:
+  """Tuples as lists, as json reads them back."""
+  return [as_lists(v) for v in value] if isinstance(value, tuple | list) else value

@@ -10,9 +10,9 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
+from xmodal_jax import config as config_lib
 from xmodal_jax.evaluation.scored import LeftOut
 from xmodal_jax.interop.local import local_copy
-from xmodal_jax.runtime import workdir as workdir_lib
 
 # Features of one side, nested dicts of arrays [N, ...], and the image_id int [N] of their rows.
 Side = tuple[Any, np.ndarray]
@@ -29,7 +29,7 @@ def config_keys(config: Any, sections: Sequence[str], platform: str) -> dict[str
   """
   return {"platform": platform} | {
     key: value
-    for key, value in workdir_lib.flatten(config).items()
+    for key, value in config_lib.flatten(config).items()
     if any(key == section or key.startswith(f"{section}.") for section in sections)
   }
 

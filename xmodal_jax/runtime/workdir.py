@@ -9,16 +9,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import ml_collections
 from absl import logging
 from etils import epath
 
 from xmodal_jax import __version__
 from xmodal_jax import config as config_lib
-from xmodal_jax.checkpoints import manifest
+from xmodal_jax.checkpoints import facts, manifest
 from xmodal_jax.distributed import processes
 from xmodal_jax.errors import UserError
-from xmodal_jax.models import registry
 from xmodal_jax.runtime import metric_writers
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
@@ -51,25 +49,6 @@ class WorkdirError(UserError):
   """A workdir that was made by another config, or that not all processes share."""
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested config -> {dotted key: value}, with tuples as lists, as json reads them back.
-
-  >>> flatten({"optim": {"lr": 0.1, "decay": (("kernel$", 1.0),)}})
-  {'optim.lr': 0.1, 'optim.decay': [['kernel$', 1.0]]}
-  """
-  out: dict[str, Any] = {}
-  for key, value in config.items():
-    if isinstance(value, Mapping | ml_collections.ConfigDict) and len(value):
-      out |= flatten(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = _as_lists(value)
-  return out
-
-
-def _as_lists(value: Any) -> Any:
-  return [_as_lists(v) for v in value] if isinstance(value, tuple | list) else value
-
-
 def _in(key: str, sections: Iterable[str]) -> bool:
   return any(key == s or key.startswith(f"{s}.") for s in sections)
 
@@ -84,10 +63,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tupl
   # The order in which tiles of pairs are summed depends on loss_chunk.
   fixed = ("loss_chunk",) if new.get("reproducible") else ()
   # Before model.same_image was a choice of all systems, the others kept such pairs.
-  defaults = json_like(flatten(config_lib.base())) | {"model.same_image": "keep"}
-  if "model.system" in new:
-    module = registry.system_module(new["model.system"])
-    defaults |= {f"model.{k}": _as_lists(v) for k, v in getattr(module, "DEFAULTS", {}).items()}
+  defaults = json_like(config_lib.flatten(config_lib.base())) | {"model.same_image": "keep"}
+  defaults |= facts.defaults(new)
   old = {k: v for k, v in defaults.items() if k in new} | dict(old)
   expanded = lambda v: config_lib.expand_home(v) if isinstance(v, str) else v
   old = {key: expanded(value) for key, value in old.items()}
@@ -113,8 +90,8 @@ def check(
 ) -> dict[str, tuple[Any, Any]]:
   """The keys that the run resumes with other values than the workdir's config.json has.
 
-  workdir: from `absolute`. flat_config: from `flatten`. change: keys, or sections of keys, that may
-  differ. A workdir in which no step was saved may be started again with any config. Raises
+  workdir: from `absolute`. flat_config: from `config.flatten`. change: keys, or sections of keys,
+  that may differ. A workdir in which no step was saved may be started again with any config. Raises
   WorkdirError, listing the keys, for all others, and for a key in `change` that does not exist.
   """
   values = processes.broadcast("config", _check(workdir, flat_config, list(change)))

@@ -10,6 +10,7 @@ from absl import logging
 from clu import periodic_actions
 from etils import epath
 
+from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.distributed import processes, sharding
@@ -40,7 +41,7 @@ def train(config: Any, workdir: str, change: Sequence[str] = ()) -> dict[str, An
 def _train(
   config: Any, claim: claims.Claim, stop: Callable[[], bool], change: Sequence[str]
 ) -> dict[str, Any] | None:
-  workdir, flat_config = claim.workdir, workdir_lib.flatten(config)
+  workdir, flat_config = claim.workdir, config_lib.flatten(config)
   changed = workdir_lib.check(workdir, flat_config, change)
   built = setup.build(config)
   inputs = inputs_lib.from_config(config, built.batch_sharding)

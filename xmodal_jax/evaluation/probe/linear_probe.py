@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
+from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer
 from xmodal_jax.data import inputs as inputs_lib
 from xmodal_jax.distributed import sharding
@@ -53,7 +54,7 @@ def _probe(config: Any, workdir: epath.Path, stop: Callable[[], bool]) -> dict[s
   train_keys = () if options.classifier else ("train", config.eval.select)
   names = _check_classes(inputs, train_keys)
   inputs.check_processes("test", *train_keys)
-  flat_config = workdir_lib.flatten(config)
+  flat_config = config_lib.flatten(config)
   workdir_lib.check(workdir, flat_config)
   with contextlib.closing(
     checkpointer.Checkpoints(workdir, keep=config.checkpoint.keep, metric="top1")
