@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -24,6 +24,16 @@ def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
   """Raises ConfigError, which lists the choices, unless the value of a key is one of them."""
   if value not in (choices := list(choices)):
     raise ConfigError(f"{key} is {value!r}; there are {', '.join(choices)}")
+
+
+def listed(lines: Sequence[str], most: int = 5) -> str:
+  """The first of several lines for a message, each on its own line, and how many more there are.
+
+  >>> listed(["a", "b", "c"], most=2)
+  '\\n  a\\n  b\\n  and 1 more'
+  """
+  more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+  return "".join(f"\n  {line}" for line in [*lines[:most], *more])
 
 
 @contextlib.contextmanager

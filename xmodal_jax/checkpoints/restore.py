@@ -18,7 +18,7 @@ from xmodal_jax.checkpoints import checkpointer, model_files
 from xmodal_jax.checkpoints import facts as facts_lib
 from xmodal_jax.checkpoints.manifest import CheckpointError
 from xmodal_jax.distributed import sharding
-from xmodal_jax.errors import ConfigError, naming
+from xmodal_jax.errors import ConfigError, listed, naming
 from xmodal_jax.interop import beside, conversion, tables, torch_files
 from xmodal_jax.interop import meta as meta_lib
 from xmodal_jax.interop.local import local_copy
@@ -323,12 +323,10 @@ def _check_shapes(path: epath.Path, have: Leaves, want: Mapping[str, Any]) -> No
     if tuple(have[k].shape) != tuple(want[k].shape)
   ]
   if problems:
-    shown = "\n  ".join(problems[:20])
-    more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
     hint = "\nTo initialise parameters that are missing on purpose: --config.init_missing=REGEX"
     hint = hint if len(missing) == len(problems) else ""
     raise CheckpointError(
-      f"{path} does not fit config.model (another variant or size?):\n  {shown}{more}{hint}"
+      f"{path} does not fit config.model (another variant or size?):{listed(problems, 20)}{hint}"
     )
 
 

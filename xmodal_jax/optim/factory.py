@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from xmodal_jax.errors import ConfigError, check_choice
+from xmodal_jax.errors import ConfigError, check_choice, listed
 from xmodal_jax.optim import schedules, transforms
 from xmodal_jax.optim.schedules import Schedule
 
@@ -81,8 +81,7 @@ def check_rules(config: Mapping[str, Any], params: Any) -> None:
         )
       taken |= found
   if unmatched:
-    more = [f"and {len(paths) - _LISTED} more"] if len(paths) > _LISTED else []
-    faults += ["The parameters are:", *(f"  {p}" for p in [*paths[:_LISTED], *more])]
+    faults.append(f"The parameters are:{listed(paths, _LISTED)}")
   if faults:
     raise ConfigError("\n".join(faults))
 

@@ -11,6 +11,7 @@ from xmodal_jax.data.preparing import ahead
 from xmodal_jax.data.preparing.builder import Example
 from xmodal_jax.data.preparing.listing import Listing
 from xmodal_jax.data.tfrecord import DatasetError
+from xmodal_jax.errors import listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +147,7 @@ Faults = list[tuple[AnnotatedImage, str]]
 
 
 def _named(faults: Faults) -> str:
-  more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-  return "".join(f"\n  {p.path} {f}".rstrip() for p, f in faults[:5]) + more
+  return listed([f"{p.path} {f}".rstrip() for p, f in faults])
 
 
 def _fail(splits: Splits, faults: Faults, what: str, remedy: str) -> None:

@@ -15,6 +15,7 @@ from etils import epath
 
 from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits, renumbered
 from xmodal_jax.data.tfrecord import DatasetError
+from xmodal_jax.errors import listed
 
 _BEYOND = "captions beyond the limit"
 # What is done with captions of white space only.
@@ -155,15 +156,14 @@ class Grouper:
   def _report_blanks(self) -> None:
     if not self._blanks:
       return
-    named = "".join(f"\n  {where}" for where in self._blanks[:5])
-    more = f"\n  and {len(self._blanks) - 5} more" if len(self._blanks) > 5 else ""
+    named = listed(self._blanks)
     if self._blank == "error":
       raise DatasetError(
         f"{self._blanks[0]}: a blank caption, {len(self._blanks)} in all; fill them in, or pass "
-        f"--blank_captions drop (leave them out) or keep:{named}{more}"
+        f"--blank_captions drop (leave them out) or keep:{named}"
       )
     done = "left out" if self._blank == "drop" else "kept"
-    logging.info("%d blank captions are %s:%s%s", len(self._blanks), done, named, more)
+    logging.info("%d blank captions are %s:%s", len(self._blanks), done, named)
 
   def _log_odd(self) -> None:
     if self._per_image:

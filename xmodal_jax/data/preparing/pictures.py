@@ -9,8 +9,7 @@ from xmodal_jax.data.preparing import ahead, summary
 from xmodal_jax.data.preparing.annotations import AnnotatedImage, Splits, without
 from xmodal_jax.data.progress import Progress
 from xmodal_jax.data.tfrecord import DatasetError
-
-_NAMED = 5  # images that a message lists
+from xmodal_jax.errors import listed
 
 LeftOut = dict[str, collections.Counter]
 
@@ -52,16 +51,16 @@ def check(
         remarks.append(f"{image.path}: {found}")
   if remarks:
     text = "%d of %d images lose their content in 8 bits, and are kept:%s"
-    logging.warning(text, len(remarks), total, _named(remarks))
+    logging.warning(text, len(remarks), total, listed(remarks))
   if not faults:
     return splits, left_out
   reasons = summary.reasons(sum(left_out.values(), collections.Counter()))
   if not leave_out:
     raise DatasetError(
       f"{len(faults)} of {total} images are broken ({reasons}); replace them, take them out of the "
-      f"annotations, or leave them out with --check_images=leave_out:{_named(faults)}"
+      f"annotations, or leave them out with --check_images=leave_out:{listed(faults)}"
     )
-  logging.warning("left out %d broken images (%s):%s", len(faults), reasons, _named(faults))
+  logging.warning("left out %d broken images (%s):%s", len(faults), reasons, listed(faults))
   return without(splits, bad), left_out
 
 
@@ -82,8 +81,3 @@ def _found(
   for name, split in splits.items():
     for image, found in zip(split, ahead.ordered(look, split), strict=True):
       yield name, image, found
-
-
-def _named(lines: list[str]) -> str:
-  more = f"\n  and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
-  return "".join(f"\n  {line}" for line in lines[:_NAMED]) + more

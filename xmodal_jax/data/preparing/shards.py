@@ -27,6 +27,7 @@ from xmodal_jax.data.preparing import builder, publish
 from xmodal_jax.data.preparing import summary as summary_lib
 from xmodal_jax.data.progress import Progress
 from xmodal_jax.data.tfrecord import DatasetError
+from xmodal_jax.errors import listed
 
 # (path of a source shard, counter of left out pairs by reason) -> examples with caption ids and
 # without positions. Must be picklable: a function of a module or a partial of one.
@@ -203,9 +204,7 @@ def _reports(folder: epath.Path, jobs: Sequence[Job]) -> list[dict]:
   if len(errors) == 1:
     raise DatasetError(errors[0])
   if errors:
-    more = f"\n  and {len(errors) - 5} more" if len(errors) > 5 else ""
-    named = "".join(f"\n  {e}" for e in errors[:5]) + more
-    raise DatasetError(f"{len(errors)} of {len(jobs)} source shards failed:{named}")
+    raise DatasetError(f"{len(errors)} of {len(jobs)} source shards failed:{listed(errors)}")
   return reports
 
 

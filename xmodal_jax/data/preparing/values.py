@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from xmodal_jax.data.tfrecord import DatasetError
+from xmodal_jax.interop.torch_files.safetensors import unique
 
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip archive or .xlsx"}
 _MARKS |= {b"PAR1": "a parquet file", b"version https://git-lfs": "a Git LFS pointer"}
@@ -49,19 +50,11 @@ def read_json(path: epath.Path, option: str = "--annotations") -> Any:
 def parse_json(where: str, text: str | bytes) -> Any:
   """JSON whose objects have each key once."""
   try:
-    return json.loads(text, object_pairs_hook=_once)
+    return json.loads(text, object_pairs_hook=unique)
   except RecursionError as e:
     raise DatasetError(f"{where}: not JSON of a data set (nested too deeply)") from e
   except ValueError as e:  # also of integers of thousands of digits
     raise DatasetError(f"{where}: not JSON ({e}); fetch or write it again") from e
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  out = dict(pairs)
-  if len(out) < len(pairs):
-    keys = [key for key, _ in pairs]
-    raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} twice in one object")
-  return out
 
 
 def keys(where: str, item: object, wanted: tuple[str, ...], layout: str) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import struct
+from typing import Any
 
 from xmodal_jax.interop.torch_files import names
 from xmodal_jax.interop.torch_files.tensor import (
@@ -23,11 +24,13 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def unique(pairs: list) -> dict:
-  """A JSON object; raises ValueError if a name occurs twice."""
-  out = dict(pairs)
-  if len(out) != len(pairs):
-    raise ValueError("a name occurs twice")
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object, for json's object_pairs_hook; raises ValueError if a name occurs twice."""
+  out: dict[str, Any] = {}
+  for key, value in pairs:
+    if key in out:
+      raise ValueError(f"key {key!r:.80} twice in one object")
+    out[key] = value
   return out
 
 
