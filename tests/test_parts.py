@@ -188,6 +188,11 @@ def test_clock_measures_whole_steps(monkeypatch, queue, log_every, compute, load
     assert seconds == pytest.approx(each), step
 
 
+def test_a_period_of_no_steps_is_the_last_step_alone():
+  due = lambda every: [step for step in range(1, 7) if loop._is_due(step, every, 6)]
+  assert due(0) == [6] and due(4) == [4, 6]
+
+
 def test_model_flops_are_those_without_recomputation(monkeypatch):
   """Rematerialization adds to the FLOPs of the step, and nothing to those of the model."""
   config = tiny.config("unused")

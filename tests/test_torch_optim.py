@@ -13,8 +13,10 @@ from flax import nnx
 
 from xmodal_jax import config as config_lib
 from xmodal_jax.checkpoints import checkpointer, restore
+from xmodal_jax.errors import UserError
 from xmodal_jax.interop import clip as clip_rules
 from xmodal_jax.interop import conversion, optimizer_state
+from xmodal_jax.interop.rules import Rule
 from xmodal_jax.optim import factory, schedules
 from xmodal_jax.runtime import setup
 from xmodal_jax.runtime import step as step_lib
@@ -200,6 +202,25 @@ def test_what_does_not_fit_is_listed(tmp_path):
   save(run.state)
   with pytest.raises(ValueError, match="no optimizer state"):
     load(built, path, run.names)
+
+
+@pytest.mark.parametrize(
+  "tree",
+  [
+    {"state": 3, "param_groups": []},
+    {"state": {0: [1]}, "param_groups": []},
+    {"state": {}, "param_groups": {"params": [0]}},
+    {"state": {}, "param_groups": [{"lr": 1.0}]},
+    {"state": {}, "param_groups": [{"params": [[0]]}]},
+    {"state": {0: {"step": "many"}}, "param_groups": [{"params": [0]}]},
+    {"state": {0: {"step": 1, "exp_avg": 2.0}}, "param_groups": [{"params": [0]}]},
+  ],
+)
+def test_odd_files_are_named(tree, monkeypatch):
+  monkeypatch.setattr(optimizer_state.torch_files, "read", lambda file: tree)
+  fresh = optax.scale_by_adam().init({"w": np.zeros(2, np.float32)})
+  with pytest.raises(UserError, match=r"^o\.pt"):
+    optimizer_state.optim_state("o.pt", ["w"], [Rule("w", "w")], fresh)
 
 
 def test_wrong_combinations_are_errors(tiny_data, tmp_path):

@@ -133,14 +133,29 @@ def _find(tree: Any, file: str | os.PathLike) -> tuple[dict[Any, dict[str, Any]]
       f"{file}: no optimizer state. Expected the state_dict of a PyTorch optimizer (state, "
       f"param_groups), or a checkpoint with it under one of {', '.join(_WRAPPERS)}"
     )
-  return tree["state"], tree["param_groups"]
+  state, groups = tree["state"], tree["param_groups"]
+  known = isinstance(state, Mapping) and all(isinstance(e, Mapping) for e in state.values())
+  if not known or not isinstance(groups, list) or not all(map(_is_group, groups)):
+    raise UserError(
+      f"{file}: its state or param_groups are not those of a PyTorch optimizer: expected a dict of "
+      "dicts by parameter, and a list of dicts with 'params'. Save optimizer.state_dict()"
+    )
+  return state, groups
+
+
+def _is_group(group: Any) -> bool:
+  params = group.get("params") if isinstance(group, Mapping) else None
+  return isinstance(params, list) and all(type(i) in (int, str) for i in params)
 
 
 def _step(entries: Mapping[str, Mapping[str, Any]], groups: Groups, file: Any) -> int:
   """The number of steps taken, which apex stores per group and PyTorch per parameter."""
   found = [g["step"] for g in groups if "step" in g]
   found += [entry["step"] for entry in entries.values() if "step" in entry]
-  values = {int(x.read() if isinstance(x, torch_files.TensorRef) else x) for x in found}
+  try:
+    values = {int(x.read() if isinstance(x, torch_files.TensorRef) else x) for x in found}
+  except (TypeError, ValueError, OverflowError) as e:
+    raise UserError(f"{file}: a step that is no number ({e})") from e
   if len(values) != 1:
     what = f"steps {sorted(values)[:10]}" if values else "no step"
     raise UserError(f"{file}: {what}; all parameters must be at the same step")
@@ -165,6 +180,9 @@ def _moments(
   rules = [dataclasses.replace(r, default=None) if isinstance(r, Rule) else r for r in rules]
   # Moments have the layout of their parameter, so its rule converts them.
   state = {name: entry[key] for name, entry in entries.items() if key in entry}
+  odd = [name for name, x in state.items() if not isinstance(x, torch_files.TensorRef)]
+  if odd:
+    raise UserError(f"{os.fspath(file)}: {key} of {odd[0]} is no tensor")
   state |= zeros
   try:
     flat, _ = conversion.to_jax(state, rules, shapes)
